@@ -1,0 +1,80 @@
+"""Checks at the public boundary: each error names the argument, what was expected, what came and the fix."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_choice", "check_data", "check_positive"]
+
+
+def check_choice(argument: str, value: str, choices: Iterable[str]) -> None:
+    """Raise ValueError with the nearest names unless ``value`` is one of ``choices``."""
+    choices = list(choices)
+    if value in choices:
+        return
+    near = difflib.get_close_matches(str(value), choices, n=3, cutoff=0.4)
+    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    raise ValueError(f"{argument}: expected one of {', '.join(choices)}; got {value!r}.{hint}")
+
+
+def check_positive(argument: str, value: Any, *, integer: bool = False) -> None:
+    """Raise unless ``value`` is a number above zero (a whole number, where ``integer``)."""
+    kind = "a whole number, 1 or more" if integer else "a number above 0"
+    if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
+        raise TypeError(f"{argument}: expected {kind}; got {value!r}.")
+    if not value > 0:
+        raise ValueError(f"{argument}: expected {kind}; got {value}.")
+
+
+def check_data(x: Any, argument: str = "x", *, data_dim: int | None = None, at_least: int = 1) -> Tensor:
+    """Return ``x`` as a finite floating-point tensor (N, D), or say what is wrong with it.
+
+    Args:
+        x: a tensor, or anything ``torch.as_tensor`` takes.
+        argument: its name in the messages.
+        data_dim: the D that a pair needs.
+        at_least: the fewest rows allowed.
+
+    Raises:
+        TypeError: not a tensor or an array of floating-point numbers.
+        ValueError: empty, not of rank 2, a wrong D, too few rows, NaN or infinite entries.
+    """
+    if not isinstance(x, Tensor):
+        try:
+            x = torch.as_tensor(x)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"{argument}: expected a floating-point tensor of shape (N, D); got {type(x).__name__}."
+            ) from error
+    if not x.is_floating_point():
+        raise TypeError(
+            f"{argument}: expected floating-point numbers; got {x.dtype}. "
+            f"Use {argument}.float(), and divide pixels of 0..255 by 255."
+        )
+    if x.dim() != 2:
+        raise ValueError(
+            f"{argument}: expected shape (N, D), one datum a row; got {tuple(x.shape)}. "
+            f"Flatten each datum: {argument}.reshape(len({argument}), -1)."
+        )
+    if x.numel() == 0:
+        raise ValueError(f"{argument}: expected at least one datum and one feature; got shape {tuple(x.shape)}.")
+    if data_dim is not None and x.shape[1] != data_dim:
+        raise ValueError(
+            f"{argument}: expected {data_dim} features, as the pair was built with data_dim={data_dim}; "
+            f"got {x.shape[1]}. Build the pair with data_dim={x.shape[1]}, or select the columns it models."
+        )
+    if len(x) < at_least:
+        raise ValueError(f"{argument}: expected at least {at_least} data; got {len(x)}.")
+    bad = ~torch.isfinite(x)
+    if bad.any():
+        row, column = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"{argument}: expected finite numbers; got {int(bad.sum())} NaN or infinite entries, the first "
+            f"({x[row, column].item()}) in row {row}, column {column}. Remove or impute these rows."
+        )
+    return x
