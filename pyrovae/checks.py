@@ -62,7 +62,9 @@ def check_data(x: Any, argument: str = "x", *, data_dim: int | None = None, at_l
             f"Flatten each datum: {argument}.reshape(len({argument}), -1)."
         )
     if x.numel() == 0:
-        raise ValueError(f"{argument}: expected at least one datum and one feature; got shape {tuple(x.shape)}.")
+        raise ValueError(
+            f"{argument}: expected at least one datum and one feature; got shape {tuple(x.shape)}."
+        )
     if data_dim is not None and x.shape[1] != data_dim:
         raise ValueError(
             f"{argument}: expected {data_dim} features, as the pair was built with data_dim={data_dim}; "

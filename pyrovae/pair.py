@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.runtime import _PYRO_STACK, effectful
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 from torch.distributions import transform_to
@@ -30,18 +31,18 @@ def local_params() -> AbstractContextManager[None]:
 
 
 def _pyro_effects(method: Callable) -> Callable:
-    """Enter Pyro's module context when something needs it: an optimizer that collects parameters by
-    their ``param`` messages (stock ``pyro.infer.SVI``), or ``PyroSample`` attributes.
-
-    Otherwise attributes are read as in any ``nn.Module``: the messages cost about a fifth of an eager step.
+    """Let Pyro see what it needs to: parameters, for an optimizer that collects them by their ``param`` messages (stock
+    ``pyro.infer.SVI``), and ``PyroSample`` attributes. Otherwise attributes are read as in any ``nn.Module``.
     """
 
     @wraps(method)
     def wrapper(self: Pair, *args: Any, **kwargs: Any) -> Any:
-        collected = any(isinstance(h, TraceMessenger) and h.param_only for h in _PYRO_STACK)
-        if not collected and not self._has_random_attributes():
+        if any(isinstance(handler, TraceMessenger) and handler.param_only for handler in _PYRO_STACK):
+            self._announce_parameters()
+        if not self._has_random_attributes():
             return method(self, *args, **kwargs)
-        with local_params(), self._pyro_context:
+        # PyroModule would announce parameters too, in a form that stock SVI cannot read in this mode.
+        with poutine.block(hide_types=["param"]), local_params(), self._pyro_context:
             return method(self, *args, **kwargs)
 
     return wrapper
@@ -128,6 +129,14 @@ class Pair(PyroModule):
                 f"options it was saved with. Details: {error}"
             ) from error
 
+    def _announce_parameters(self) -> None:
+        for name, parameter in self.named_parameters():
+            value = parameter.view_as(parameter)
+            value.unconstrained = lambda parameter=parameter: parameter  # type: ignore[attr-defined]
+            effectful(type="param")(lambda *_, value=value, **__: value)(
+                name, value, constraint=torch.distributions.constraints.real, name=name
+            )
+
     def _has_random_attributes(self) -> bool:
         return any(isinstance(m, PyroModule) and m._pyro_samples for m in self.modules())
 
@@ -175,7 +184,9 @@ class _OwnParams(Messenger):
         transform = transform_to(msg["kwargs"].get("constraint", torch.distributions.constraints.real))
         if name not in owner.params:
             if len(msg["args"]) < 2:
-                raise ValueError(f"pyro.param({msg['name']!r}) has no initial value: pass one at its first use.")
+                raise ValueError(
+                    f"pyro.param({msg['name']!r}) has no initial value: pass one at its first use."
+                )
             start = msg["args"][1]
             start = start() if callable(start) else start
             if not isinstance(start, nn.Parameter):  # modules keep the very object that they registered

@@ -1,0 +1,11 @@
+"""Data sets: in the package, in scikit-learn, downloaded with a checked hash, or made on the spot.
+
+>>> from pyrovae import data
+>>> data.load("faithful")
+DataSet 'faithful': 272 rows of 2 features, no test rows
+"""
+
+from pyrovae.data.dataset import DataSet
+from pyrovae.data.registry import describe, load, names
+
+__all__ = ["DataSet", "describe", "load", "names"]

@@ -1,0 +1,25 @@
+"""Inference: importance weights, objectives, the SVI step and exact EM. Nothing here knows a particular model."""
+
+# EM-IMPORT
+from pyrovae.infer.log_weights import LogWeightTerms, log_weight_terms, log_weights
+from pyrovae.infer.losses import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, renyi_bound
+from pyrovae.infer.svi import SVI, DatasetSize
+
+LOSSES = {loss.__name__: loss for loss in (Trace_ELBO, TraceMeanField_ELBO, TraceEnum_ELBO, RenyiELBO)}
+"""The losses by name."""
+
+__all__ = [
+    "LOSSES",
+    "SVI",
+    "DatasetSize",
+    # "EMResult",
+    "LogWeightTerms",
+    "RenyiELBO",
+    "TraceEnum_ELBO",
+    "TraceMeanField_ELBO",
+    "Trace_ELBO",
+    # "fit_em",
+    "log_weight_terms",
+    "log_weights",
+    "renyi_bound",
+]

@@ -1,0 +1,72 @@
+"""Variational autoencoder (Kingma and Welling 2014; Rezende, Mohamed and Wierstra 2014)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import pyro
+import pyro.distributions as dist
+from torch import Tensor
+
+from pyrovae.checks import check_choice, check_positive
+from pyrovae.networks import (
+    BernoulliNetwork,
+    ContinuousBernoulliNetwork,
+    NormalNetwork,
+    NormalSharedScaleNetwork,
+)
+from pyrovae.pair import Pair
+
+__all__ = ["VAE"]
+
+DECODERS = {
+    "bernoulli": BernoulliNetwork,
+    "normal": NormalSharedScaleNetwork,
+    "continuous-bernoulli": ContinuousBernoulliNetwork,
+}
+
+
+class VAE(Pair):
+    """A deep latent Gaussian model with an amortized Gaussian guide.
+
+        p(z) = N(0, I),    p(x | z) = likelihood(decoder(z)),    q(z | x) = N(μ(x), diag σ²(x))
+
+    Args:
+        data_dim: features D of a datum.
+        latent_dim: size of z.
+        hidden_dims: widths of the encoder's hidden layers (tanh); the decoder mirrors them.
+        likelihood: ``bernoulli`` for pixels in {0, 1}, ``continuous-bernoulli`` for grey pixels in [0, 1]
+            (Loaiza-Ganem and Cunningham 2019), ``normal`` for real features, with a learned scale for each.
+    """
+
+    def __init__(
+        self,
+        data_dim: int,
+        latent_dim: int = 8,
+        *,
+        hidden_dims: Sequence[int] = (200, 200),
+        likelihood: Literal["bernoulli", "normal", "continuous-bernoulli"] = "bernoulli",
+    ) -> None:
+        super().__init__()
+        check_positive("data_dim", data_dim, integer=True)
+        check_positive("latent_dim", latent_dim, integer=True)
+        for width in hidden_dims:
+            check_positive("hidden_dims", width, integer=True)
+        check_choice("likelihood", likelihood, DECODERS)
+        self.data_dim, self.latent_dim = data_dim, latent_dim
+        self.encoder = NormalNetwork(data_dim, hidden_dims, latent_dim)
+        self.decoder = DECODERS[likelihood](latent_dim, tuple(reversed(hidden_dims)), data_dim)
+
+    def model(self, x: Tensor) -> None:  # x: (batch, data_dim)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(self.latent_dim), 1.0).to_event(1))
+            pyro.sample("x", self.decoder(z), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", self.encoder(x))
+
+    def initialize(self, x: Tensor) -> None:
+        """Start the decoder at the data's mean."""
+        self.decoder.initialize(x)

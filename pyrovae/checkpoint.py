@@ -1,0 +1,65 @@
+"""States on disk: tensors and plain values in one safetensors file, written atomically, never unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+__all__ = ["load_state", "save_state"]
+
+
+def save_state(path: str | Path, state: dict[Any, Any]) -> None:
+    """Write nested dicts and lists of tensors, numbers and strings. A crash leaves the old file or the new, whole."""
+    tensors: dict[str, Tensor] = {}
+    tree = json.dumps(_encode(state, tensors))
+    temporary = Path(f"{path}.tmp")
+    save_file(tensors, temporary, metadata={"pyrovae_state": tree})
+    os.replace(temporary, path)
+
+
+def load_state(path: str | Path) -> dict[Any, Any]:
+    """Read what :func:`save_state` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or some other program's.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"path: expected a checkpoint, found none at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tree = (file.metadata() or {})["pyrovae_state"]
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return _decode(json.loads(tree), tensors)
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"path: {path} is damaged or is no pyrovae checkpoint ({error}).") from error
+
+
+def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {"tensor": name}
+    if isinstance(
+        value, dict
+    ):  # as pairs: JSON would turn the integer keys of an optimizer's state into strings
+        return {"dict": [[key, _encode(item, tensors)] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        return [_encode(item, tensors) for item in value]
+    return value
+
+
+def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_decode(item, tensors) for item in value]
+    if isinstance(value, dict):
+        if "tensor" in value:
+            return tensors[value["tensor"]]
+        return {key: _decode(item, tensors) for key, item in value["dict"]}
+    return value

@@ -1,0 +1,86 @@
+"""Checks of a pair against data, before and after training goes wrong."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyrovae.infer.log_weights import Structure
+from pyrovae.pair import Pair
+
+if TYPE_CHECKING:
+    from pyrovae.infer.svi import SVI
+
+__all__ = ["check_pair", "first_nonfinite_site"]
+
+
+def check_pair(pair: Pair, x: Tensor, argument: str = "x", *, binarize: bool = False) -> None:
+    """Run the pair once on a few data, with Pyro's validation on.
+
+    Raises:
+        ValueError: the guide misses a site; a parameter lives in Pyro's global store; ``x`` lies outside the support of its
+            likelihood; or whatever Pyro's own validation finds.
+    """
+    few = x[:2]
+    if binarize:
+        if not ((x >= 0) & (x <= 1)).all():
+            raise ValueError(
+                f"binarize: expected pixels of {argument} in [0, 1]; got values from {x.min():g} to {x.max():g}. "
+                "Divide pixels of 0..255 by 255, or leave binarize out."
+            )
+        few = few.round()
+    with torch.random.fork_rng([]), torch.no_grad(), pyro.validation_enabled(False):
+        guide_trace = poutine.trace(pair.guide).get_trace(few)
+        model_trace = poutine.trace(poutine.replay(pair.model, trace=guide_trace)).get_trace(few)
+    own = {id(p) for p in pair.parameters()}
+    for trace in (guide_trace, model_trace):
+        for name, site in trace.nodes.items():
+            if site["type"] == "param" and id(_unconstrained(site["value"])) not in own:
+                raise ValueError(
+                    f"pair: pyro.param('{name}') lives in Pyro's global store, so two instances would share it and no "
+                    "state_dict would hold it. Make it an nn.Parameter or a PyroParam, or wrap the functions in FunctionPair."
+                )
+    if not binarize:
+        for name, site in model_trace.nodes.items():
+            if site["type"] == "sample" and site["is_observed"] and site["value"] is few:
+                _check_support(x, argument, name, site["fn"].support)
+    with pyro.validation_enabled(True):
+        Structure.of(pair.model, pair.guide, (few,), {})
+
+
+def _unconstrained(value: Any) -> Any:
+    return value.unconstrained() if hasattr(value, "unconstrained") else value
+
+
+def _check_support(x: Tensor, argument: str, name: str, support: constraints.Constraint) -> None:
+    inside = support.check(x)
+    if bool(inside.all()):
+        return
+    message = (
+        f"{argument}: expected values in the support of site '{name}', {support}; got values from {x.min():g} to {x.max():g}, "
+        f"outside it in {int((~inside).sum())} of {inside.numel()} data."
+    )
+    base = getattr(support, "base_constraint", support)
+    if base is constraints.boolean and bool(((x >= 0) & (x <= 1)).all()):
+        message += " These are grey pixels: pass binarize=True (on the command line, --binarize) to draw each as 0 or 1 at every use."
+    raise ValueError(message)
+
+
+def first_nonfinite_site(svi: SVI, batch: Tensor) -> str | None:
+    """The first site, guide before model, whose value or log density is NaN or infinite; None where all are finite."""
+    with torch.no_grad():
+        guide_trace = poutine.trace(svi.guide).get_trace(batch)
+        model_trace = poutine.trace(poutine.replay(svi.model, trace=guide_trace)).get_trace(batch)
+        for trace in (guide_trace, model_trace):
+            for name, site in trace.nodes.items():
+                if site["type"] != "sample":
+                    continue
+                log_prob = site["fn"].log_prob(site["value"])
+                if not (torch.isfinite(site["value"]).all() and torch.isfinite(log_prob).all()):
+                    return name
+    return None

@@ -1,0 +1,270 @@
+"""The data sets by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.resources import files
+from numbers import Integral
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyrovae.checks import check_choice
+from pyrovae.data import mnist, synthetic
+from pyrovae.data.dataset import DataSet
+
+__all__ = ["describe", "load", "names"]
+
+
+def load(
+    name: str, *, binarize: bool | None = None, seed: int = 0, root: str | Path | None = None
+) -> DataSet:
+    """Return a data set, on the CPU. Its ``convention`` says how it was split and treated.
+
+    Args:
+        name: one of :func:`names`.
+        binarize: for image sets. True, or None (the default): every pixel is drawn *once* from
+            Bernoulli(grey level), so that a Bernoulli likelihood is a likelihood of the data (Salakhutdinov
+            and Murray 2008, On the quantitative analysis of deep belief networks). False: the grey levels,
+            in [0, 1], for other likelihoods or for pixels binarised anew at every use.
+        seed: of the binarisation and of the ``synthetic-*`` sets; the same seed gives the same numbers. It
+            moves neither the splits nor the parameters of the synthetic distributions.
+        root: for ``mnist``, a folder to look in before downloading; the default is the environment variable
+            ``PYROVAE_DATA``. See :mod:`pyrovae.data.mnist`.
+
+    Raises:
+        TypeError: ``binarize`` is no bool, or ``seed`` no integer.
+        ValueError: unknown name, a negative seed, ``binarize=True`` for data that are no images, or a damaged
+            MNIST file.
+        FileNotFoundError: ``root`` or ``PYROVAE_DATA`` names no folder.
+        ConnectionError: MNIST is not on this machine and no mirror answers.
+    """
+    check_choice("name", name, names())
+    entry = _ENTRIES[name]
+    _check_binarize(binarize, name)
+    _check_seed(seed)
+    raw = entry.read(int(seed), root)
+    train, test = raw.train, raw.test
+    treatment = raw.treatment
+    if entry.image_shape and binarize is not False:
+        rng = np.random.default_rng(int(seed))
+        train, test = _binarize(train, rng), None if test is None else _binarize(test, rng)
+        treatment = f"each pixel binarised once, a draw from Bernoulli(grey level) with seed {seed}"
+    return DataSet(
+        name=name,
+        train=torch.from_numpy(train),
+        test=None if test is None else torch.from_numpy(test),
+        labels_train=_labels(raw.labels_train),
+        labels_test=_labels(raw.labels_test),
+        feature_names=tuple(raw.feature_names),
+        image_shape=entry.image_shape,
+        convention=f"{raw.split}; {treatment}.",
+        source=entry.source,
+    )
+
+
+def names() -> tuple[str, ...]:
+    """Every name that :func:`load` takes."""
+    return tuple(_ENTRIES)
+
+
+def describe() -> dict[str, str]:
+    """Each name with one line on what it is. Reads no data."""
+    return {name: entry.description for name, entry in _ENTRIES.items()}
+
+
+class _Raw(NamedTuple):
+    """What a reader returns; image sets as grey levels in [0, 1]."""
+
+    train: np.ndarray
+    feature_names: Iterable[str]
+    split: str
+    treatment: str
+    test: np.ndarray | None = None
+    labels_train: np.ndarray | None = None
+    labels_test: np.ndarray | None = None
+
+
+def _read_faithful(seed: int, root: str | Path | None) -> _Raw:
+    with files("pyrovae.data").joinpath("faithful.csv").open(encoding="utf-8") as file:
+        rows = np.loadtxt(file, delimiter=",", skiprows=1, dtype=np.float32)
+    return _Raw(
+        train=rows,
+        feature_names=("eruption (min)", "waiting (min)"),
+        split="No customary split, so all 272 rows are in train",
+        treatment="values in minutes, not standardised",
+    )
+
+
+def _read_iris(seed: int, root: str | Path | None) -> _Raw:
+    from sklearn.datasets import load_iris  # slow to import, hence here
+
+    bunch = load_iris()
+    return _Raw(
+        train=bunch.data.astype(np.float32),
+        labels_train=bunch.target,
+        feature_names=bunch.feature_names,
+        split="No customary split, so all 150 rows are in train",
+        treatment="values in centimetres, not standardised",
+    )
+
+
+def _read_wine(seed: int, root: str | Path | None) -> _Raw:
+    from sklearn.datasets import load_wine
+
+    bunch = load_wine()
+    return _Raw(
+        train=bunch.data.astype(np.float32),
+        labels_train=bunch.target,
+        feature_names=bunch.feature_names,
+        split="No customary split, so all 178 rows are in train",
+        treatment="values as published, on very different scales and not standardised",
+    )
+
+
+def _read_digits(seed: int, root: str | Path | None) -> _Raw:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    grey = (bunch.data / 16).astype(np.float32)
+    # Systematic sampling of the rows sorted by class: stratified to within one row, and no random generator
+    # whose stream another version could change.
+    test = np.zeros(len(grey), dtype=bool)
+    test[np.argsort(bunch.target, kind="stable")[::5]] = True
+    return _Raw(
+        train=grey[~test],
+        test=grey[test],
+        labels_train=bunch.target[~test],
+        labels_test=bunch.target[test],
+        feature_names=_pixel_names(8, 8),
+        split="No customary split, so of the rows sorted by class every fifth is in test (360 of 1,797)",
+        treatment="grey levels in [0, 1] (raw / 16)",
+    )
+
+
+def _read_mnist(seed: int, root: str | Path | None) -> _Raw:
+    arrays = mnist.read(root)
+    return _Raw(
+        train=_grey(arrays["train images"]),
+        test=_grey(arrays["test images"]),
+        labels_train=arrays["train labels"],
+        labels_test=arrays["test labels"],
+        feature_names=_pixel_names(28, 28),
+        split="The standard split, 60,000 train and 10,000 test images",
+        treatment="grey levels in [0, 1] (raw / 255)",
+    )
+
+
+def _synthetic(
+    draw: Callable[..., tuple[np.ndarray, np.ndarray | None]],
+) -> Callable[[int, str | Path | None], _Raw]:
+    def read(seed: int, root: str | Path | None) -> _Raw:
+        rng = np.random.default_rng(seed)
+        x, labels = draw(rng, synthetic.NUM_TRAIN + synthetic.NUM_TEST)
+        cut = synthetic.NUM_TRAIN
+        return _Raw(
+            train=x[:cut].astype(np.float32),
+            test=x[cut:].astype(np.float32),
+            labels_train=None if labels is None else labels[:cut],
+            labels_test=None if labels is None else labels[cut:],
+            feature_names=[f"x{d}" for d in range(x.shape[1])],
+            split=f"Independent draws, {cut:,} train and {synthetic.NUM_TEST:,} test, with seed {seed}",
+            treatment="values as drawn",
+        )
+
+    return read
+
+
+@dataclass(frozen=True)
+class _Entry:
+    description: str
+    source: str
+    read: Callable[[int, str | Path | None], _Raw]
+    image_shape: tuple[int, int] | None = None
+
+
+_OURS = "Made by pyrovae.data.synthetic"
+
+_ENTRIES = {
+    "digits": _Entry(
+        "handwritten digits, 1,797 images of 8×8, 10 classes",
+        "Alpaydin and Kaynak 1998, Optical Recognition of Handwritten Digits, UCI; the copy in scikit-learn",
+        _read_digits,
+        (8, 8),
+    ),
+    "mnist": _Entry(
+        "handwritten digits, 70,000 images of 28×28, 10 classes; downloaded at first use (11 MB)",
+        "LeCun, Bottou, Bengio and Haffner 1998, Gradient-based learning applied to document recognition; "
+        "LeCun, Cortes and Burges, CC BY-SA 3.0",
+        _read_mnist,
+        (28, 28),
+    ),
+    "faithful": _Entry(
+        "Old Faithful, 272 eruptions: duration and waiting time in minutes",
+        "Azzalini and Bowman 1990, A look at some data on the Old Faithful geyser",
+        _read_faithful,
+    ),
+    "iris": _Entry(
+        "150 irises of 3 species, 4 measurements in centimetres",
+        "Fisher 1936, The use of multiple measurements in taxonomic problems; the copy in scikit-learn",
+        _read_iris,
+    ),
+    "wine": _Entry(
+        "178 Italian wines of 3 cultivars, 13 chemical measurements",
+        "Forina et al. 1991, Wine, UCI; the copy in scikit-learn",
+        _read_wine,
+    ),
+    "synthetic-mixture": _Entry(
+        "a mixture of 3 well-separated Gaussians in 2-D, with labels", _OURS, _synthetic(synthetic.mixture)
+    ),
+    "synthetic-pinwheel": _Entry(
+        "5 bent arms in 2-D, with labels",
+        f"{_OURS}, after Johnson et al. 2016, Composing graphical models with neural networks",
+        _synthetic(synthetic.pinwheel),
+    ),
+    "synthetic-moons": _Entry(
+        "2 interleaved half circles in 2-D, with labels", _OURS, _synthetic(synthetic.moons)
+    ),
+    "synthetic-ppca": _Entry(
+        "linear-Gaussian data in 10-D from 3 latent dimensions", _OURS, _synthetic(synthetic.ppca)
+    ),
+}
+
+
+def _check_binarize(binarize: Any, name: str) -> None:
+    if binarize is not None and not isinstance(binarize, bool):
+        raise TypeError(f"binarize: expected True, False or None; got {binarize!r}.")
+    if binarize and not _ENTRIES[name].image_shape:
+        images = ", ".join(other for other, entry in _ENTRIES.items() if entry.image_shape)
+        raise ValueError(
+            f"binarize: expected None or False, as {name!r} holds no images; got True. Only pixels are "
+            f"binarised ({images}): leave binarize out."
+        )
+
+
+def _check_seed(seed: Any) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise TypeError(f"seed: expected a whole number, 0 or more; got {seed!r}.")
+    if seed < 0:  # type: ignore[operator]
+        raise ValueError(f"seed: expected a whole number, 0 or more; got {seed}.")
+
+
+def _binarize(grey: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    uniform = rng.random(grey.shape, dtype=np.float32)  # in [0, 1): grey 0 is never drawn, grey 1 always
+    return np.less(uniform, grey, out=uniform)  # 0. or 1., without another array of MNIST's size
+
+
+def _grey(images: np.ndarray) -> np.ndarray:
+    return images.reshape(len(images), -1).astype(np.float32) / np.float32(255)
+
+
+def _pixel_names(height: int, width: int) -> list[str]:
+    return [f"pixel ({row}, {column})" for row in range(height) for column in range(width)]
+
+
+def _labels(labels: np.ndarray | None) -> Tensor | None:
+    return None if labels is None else torch.from_numpy(labels.astype(np.int64))

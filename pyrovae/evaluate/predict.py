@@ -1,0 +1,85 @@
+"""What a fitted pair says: new data, reconstructions, and the data that latents decode to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyrovae.checks import check_data, check_positive
+from pyrovae.pair import Pair
+
+__all__ = ["decode", "latents", "reconstruct", "sample"]
+
+
+def sample(
+    pair: Pair, num_samples: int, *, mean: bool = False, data_dim: int | None = None, seed: int | None = None
+) -> Tensor:
+    """Draw new data from the model, (num_samples, D); with ``mean``, E[x | z] at a drawn z (smooth pictures)."""
+    check_positive("num_samples", num_samples, integer=True)
+    return _run(pair, {}, _blank(pair, num_samples, data_dim), mean, seed)
+
+
+def decode(
+    pair: Pair,
+    z: dict[str, Tensor],
+    *,
+    mean: bool = True,
+    data_dim: int | None = None,
+    seed: int | None = None,
+) -> Tensor:
+    """Data that the model gives at the latents ``z`` (name → (N, ...)), (N, D): E[x | z], or draws."""
+    count = len(next(iter(z.values())))
+    return _run(pair, z, _blank(pair, count, data_dim), mean, seed)
+
+
+def reconstruct(pair: Pair, x: Tensor, *, mean: bool = True, seed: int | None = None) -> Tensor:
+    """Encode and decode: z ~ q(z | x), then E[x | z] or a draw. (N, D) → (N, D)."""
+    return decode(pair, latents(pair, x, seed=seed), mean=mean, data_dim=x.shape[1], seed=seed)
+
+
+@torch.no_grad()
+def latents(pair: Pair, x: Tensor, *, mean: bool = False, seed: int | None = None) -> dict[str, Tensor]:
+    """One draw of each latent from the guide, by name; with ``mean``, the guide's means where it has them."""
+    x = check_data(x, data_dim=getattr(pair, "data_dim", None))
+    with torch.random.fork_rng(enabled=seed is not None), pyro.validation_enabled(False):
+        if seed is not None:
+            torch.manual_seed(seed)
+        sites = poutine.trace(pair.guide).get_trace(x).nodes
+    found = {
+        name: site for name, site in sites.items() if site["type"] == "sample" and not _is_subsample(site)
+    }
+    if not found:
+        raise ValueError(
+            f"pair: {type(pair).__name__}'s guide samples no latent, so there is nothing to encode into."
+        )
+    return {name: site["fn"].mean if mean else site["value"] for name, site in found.items()}
+
+
+def _is_subsample(site: dict[str, Any]) -> bool:
+    return type(site["fn"]).__name__ == "_Subsample"
+
+
+def _blank(pair: Pair, count: int, data_dim: int | None) -> Tensor:
+    data_dim = data_dim if data_dim is not None else getattr(pair, "data_dim", None)
+    if data_dim is None:
+        raise ValueError(f"data_dim: {type(pair).__name__} does not say its data_dim; pass data_dim=.")
+    parameter = next(pair.parameters(), torch.zeros(()))
+    return torch.zeros(count, data_dim, dtype=parameter.dtype, device=parameter.device)
+
+
+@torch.no_grad()
+def _run(pair: Pair, given: dict[str, Tensor], x: Tensor, mean: bool, seed: int | None) -> Tensor:
+    """Run the model with the latents ``given`` and its data sampled, and return the data."""
+    model = poutine.uncondition(pair.model)
+    with torch.random.fork_rng(enabled=seed is not None), pyro.validation_enabled(False):
+        if seed is not None:
+            torch.manual_seed(seed)
+        trace = poutine.trace(poutine.condition(model, data=given)).get_trace(x)
+    for site in trace.nodes.values():
+        if site["type"] == "sample" and site["infer"].get("was_observed"):
+            return site["fn"].mean if mean else site["value"]
+    raise ValueError(f"pair: the model of {type(pair).__name__} observes nothing.")

@@ -1,0 +1,288 @@
+"""One set of honest numbers: evidence with its error, the bound in parts, active units."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyrovae.checks import check_data, check_positive
+from pyrovae.checks_pair import check_pair
+from pyrovae.infer.log_weights import LogWeightTerms, Structure, log_weight_terms
+from pyrovae.pair import Pair
+from pyrovae.train import pick_device
+
+__all__ = ["ACTIVE_UNIT_VARIANCE", "Scores", "evaluate"]
+
+ACTIVE_UNIT_VARIANCE = 0.01  # Burda et al. 2016, section 5.2
+FLOATS_PER_CHUNK = (
+    2**21
+)  # of the widest tensor: small enough for caches, large enough for the dispatch to vanish
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What :func:`evaluate` measured. Nats per datum, unless said otherwise; None where a quantity does not apply."""
+
+    num_data: int
+    num_samples: int
+    log_evidence: float
+    """mean_n log 1/K Σ_k w_kn: a lower bound in expectation, below log p(x) by about Var(w)/(2K p(x)²) (Burda et al. 2016)."""
+    log_evidence_stderr: float
+    """Monte Carlo standard error of ``log_evidence`` for these very data, by the delta method."""
+    log_evidence_stderr_data: float | None
+    """Standard error of ``log_evidence`` as an estimate for the population that the data were drawn from."""
+    elbo: float
+    """mean over data and samples of log w."""
+    reconstruction: float | None
+    """E_q[log p(x | z)]; ``elbo`` = ``reconstruction`` − ``kl``."""
+    kl: float | None
+    """E_q[log q(z | x) − log p(z)], summed over latents."""
+    kl_per_latent: dict[str, float]
+    kl_per_dimension: dict[str, list[float]]
+    """For latents whose prior and guide factorise over dimensions."""
+    active_units: int | None
+    """Latent dimensions whose posterior mean varies over the data by more than 0.01 (variance; Burda et al. 2016)."""
+    active_units_per_latent: dict[str, int]
+    log_likelihood: float | None
+    """Exact log p(x), where the pair has ``log_prob``."""
+    bits_per_dim: float
+    """−log_evidence / (D log 2)."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """A table, for reading."""
+        rows = [("log evidence", self.log_evidence, f"± {self.log_evidence_stderr:.3f} Monte Carlo")]
+        if self.log_evidence_stderr_data is not None:
+            rows[0] = (*rows[0][:2], rows[0][2] + f", ± {self.log_evidence_stderr_data:.3f} over data")
+        if self.log_likelihood is not None:
+            rows.append(("log likelihood, exact", self.log_likelihood, ""))
+        rows.append(("ELBO", self.elbo, ""))
+        if self.reconstruction is not None and self.kl is not None:
+            rows += [("  reconstruction", self.reconstruction, ""), ("  KL", self.kl, "")]
+            if len(self.kl_per_latent) > 1:
+                rows += [(f"    KL of {name}", kl, "") for name, kl in self.kl_per_latent.items()]
+        lines = [f"{name:<24}{value:>12.3f}  {note}".rstrip() for name, value, note in rows]
+        if self.active_units is not None:
+            total = sum(len(kl) for kl in self.kl_per_dimension.values())
+            each = "+".join(str(count) for count in self.active_units_per_latent.values())
+            detail = f"  ({each})" if len(self.active_units_per_latent) > 1 else ""
+            lines.append(
+                f"{'active units':<24}{self.active_units:>12d}  of {total}{detail}"
+                if total
+                else f"{'active units':<24}{self.active_units:>12d}{detail}"
+            )
+        missing = [
+            label
+            for label, value in (
+                ("exact log likelihood", self.log_likelihood),
+                ("reconstruction and KL", self.kl),
+                ("active units", self.active_units),
+            )
+            if value is None
+        ]
+        head = f"{self.num_data} data, {self.num_samples} samples each; nats per datum"
+        foot = f"\ndoes not apply to this pair: {', '.join(missing)}" if missing else ""
+        return "\n".join([head, *lines]) + foot
+
+
+def evaluate(
+    pair: Pair,
+    x: Tensor,
+    *,
+    num_samples: int = 5000,
+    binarize: bool = False,
+    device: str | torch.device = "auto",
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Scores:
+    """Score a pair on data by importance sampling from its guide.
+
+    Data and samples are taken in chunks, so memory does not grow with N · K.
+
+    Args:
+        pair: the model and guide. It is left as it was.
+        x: data, shape (N, D).
+        num_samples: importance samples K a datum.
+        binarize: draw pixels in [0, 1] as 0 or 1 first, once.
+        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``.
+        seed: of the samples. The caller's random state is left as it was.
+        progress: show a bar; None shows it on a terminal.
+
+    Raises:
+        TypeError, ValueError: bad data or options, before work starts.
+    """
+    if not isinstance(pair, Pair):
+        raise TypeError(
+            f"pair: expected a pyrovae.Pair; got {type(pair).__name__}. Wrap two functions: FunctionPair(model, guide)."
+        )
+    device = pick_device(device)
+    check_positive("num_samples", num_samples, integer=True)
+    x = check_data(x, data_dim=getattr(pair, "data_dim", None))
+    check_pair(pair, x, binarize=binarize)
+    parameter = next(pair.parameters(), torch.zeros(()))
+    home = parameter.device
+    try:
+        pair.to(device)
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            torch.no_grad(),
+            pyro.validation_enabled(False),
+        ):
+            torch.manual_seed(seed)
+            x = x.to(device, parameter.dtype)
+            return _evaluate(pair, torch.bernoulli(x) if binarize else x, num_samples, progress)
+    finally:
+        pair.to(home)
+
+
+def _evaluate(pair: Pair, x: Tensor, num_samples: int, progress: bool | None) -> Scores:
+    structure = Structure.of(pair.model, pair.guide, (x[:2],), {})
+    probe = log_weight_terms(pair.model, pair.guide, x[:2], structure=structure)
+    if not probe.guide:  # nothing is sampled: every weight is p(x)
+        num_samples = 1
+    data_chunk, particle_chunk = _chunks(pair, probe, len(x), num_samples)
+    if probe.log_weights.dim() == 1:  # a global latent: only the whole data set has a weight
+        data_chunk = len(x)
+
+    parts = _Parts()
+    chunks = x.split(data_chunk)
+    for rows in tqdm(
+        chunks, unit="chunk", disable=None if progress is None else not progress, leave=False, desc="evaluate"
+    ):
+        parts.start()
+        for start in range(0, num_samples, particle_chunk):
+            particles = min(particle_chunk, num_samples - start)
+            parts.add(
+                log_weight_terms(pair.model, pair.guide, rows, num_particles=particles, structure=structure)
+            )
+        parts.finish()
+    exact = None
+    if pair.log_prob is not None:
+        exact = float(sum(pair.log_prob(rows).double().sum() for rows in chunks)) / len(x)
+    return parts.scores(x, num_samples, exact, split=not structure.enumerated)
+
+
+def _chunks(pair: Pair, probe: LogWeightTerms, num_data: int, num_samples: int) -> tuple[int, int]:
+    """Data and particles at a time, so that data · particles · width stays near FLOATS_PER_CHUNK."""
+    widths = [p.shape[0] for p in pair.parameters() if p.dim() == 2]
+    sites = [s for s in probe.model_trace.nodes.values() if s["type"] == "sample"]
+    widths.append(sum(s["value"][0].numel() if s["value"].dim() else 1 for s in sites))
+    rows = max(1, FLOATS_PER_CHUNK // max(widths))
+    data_chunk = min(num_data, max(1, min(100, rows)))
+    return data_chunk, max(1, min(num_samples, rows // data_chunk))
+
+
+class _Parts:
+    """Sums over particles and data, chunk by chunk."""
+
+    def __init__(self) -> None:
+        self.evidence: list[Tensor] = []  # per unit
+        self.relative_variance: list[Tensor] = []
+        self.elbo: list[Tensor] = []
+        self.reconstruction = 0.0
+        self.kl: dict[str, float] = defaultdict(float)
+        self.kl_per_dimension: dict[str, Tensor | None] = {}
+        self.means: dict[str, list[Tensor]] = defaultdict(list)
+
+    def start(self) -> None:
+        self._log_w: list[Tensor] = []
+        self._means: dict[str, Tensor] = {}
+
+    def add(self, terms: LogWeightTerms) -> None:
+        log_w = terms.log_weights
+        self._log_w.append(log_w.reshape(len(log_w), -1).double())
+        observed = [s for s in terms.model_trace.nodes.values() if s["type"] == "sample" and s["is_observed"]]
+        names = {site["name"] for site in observed}
+        self.reconstruction += float(sum(v.double().sum() for n, v in terms.model.items() if n in names))
+        for name, log_q in terms.guide.items():
+            log_p = terms.model.get(name, torch.zeros_like(log_q))
+            self.kl[name] += float((log_q.double() - log_p.double()).sum())
+            self._add_dimensions(name, terms, particles=len(log_w))
+
+    def _add_dimensions(self, name: str, terms: LogWeightTerms, particles: int) -> None:
+        guide_site, model_site = terms.guide_trace.nodes[name], terms.model_trace.nodes.get(name)
+        value, fn = guide_site["value"], guide_site["fn"]
+        if value.is_floating_point() and not fn.support.is_discrete:
+            mean = _mean(fn, value).expand(value.shape)
+            mean = (
+                mean.reshape(particles, -1, *fn.event_shape).flatten(2)
+                if fn.event_shape
+                else mean.reshape(particles, -1, 1)
+            )
+            self._means[name] = self._means.get(name, 0) + mean.sum(0)  # (data, dimensions)
+        own = _log_prob_per_dimension(fn, value)
+        prior = None if model_site is None else _log_prob_per_dimension(model_site["fn"], value)
+        if own is None or prior is None:
+            self.kl_per_dimension[name] = None
+        elif (total := self.kl_per_dimension.get(name, torch.zeros(()))) is not None:
+            self.kl_per_dimension[name] = total + (own - prior).double().flatten(0, -2).sum(0).cpu()
+
+    def finish(self) -> None:
+        log_w = torch.cat(self._log_w)
+        count = len(log_w)
+        evidence = torch.logsumexp(log_w, 0) - math.log(count)
+        self.evidence.append(evidence)
+        self.elbo.append(log_w.mean(0))
+        relative = torch.exp(log_w - evidence)
+        self.relative_variance.append(relative.var(0) / count if count > 1 else torch.zeros_like(evidence))
+        for name, total in self._means.items():
+            self.means[name].append(total / count)
+
+    def scores(self, x: Tensor, num_samples: int, exact: float | None, split: bool) -> Scores:
+        evidence, relative_variance = torch.cat(self.evidence), torch.cat(self.relative_variance)
+        num_data, total = len(x), len(x) * num_samples
+        active: dict[str, int] = {}
+        for name, means in self.means.items():
+            if len(mean := torch.cat(means)) > 1:
+                active[name] = int((mean.var(0) > ACTIVE_UNIT_VARIANCE).sum())
+        # One weight a datum is the rule; with a global latent there is one for all of them.
+        per_datum = 1 / num_data
+        log_evidence = float(evidence.sum()) * per_datum
+        return Scores(
+            num_data=num_data,
+            num_samples=num_samples,
+            log_evidence=log_evidence,
+            log_evidence_stderr=float(relative_variance.sum().sqrt()) * per_datum,
+            log_evidence_stderr_data=float(evidence.std()) / math.sqrt(num_data)
+            if len(evidence) == num_data > 1
+            else None,
+            elbo=float(torch.cat(self.elbo).sum()) * per_datum,
+            reconstruction=self.reconstruction / total if split else None,
+            kl=sum(self.kl.values()) / total if split else None,
+            kl_per_latent={name: kl / total for name, kl in self.kl.items()} if split else {},
+            kl_per_dimension={
+                n: (kl / total).tolist() for n, kl in self.kl_per_dimension.items() if kl is not None
+            },
+            active_units=sum(active.values()) if active else None,
+            active_units_per_latent=active,
+            log_likelihood=exact,
+            bits_per_dim=-log_evidence / (x.shape[1] * math.log(2)),
+        )
+
+
+def _mean(fn: Any, value: Tensor) -> Tensor:
+    """The guide's mean given what it conditions on; where it has none in closed form, the sample."""
+    try:
+        return fn.mean
+    except NotImplementedError:
+        return value
+
+
+def _log_prob_per_dimension(fn: Any, value: Tensor) -> Tensor | None:
+    """log density of each dimension, (..., dimensions); None where the distribution does not factorise over them."""
+    if not fn.event_shape:
+        return fn.log_prob(value).unsqueeze(-1)
+    base = getattr(fn, "base_dist", None)
+    if base is None or base.event_shape or type(fn).__name__ != "Independent":
+        return None
+    return base.log_prob(value).flatten(-len(fn.event_shape))

@@ -1,0 +1,297 @@
+"""Importance log-weights: the one quantity that bounds, evidence and diagnostics are functions of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import is_identically_zero, scale_and_mask
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine import Trace
+from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.util import prune_subsample_sites
+from pyro.util import check_site_shape
+from torch import Tensor
+
+from pyrovae.checks import check_positive
+
+__all__ = [
+    "LogWeightTerms",
+    "Structure",
+    "log_weight_terms",
+    "log_weights",
+    "log_weights_of_traces",
+    "trace_pair",
+]
+
+PARTICLES = "num_particles_vectorized"  # Pyro's own name for the outermost plate
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What one run of a pair shows of it: how deep its plates nest, and what its guide leaves out."""
+
+    max_plate_nesting: int
+    enumerated: tuple[str, ...]  # model sites that the guide misses and that are marked for enumeration
+
+    @staticmethod
+    def of(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Structure:
+        """Run guide and model once. The random state is put back, so that noise does not depend on the look.
+
+        Raises:
+            ValueError: the guide misses a latent site of the model, or samples one that the model lacks.
+        """
+        with _same_random_state(), poutine.block(), torch.no_grad():
+            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+            model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        guide_trace, model_trace = prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
+        enumerated = _check_sites_match(model_trace, guide_trace)
+        sites = list(_sample_sites(model_trace)) + list(_sample_sites(guide_trace))
+        if is_validation_enabled():
+            for trace in (guide_trace, model_trace):
+                trace.compute_log_prob()
+            for site in sites:
+                check_site_shape(site, max_plate_nesting=float("inf"))
+        dims = [f.dim for site in sites for f in site["cond_indep_stack"] if f.vectorized]
+        return Structure(-min(dims, default=0), enumerated)
+
+
+@contextmanager
+def _same_random_state() -> Iterator[None]:
+    devices = (
+        [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    )
+    with torch.random.fork_rng(devices):
+        yield
+
+
+def _sample_sites(trace: Trace) -> Iterator[dict[str, Any]]:
+    return (site for site in trace.nodes.values() if site["type"] == "sample")
+
+
+def _check_sites_match(model_trace: Trace, guide_trace: Trace) -> tuple[str, ...]:
+    """Names of the model's latents that are left to enumeration; every other one must be in the guide."""
+    enumerated = []
+    for site in _sample_sites(model_trace):
+        if site["is_observed"] or site["name"] in guide_trace:
+            continue
+        if site["infer"].get("enumerate") != "parallel":
+            raise ValueError(
+                f"guide: the model samples site '{site['name']}' and the guide does not. Sample it in the guide"
+                + (
+                    ", or mark it infer={'enumerate': 'parallel'} in the model and use TraceEnum_ELBO."
+                    if getattr(site["fn"], "has_enumerate_support", False)
+                    else "."
+                )
+            )
+        enumerated.append(site["name"])
+    for site in _sample_sites(guide_trace):
+        if site["name"] not in model_trace and not site["infer"].get("is_auxiliary"):
+            raise ValueError(
+                f"guide: it samples site '{site['name']}', which the model lacks. Name it as the model does, or mark "
+                "it infer={'is_auxiliary': True}."
+            )
+    return tuple(enumerated)
+
+
+def trace_pair(
+    model: Callable, guide: Callable, args: tuple, kwargs: dict, *, num_particles: int, structure: Structure
+) -> tuple[Trace, Trace]:
+    """Traces (model, guide) of ``num_particles`` vectorised particles, log densities computed.
+
+    The particle plate lies at dim −(max_plate_nesting + 1) (absent for one particle); dims of enumerated
+    sites lie to its left.
+    """
+    particle_dim = -structure.max_plate_nesting - 1
+    if num_particles > 1:
+        particles = pyro.plate(PARTICLES, num_particles, dim=particle_dim)
+        model, guide = particles(model), particles(guide)
+    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    if structure.enumerated:
+        model = EnumMessenger(first_available_dim=particle_dim - 1)(model)
+    model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+    guide_trace, model_trace = prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
+    _check_sites_match(model_trace, guide_trace)
+    model_trace.compute_log_prob()
+    guide_trace.compute_score_parts()
+    if is_validation_enabled():
+        for site in [*_sample_sites(model_trace), *_sample_sites(guide_trace)]:
+            check_site_shape(site, structure.max_plate_nesting + (num_particles > 1))
+    return model_trace, guide_trace
+
+
+@dataclass(frozen=True)
+class LogWeightTerms:
+    """log w = Σ model − Σ guide, kept apart by site.
+
+    ``units`` are the independent parts that have a weight each: for latents inside the ``data`` plate, the N
+    data; with a global latent, the whole joint, and then the terms have shape (K,).
+    """
+
+    model: dict[str, Tensor]
+    """log p of each model site, (K, N); enumerated latents are summed out of the sites that depend on them."""
+    guide: dict[str, Tensor]
+    """log q of each guide site, (K, N)."""
+    score: Tensor | None
+    """Σ log q over guide sites without a pathwise gradient, (K, N); None where all have one."""
+    scale: float | Tensor
+    """Dataset size / batch size, or another common scale of all sites: it multiplies *outside* any log-mean-exp."""
+    model_trace: Trace
+    guide_trace: Trace
+
+    @property
+    def log_weights(self) -> Tensor:
+        """log w, shape (K, N)."""
+        total = reduce(torch.add, self.model.values())
+        return reduce(torch.sub, self.guide.values(), total)
+
+
+def log_weights_of_traces(
+    model_trace: Trace, guide_trace: Trace, num_particles: int, nesting: int
+) -> LogWeightTerms:
+    """Reduce the log densities of two traces to one term a site and unit.
+
+    A unit is an element of the plates that *every* site lies in: then latents of different units are independent
+    given the parameters, and each has its own weight. A scale of plates that all share multiplies outside; the
+    scale of plates that only some sites lie in (local sites beside a global latent) multiplies their terms.
+
+    Raises:
+        ValueError: sites of one unit carry different ``poutine.scale``: then no bound exists.
+        NotImplementedError: an enumerated site lies in a plate that other sites do not share.
+    """
+    model_sites, guide_sites = list(_sample_sites(model_trace)), list(_sample_sites(guide_trace))
+    sites = model_sites + guide_sites
+    frames = {
+        id(site): {f.name: f for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES}
+        for site in sites
+    }
+    common = reduce(lambda a, b: {name: a[name] for name in a if name in b}, frames.values())
+    unit_dims = sorted(f.dim for f in common.values())
+    rest = {id(site): _without_plates(site["scale"], frames[id(site)].values()) for site in sites}
+    uniform = _all_equal(list(rest.values()))
+    if common and not uniform:
+        scales = ", ".join(f"{site['name']}: {float(rest[id(site)]):g}" for site in sites)
+        raise ValueError(
+            f"poutine.scale: sites of one datum must carry one common scale for their weights to bound the evidence; "
+            f"got {scales}. Scale model and guide as a whole, or use Trace_ELBO, which weighs each site."
+        )
+    outside: float | Tensor = next(iter(rest.values())) if uniform else 1.0
+    for frame in common.values():
+        outside = outside * _plate_scale(frame)
+
+    def term(site: dict[str, Any], log_prob: Tensor) -> Tensor:
+        """(enumeration dims ..., K, units ...)"""
+        inside: float | Tensor = 1.0 if uniform else rest[id(site)]
+        for name, frame in frames[id(site)].items():
+            if name not in common:
+                inside = inside * _plate_scale(frame)
+        log_prob = scale_and_mask(log_prob, inside, site["mask"])
+        log_prob = log_prob.reshape((1,) * (nesting + 1 - log_prob.dim()) + log_prob.shape)
+        dims = [d for d in range(-nesting, 0) if d not in unit_dims]
+        return log_prob.sum(dims) if dims else log_prob
+
+    enumerated = {
+        site["name"]: site["infer"]["_enumerate_dim"]
+        for site in model_sites
+        if _is_enumerated(site, guide_trace)
+    }
+    for name in enumerated:
+        if set(frames[id(model_trace.nodes[name])]) != set(common):
+            raise NotImplementedError(
+                f"site '{name}': enumeration here needs one value of it a datum, but it lies in plates "
+                f"{sorted(frames[id(model_trace.nodes[name])])} and all sites share only {sorted(common)}. "
+                "Use TraceEnum_ELBO, or sample the site in the guide."
+            )
+    model_terms, dependent = {}, {}
+    for site in model_sites:
+        value = term(site, site["unscaled_log_prob"])
+        (dependent if value.dim() > 1 + len(unit_dims) else model_terms)[site["name"]] = value
+    if dependent:
+        joint = reduce(torch.add, dependent.values())
+        summed = tuple(range(joint.dim() - 1 - len(unit_dims)))
+        names = [name for name in dependent if name not in enumerated] or list(dependent)
+        model_terms["+".join(names)] = torch.logsumexp(joint, summed)
+    guide_terms = {site["name"]: term(site, site["unscaled_log_prob"]) for site in guide_sites}
+    scores = [
+        guide_terms[s["name"]]
+        for s in guide_sites
+        if not is_identically_zero(s["score_parts"].score_function)
+    ]
+
+    shape = (num_particles, *(f.size for f in sorted(common.values(), key=lambda f: f.dim)))
+    expand = lambda terms: {name: value.expand(shape) for name, value in terms.items()}  # noqa: E731
+    return LogWeightTerms(
+        expand(model_terms),
+        expand(guide_terms),
+        reduce(torch.add, scores).expand(shape) if scores else None,
+        outside,
+        model_trace,
+        guide_trace,
+    )
+
+
+def _is_enumerated(site: dict[str, Any], guide_trace: Trace) -> bool:
+    return site["name"] not in guide_trace and site["infer"].get("_enumerate_dim") is not None
+
+
+def _plate_scale(frame: Any) -> float:
+    return frame.full_size / frame.size if frame.full_size else 1.0
+
+
+def _without_plates(scale: float | Tensor, frames: Any) -> float | Tensor:
+    return scale / math.prod(_plate_scale(frame) for frame in frames)
+
+
+def _all_equal(scales: list[float | Tensor]) -> bool:
+    if any(isinstance(scale, Tensor) for scale in scales):
+        # Reading a tensor waits for the device, so it is done only while validation is on.
+        if not is_validation_enabled():
+            return all(isinstance(scale, Tensor) for scale in scales)
+        scales = [float(scale) for scale in scales]
+    return all(math.isclose(scale, scales[0], rel_tol=1e-6) for scale in scales)
+
+
+def log_weight_terms(
+    model: Callable,
+    guide: Callable,
+    *args: Any,
+    num_particles: int = 1,
+    structure: Structure | None = None,
+    **kwargs: Any,
+) -> LogWeightTerms:
+    """The per-site terms of :func:`log_weights`, from one vectorised run. ``structure`` saves the look at the pair."""
+    structure = structure or Structure.of(model, guide, args, kwargs)
+    traces = trace_pair(model, guide, args, kwargs, num_particles=num_particles, structure=structure)
+    return log_weights_of_traces(*traces, num_particles, structure.max_plate_nesting)
+
+
+def log_weights(
+    model: Callable, guide: Callable, *args: Any, num_particles: int = 1, **kwargs: Any
+) -> Tensor:
+    """Importance log-weights of a model/guide pair.
+
+        log w[k, n] = log p(x_n, z_kn) − log q(z_kn | x_n),   z_kn ~ q(z | x_n)
+
+    E[w] = p(x_n): the log-mean-exp over k estimates the log evidence, the mean is the ELBO. Latents that the model
+    marks for enumeration and the guide leaves out are summed out exactly. A mini-batch scale is left out.
+
+    Args:
+        model, guide: a pair's two functions, or any two Pyro functions.
+        *args, **kwargs: what they are called with (the batch ``x`` of shape (N, D), for a pair).
+        num_particles: K.
+
+    Returns:
+        Shape (K, N), nats; (K,) where a latent lies outside the data plate, for then only the whole batch has a weight.
+
+    Raises:
+        ValueError: K < 1; a latent that the guide misses.
+    """
+    check_positive("num_particles", num_particles, integer=True)
+    return log_weight_terms(model, guide, *args, num_particles=num_particles, **kwargs).log_weights

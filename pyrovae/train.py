@@ -1,0 +1,471 @@
+"""Training: mini-batches, schedule, validation, checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import ELBO
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from pyrovae.checkpoint import load_state, save_state
+from pyrovae.checks import check_choice, check_data, check_positive
+from pyrovae.checks_pair import check_pair, first_nonfinite_site
+from pyrovae.infer import LOSSES, SVI, DatasetSize
+from pyrovae.pair import Pair
+
+__all__ = ["SCHEDULES", "FitResult", "TrainingDiverged", "fit", "pick_device"]
+
+SECONDS_BETWEEN_CHECKPOINTS = 5.0
+
+
+def _burda(progress: float) -> float:
+    stage = min(int(math.log(1 + 2 * 3280 * progress, 3)), 7)  # 3^0 + ... + 3^7 = 3280 epochs
+    return 10 ** (-stage / 7)
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+    "burda": _burda,
+}
+"""Learning-rate factors as functions of the share of steps done, in [0, 1). ``burda``: stages i = 0..7, each three times as long
+as the one before, at 10^(−i/7) (Burda et al. 2016)."""
+
+
+class TrainingDiverged(FloatingPointError):
+    """The loss or a weight turned NaN or infinite. The pair holds the last good weights."""
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What :func:`fit` did."""
+
+    history: list[dict[str, float]]
+    """A row an epoch: epoch, step, train_bound and validation_bound (nats per datum), lr, seconds."""
+    seconds: float
+    steps: int
+    stopped_early: bool
+    device: str
+
+    def __str__(self) -> str:
+        last = self.history[-1]
+        parts = [f"{int(last['epoch'])} epochs, {self.steps} steps in {self.seconds:.1f} s on {self.device}"]
+        parts += [
+            f"{name.removesuffix('_bound')} bound {last[name]:.3f} nats per datum"
+            for name in ("train_bound", "validation_bound")
+            if name in last
+        ]
+        return "; ".join(parts) + ("; stopped early, best weights kept" if self.stopped_early else "")
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """``auto`` is CUDA where there is one. Raises ValueError where the device is unknown or absent."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected 'auto', 'cpu' or 'cuda'; got {device!r}.") from error
+    if picked.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device: {device!r} was asked for, and torch sees no CUDA device. Use device='auto'."
+        )
+    return picked
+
+
+def fit(
+    pair: Pair,
+    x: Tensor | DataLoader,
+    *,
+    loss: ELBO | str | None = None,
+    epochs: int = 50,
+    batch_size: int = 128,
+    lr: float = 1e-3,
+    schedule: str = "cosine",
+    optimizer: Callable[[list[Tensor]], Optimizer] | None = None,
+    validation: float | int | Tensor = 0,
+    patience: int | None = None,
+    binarize: bool = False,
+    initialize: bool = True,
+    device: str | torch.device = "auto",
+    seed: int = 0,
+    progress: bool | None = None,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+) -> FitResult:
+    """Train a pair by stochastic variational inference.
+
+    Every step minimises the loss divided by the number of data: its unit is nats per datum, and sites inside the plate ``data``
+    weigh dataset / batch against global latents. The last, short batch of an epoch is used like any other.
+
+    Args:
+        pair: the model and guide. It is trained in place and ends on the device it came from.
+        x: data, shape (N, D), kept on the device; or a ``DataLoader`` that yields batches (or tuples that start with one),
+            whose own batch size and order are used.
+        loss: a loss, its name, or None for ``pair.default_loss()``.
+        epochs: passes over the data.
+        batch_size: data a step.
+        lr: the first learning rate.
+        schedule: ``constant``, ``cosine`` or ``burda``, over all the epochs.
+        optimizer: makes the optimizer of a list of parameters; None is Adam.
+        validation: data held out to watch the bound: a share below 1, a count, or a tensor. Drawn at random by ``seed``.
+        patience: stop after this many epochs without a better validation bound, and keep the best weights. None: never.
+        binarize: draw pixels in [0, 1] anew at every use, as Bernoulli samples (held-out pixels, once).
+        initialize: call ``pair.initialize`` with the training data first, where the pair has it.
+        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``.
+        seed: of everything random here. The caller's random state is left as it was.
+        progress: show a bar; None shows it on a terminal.
+        checkpoint: a file to keep the whole training state in, written every few seconds and at the end of it all.
+        resume: go on from ``checkpoint``, exactly as if the run had not stopped.
+
+    Raises:
+        TypeError, ValueError: bad data or options, before training starts.
+        TrainingDiverged: NaN or infinity in the loss or a weight; says at which step and site.
+    """
+    device = pick_device(device)
+    objective = _make_loss(pair, loss)
+    for name, value, integer in (
+        ("epochs", epochs, True),
+        ("batch_size", batch_size, True),
+        ("lr", lr, False),
+    ):
+        check_positive(name, value, integer=integer)
+    check_choice("schedule", schedule, SCHEDULES)
+    if patience is not None:
+        check_positive("patience", patience, integer=True)
+        if not isinstance(validation, Tensor) and validation == 0:
+            raise ValueError("patience: early stopping needs held-out data; pass validation=0.1, say.")
+    if resume and checkpoint is None:
+        raise ValueError("resume: expected checkpoint= to name the file to go on from; got None.")
+
+    home = next((p.device for p in pair.parameters()), torch.device("cpu"))
+    with _seeded(seed, device), pyro.validation_enabled(False):
+        data = _make_data(pair, x, validation, batch_size, binarize, device, seed)
+        state = load_state(checkpoint) if resume and checkpoint is not None else None
+        try:
+            pair.to(device)
+            run = _Run(pair, objective, data, optimizer, lr, schedule, epochs, initialize and state is None)
+            if state is not None:
+                run.restore(state)
+            return run.go(
+                epochs, patience, progress, Path(checkpoint) if checkpoint is not None else None, device
+            )
+        finally:
+            pair.to(home)
+
+
+def _make_loss(pair: Pair, loss: ELBO | str | None) -> ELBO:
+    if not isinstance(pair, Pair):
+        raise TypeError(
+            f"pair: expected a pyrovae.Pair; got {type(pair).__name__}. Wrap two functions: FunctionPair(model, guide)."
+        )
+    if loss is None:
+        return pair.default_loss()
+    if isinstance(loss, str):
+        check_choice("loss", loss, LOSSES)
+        return LOSSES[loss]()
+    if not hasattr(loss, "loss_and_grads"):
+        raise TypeError(f"loss: expected a loss such as Trace_ELBO(), or its name; got {loss!r}.")
+    return loss
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+# Data ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Data:
+    """Training batches, the number of data, rows for ``initialize``, and the held-out rows."""
+
+    batches: Callable[[], Iterator[Tensor]]
+    size: int
+    steps_per_epoch: int
+    sample: Tensor
+    validation: list[Tensor] = field(default_factory=list)
+
+
+def _make_data(
+    pair: Pair,
+    x: Any,
+    validation: float | int | Tensor,
+    batch_size: int,
+    binarize: bool,
+    device: torch.device,
+    seed: int,
+) -> _Data:
+    dtype = next((p.dtype for p in pair.parameters()), torch.get_default_dtype())
+
+    def place(rows: Tensor) -> Tensor:
+        return rows.to(device, dtype, non_blocking=True)
+
+    def draw(rows: Tensor) -> Tensor:
+        return torch.bernoulli(rows) if binarize else rows
+
+    held_out: Tensor | None = None
+    data_dim = getattr(pair, "data_dim", None)
+    if isinstance(validation, Tensor):
+        held_out = check_data(validation, "validation", data_dim=data_dim)
+    if isinstance(x, DataLoader):
+        if held_out is None and validation:
+            raise ValueError("validation: with a DataLoader, pass the held-out data themselves, as a tensor.")
+        data = _loader_data(x, lambda rows: draw(place(rows)))
+        check_data(data.sample, data_dim=data_dim)
+    else:
+        rows = check_data(x, data_dim=data_dim, at_least=2)
+        if held_out is None and validation:
+            rows, held_out = _split(rows, validation, seed)
+        rows = place(rows)
+
+        def batches() -> Iterator[Tensor]:
+            for index in torch.randperm(len(rows), device=device).split(batch_size):
+                yield draw(rows[index])
+
+        data = _Data(batches, len(rows), math.ceil(len(rows) / batch_size), rows)
+    check_pair(pair, data.sample, binarize=binarize)
+    data.sample = draw(data.sample)
+    if held_out is not None:
+        held_out = place(held_out)
+        check_pair(pair, held_out, "validation", binarize=binarize)
+        data.validation = list(draw(held_out).split(batch_size))
+    return data
+
+
+def _split(rows: Tensor, validation: float | int, seed: int) -> tuple[Tensor, Tensor]:
+    count = round(validation * len(rows)) if isinstance(validation, float) else validation
+    if isinstance(validation, bool) or not 0 < count < len(rows):
+        raise ValueError(
+            f"validation: expected a share between 0 and 1, or a count below the {len(rows)} data; got {validation!r}."
+        )
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).to(rows.device)
+    return rows[order[count:]], rows[order[:count]]
+
+
+def _loader_data(loader: DataLoader, place: Callable[[Tensor], Tensor]) -> _Data:
+    def raw() -> Iterator[Tensor]:
+        for batch in loader:
+            rows = batch[0] if isinstance(batch, list | tuple) else batch
+            if not isinstance(rows, Tensor):
+                raise TypeError(
+                    f"x: expected the DataLoader to yield tensors of shape (batch, D); got {type(rows).__name__}."
+                )
+            yield rows
+
+    try:
+        size = len(loader.dataset) if not loader.drop_last else len(loader) * (loader.batch_size or 1)  # type: ignore[arg-type]
+        steps = len(loader)
+    except TypeError as error:
+        raise ValueError(
+            "x: expected a DataLoader over a data set with a length; its objective needs the number of data."
+        ) from error
+    sample: list[Tensor] = []
+    for rows in raw():
+        sample.append(check_data(rows))
+        if sum(map(len, sample)) >= 10_000:
+            break
+    if not sample:
+        raise ValueError("x: expected at least one batch; the DataLoader is empty.")
+    return _Data(lambda: map(place, raw()), size, steps, torch.cat(sample).to(place(sample[0]).device))
+
+
+# The run ------------------------------------------------------------------------------------------------------------------
+
+
+class _Run:
+    """Everything that changes while a pair is trained; ``state`` and ``restore`` hold all of it."""
+
+    def __init__(
+        self,
+        pair: Pair,
+        loss: ELBO,
+        data: _Data,
+        optimizer: Callable[[list[Tensor]], Optimizer] | None,
+        lr: float,
+        schedule: str,
+        epochs: int,
+        initialize: bool,
+    ) -> None:
+        self.pair, self.data, self.lr, self.factor = pair, data, lr, SCHEDULES[schedule]
+        if initialize and pair.initialize is not None:
+            pair.initialize(data.sample)
+        parameters = [p for p in pair.parameters() if p.requires_grad]
+        if not parameters:
+            raise ValueError(f"pair: {type(pair).__name__} has no parameters to train.")
+        make = optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=lr, fused=True))
+        self.optimizer = make(parameters)
+        self.base_lrs = [
+            lr * group["lr"] / self.optimizer.param_groups[0]["lr"] for group in self.optimizer.param_groups
+        ]
+        self.svi = SVI(pair.model, pair.guide, self.optimizer, loss)
+        self.total_steps = epochs * data.steps_per_epoch
+        self.epoch = self.step = 0
+        self.seconds = 0.0
+        self.history: list[dict[str, float]] = []
+        self.best: dict[str, Any] | None = None
+
+    def state(self) -> dict[str, Any]:
+        random = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {
+            "pair": {name: value.detach().clone() for name, value in self.pair.state_dict().items()},
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "random": random,
+            "epoch": self.epoch,
+            "step": self.step,
+            "seconds": self.seconds,
+            "history": list(self.history),
+            "best": self.best,
+            "total_steps": self.total_steps,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        if state["total_steps"] != self.total_steps:
+            raise ValueError(
+                f"resume: the checkpoint is of a run of {state['total_steps']} steps, and these options make "
+                f"{self.total_steps}. Resume with the data, epochs and batch size that the run was started with."
+            )
+        self.pair.load_state_dict(state["pair"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"]["cpu"].cpu())
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random"]["cuda"].cpu(), self.device)
+        self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
+        self.history, self.best = list(state["history"]), state["best"]
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.sample.device
+
+    def take_step(self, batch: Tensor) -> Tensor:
+        """One update; returns the bound before it, nats per datum."""
+        factor = self.factor(self.step / self.total_steps)
+        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = base * factor
+        with DatasetSize(self.data.size), poutine.scale(scale=1 / self.data.size):
+            loss = self.svi.step(batch)
+        self.step += 1
+        return -loss
+
+    def validation_bound(self) -> float:
+        """The bound on the held-out data, nats per datum, with the same noise at every call."""
+        size = sum(map(len, self.data.validation))
+        total = torch.zeros((), device=self.device)
+        with _seeded(0, self.device), DatasetSize(size), poutine.scale(scale=1 / size):
+            for batch in self.data.validation:
+                total -= self.svi.evaluate_loss(batch) * (len(batch) / size)
+        return float(total)
+
+    def go(
+        self,
+        epochs: int,
+        patience: int | None,
+        progress: bool | None,
+        checkpoint: Path | None,
+        device: torch.device,
+    ) -> FitResult:
+        good, written = self.state(), 0.0
+        stopped = False
+        bar = tqdm(
+            total=epochs,
+            initial=self.epoch,
+            unit="epoch",
+            disable=None if progress is None else not progress,
+            leave=False,
+        )
+        try:
+            with bar:
+                while self.epoch < epochs and not (stopped := self._is_stuck(patience)):
+                    start = time.perf_counter()
+                    row = self._one_epoch(good)
+                    self.seconds += time.perf_counter() - start
+                    row["seconds"] = self.seconds
+                    self.history.append(row)
+                    good = self.state()
+                    if checkpoint is not None and time.monotonic() - written > SECONDS_BETWEEN_CHECKPOINTS:
+                        save_state(checkpoint, good)
+                        written = time.monotonic()
+                    shown = {"train": f"{row['train_bound']:.2f}"}
+                    if "validation_bound" in row:
+                        shown["validation"] = f"{row['validation_bound']:.2f}"
+                    bar.set_postfix(shown | {"unit": "nats/datum"})
+                    bar.update()
+        except KeyboardInterrupt:
+            self.restore(good)
+            raise
+        finally:
+            if checkpoint is not None:
+                save_state(checkpoint, good)
+        if patience is not None and self.best is not None:
+            self.pair.load_state_dict(self.best["pair"])
+        return FitResult(self.history, self.seconds, self.step, stopped, str(device))
+
+    def _is_stuck(self, patience: int | None) -> bool:
+        return patience is not None and self.best is not None and self.epoch - self.best["epoch"] >= patience
+
+    def _one_epoch(self, good: dict[str, Any]) -> dict[str, float]:
+        total = torch.zeros((), device=self.device)
+        weight = 0
+        for batch in self.data.batches():
+            bound = self.take_step(batch)
+            total += bound * len(batch)
+            weight += len(batch)
+            # Reading the bound waits for a GPU: there, look once an epoch.
+            if self.device.type == "cpu" and not math.isfinite(bound):
+                self._explain_divergence(good)
+        train_bound = float(total) / weight
+        self.epoch += 1
+        row = {"epoch": self.epoch, "step": self.step, "train_bound": train_bound}
+        if not math.isfinite(train_bound) or not self._weights_are_finite():
+            self._explain_divergence(good)
+        if self.data.validation:
+            row["validation_bound"] = bound_now = self.validation_bound()
+            if self.best is None or bound_now > self.best["bound"]:
+                weights = {name: value.detach().clone() for name, value in self.pair.state_dict().items()}
+                self.best = {"bound": bound_now, "epoch": self.epoch, "pair": weights}
+        row["lr"] = self.optimizer.param_groups[0]["lr"]
+        return row
+
+    def _weights_are_finite(self) -> bool:
+        return all(bool(torch.isfinite(p).all()) for p in self.pair.parameters())
+
+    def _explain_divergence(self, good: dict[str, Any]) -> None:
+        """Go back to the last good state and repeat the steps one by one, to stop before the bad one and name it."""
+        self.restore(good)
+        for batch in self.data.batches():
+            weights = {name: value.detach().clone() for name, value in self.pair.state_dict().items()}
+            random = torch.get_rng_state()
+            bound = self.take_step(batch)
+            if math.isfinite(bound) and self._weights_are_finite():
+                continue
+            self.pair.load_state_dict(weights)
+            torch.set_rng_state(random)
+            what = "a gradient" if math.isfinite(bound) else "the loss"
+            site = first_nonfinite_site(self.svi, batch)
+            where = f" at site '{site}'" if site else ""
+            raise TrainingDiverged(
+                f"{what} turned NaN or infinite at step {self.step} (epoch {self.epoch + 1}){where}. The pair keeps the weights "
+                f"before it. Try a lower lr (now {self.lr:g}), or look at that site's distribution for a scale near 0 or "
+                "a log of 0."
+            )
+        raise TrainingDiverged(
+            f"the loss turned NaN or infinite in epoch {self.epoch + 1}; it did not when that was repeated."
+        )
