@@ -16,7 +16,7 @@ from pyrovae.pair import Pair
 if TYPE_CHECKING:
     from pyrovae.infer.svi import SVI
 
-__all__ = ["check_pair", "first_nonfinite_site"]
+__all__ = ["check_pair", "first_nonfinite_site", "observed_support"]
 
 
 def check_pair(pair: Pair, x: Tensor, argument: str = "x", *, binarize: bool = False) -> None:
@@ -53,6 +53,20 @@ def check_pair(pair: Pair, x: Tensor, argument: str = "x", *, binarize: bool = F
         Structure.of(pair.model, pair.guide, (few,), {})
 
 
+def observed_support(pair: Pair, few: Tensor) -> constraints.Constraint | None:
+    """The support of one feature at the site that observes ``few``; None where no site does."""
+    with torch.random.fork_rng([]), torch.no_grad(), pyro.validation_enabled(False):
+        trace = poutine.trace(pair.model).get_trace(few)
+    for site in trace.nodes.values():
+        if site["type"] == "sample" and site["is_observed"] and site["value"] is few:
+            return _of_one_feature(site["fn"].support)
+    return None
+
+
+def _of_one_feature(support: constraints.Constraint) -> constraints.Constraint:
+    return getattr(support, "base_constraint", support)
+
+
 def _unconstrained(value: Any) -> Any:
     return value.unconstrained() if hasattr(value, "unconstrained") else value
 
@@ -62,12 +76,11 @@ def _check_support(x: Tensor, argument: str, name: str, support: constraints.Con
     if bool(inside.all()):
         return
     message = (
-        f"{argument}: expected values in the support of site '{name}', {support}; got values from {x.min():g} to {x.max():g}, "
+        f"{argument}: expected values in the support of site '{name}', {_of_one_feature(support)}; got values from {x.min():g} to {x.max():g}, "
         f"outside it in {int((~inside).sum())} of {inside.numel()} data."
     )
-    base = getattr(support, "base_constraint", support)
-    if base is constraints.boolean and bool(((x >= 0) & (x <= 1)).all()):
-        message += " These are grey pixels: pass binarize=True (on the command line, --binarize) to draw each as 0 or 1 at every use."
+    if _of_one_feature(support) is constraints.boolean and bool(((x >= 0) & (x <= 1)).all()):
+        message += " These are grey pixels: pass binarize=True (on the command line, --binarize dynamic) to draw each as 0 or 1 at every use, or choose a likelihood over [0, 1]."
     raise ValueError(message)
 
 

@@ -105,6 +105,7 @@ def fit(
     progress: bool | None = None,
     checkpoint: str | Path | None = None,
     resume: bool = False,
+    on_start: Callable[[], object] | None = None,
 ) -> FitResult:
     """Train a pair by stochastic variational inference.
 
@@ -130,6 +131,7 @@ def fit(
         progress: show a bar; None shows it on a terminal.
         checkpoint: a file to keep the whole training state in, written every few seconds and at the end of it all.
         resume: go on from ``checkpoint``, exactly as if the run had not stopped.
+        on_start: called once, after every check and before anything is trained or written.
 
     Raises:
         TypeError, ValueError: bad data or options, before training starts.
@@ -160,6 +162,8 @@ def fit(
             run = _Run(pair, objective, data, optimizer, lr, schedule, epochs, initialize and state is None)
             if state is not None:
                 run.restore(state)
+            if on_start is not None:
+                on_start()
             return run.go(
                 epochs, patience, progress, Path(checkpoint) if checkpoint is not None else None, device
             )

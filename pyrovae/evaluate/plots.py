@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from pyrovae.infer import log_weights
 from pyrovae.pair import Pair
 
 __all__ = [
+    "plot_densities",
     "plot_density",
     "plot_history",
     "plot_images",
@@ -73,9 +75,7 @@ def plot_images(
     return figure
 
 
-def plot_samples(
-    pair: Pair, x: Tensor, *, image_shape: tuple[int, int] | None = None, seed: int = 0
-) -> Figure:
+def plot_samples(pair: Pair, x: Tensor, *, image_shape: tuple[int, int] | None = None, seed: int = 0) -> Figure:
     """New data from the model: images (as pixel means), or beside the data in their first two principal components."""
     if image_shape is not None:
         means = sample(pair, 100, mean=True, data_dim=x.shape[1], seed=seed)
@@ -119,9 +119,7 @@ def plot_samples(
     return figure
 
 
-def plot_reconstructions(
-    pair: Pair, x: Tensor, *, image_shape: tuple[int, int] | None = None, seed: int = 0
-) -> Figure:
+def plot_reconstructions(pair: Pair, x: Tensor, *, image_shape: tuple[int, int] | None = None, seed: int = 0) -> Figure:
     """Images: rows of data, each above its reconstruction. Otherwise reconstructed against observed features."""
     if image_shape is not None:
         rows = x[:40]
@@ -131,18 +129,14 @@ def plot_reconstructions(
             for start in range(0, len(rows), 10)
             for part in (rows[start : start + 10], means[start : start + 10].to(rows.device))
         ]
-        return plot_images(
-            torch.cat(pairs), image_shape, title="Data (odd rows) and their reconstructions (even rows)"
-        )
+        return plot_images(torch.cat(pairs), image_shape, title="Data (odd rows) and their reconstructions (even rows)")
     rows = x[:1000]
     means = reconstruct(pair, rows, seed=seed).cpu()
     rows = rows.cpu()
     loc, scale = rows.mean(0), rows.std(0).clamp(min=1e-12)
     figure = _figure(5, 5)
     axes = figure.subplots()
-    axes.scatter(
-        ((rows - loc) / scale).flatten(), ((means - loc) / scale).flatten(), s=6, alpha=0.4, color=DATA
-    )
+    axes.scatter(((rows - loc) / scale).flatten(), ((means - loc) / scale).flatten(), s=6, alpha=0.4, color=DATA)
     limits = [float(((rows - loc) / scale).min()), float(((rows - loc) / scale).max())]
     axes.plot(limits, limits, color=MODEL, linewidth=1, label="perfect")
     axes.set(
@@ -154,37 +148,45 @@ def plot_reconstructions(
     return figure
 
 
-@torch.no_grad()
-def plot_density(
-    pair: Pair, x: Tensor, *, num_samples: int = 100, resolution: int = 120, seed: int = 0
-) -> Figure:
+def plot_density(pair: Pair, x: Tensor) -> Figure:
     """2-D data and the fitted density: exact where the pair has ``log_prob``, else by importance sampling."""
+    figure = plot_densities({"Data and fitted density": pair}, x, width=6, height=5)
+    figure.axes[0].legend()
+    return figure
+
+
+def plot_densities(pairs: dict[str, Pair], x: Tensor, *, width: float = 4.5, height: float = 4) -> Figure:
+    """:func:`plot_density` of several pairs by title, side by side."""
+    figure = _figure(width * len(pairs), height)
+    for axes, (title, pair) in zip(np.atleast_1d(figure.subplots(1, len(pairs))), pairs.items(), strict=True):
+        _draw_density(axes, pair, x)
+        axes.set_title(title)
+    return figure
+
+
+@torch.no_grad()
+def _draw_density(axes: Axes, pair: Pair, x: Tensor, num_samples: int = 100, resolution: int = 120) -> None:
     low, high = x.min(0).values, x.max(0).values
     margin = 0.15 * (high - low).clamp(min=1e-6)
     first, second = (
-        torch.linspace(float(a), float(b), resolution, dtype=x.dtype)
-        for a, b in zip(low - margin, high + margin, strict=True)
+        torch.linspace(float(a), float(b), resolution) for a, b in zip(low - margin, high + margin, strict=True)
     )
-    grid = torch.cartesian_prod(first, second).to(x.device)
+    parameter = next(pair.parameters())
+    grid = torch.cartesian_prod(first, second).to(parameter.device, parameter.dtype)
     if pair.log_prob is not None:
         log_density = pair.log_prob(grid)
     else:
         with torch.random.fork_rng():
-            torch.manual_seed(seed)
+            torch.manual_seed(0)
             weights = [
-                log_weights(pair.model, pair.guide, rows, num_particles=num_samples)
-                for rows in grid.split(1000)
+                log_weights(pair.model, pair.guide, rows, num_particles=num_samples) for rows in grid.split(1000)
             ]
         log_density = torch.cat([torch.logsumexp(w, 0) for w in weights], -1) - math.log(num_samples)
     density = log_density.reshape(resolution, resolution).T.exp().cpu()
-    figure = _figure(6, 5)
-    axes = figure.subplots()
     axes.contourf(first, second, density, levels=20, cmap="Blues")
     axes.contour(first, second, density, levels=8, colors="white", linewidths=0.5)
     axes.scatter(*x.T.cpu().numpy(), s=10, color=MODEL, alpha=0.7, linewidth=0, label="data")
-    axes.set(xlabel="feature 1", ylabel="feature 2", title="Data and fitted density")
-    axes.legend()
-    return figure
+    axes.set(xlabel="feature 1", ylabel="feature 2")
 
 
 def plot_manifold(
@@ -210,9 +212,7 @@ def plot_latents(pair: Pair, x: Tensor, name: str, *, labels: Tensor | None = No
     means = latents(pair, x, mean=True, seed=seed)[name].cpu().numpy()
     figure = _figure(6, 5)
     axes = figure.subplots()
-    options: dict[str, Any] = (
-        {"color": DATA} if labels is None else {"c": labels.cpu().numpy(), "cmap": "tab10"}
-    )
+    options: dict[str, Any] = {"color": DATA} if labels is None else {"c": labels.cpu().numpy(), "cmap": "tab10"}
     points = axes.scatter(*means.T, s=8, alpha=0.7, linewidth=0, **options)
     if labels is not None:
         axes.legend(*points.legend_elements(), title="label", loc="best", fontsize="small")

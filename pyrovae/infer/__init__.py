@@ -1,6 +1,6 @@
 """Inference: importance weights, objectives, the SVI step and exact EM. Nothing here knows a particular model."""
 
-# EM-IMPORT
+from pyrovae.infer.em import EMResult, fit_em
 from pyrovae.infer.log_weights import LogWeightTerms, log_weight_terms, log_weights
 from pyrovae.infer.losses import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, renyi_bound
 from pyrovae.infer.svi import SVI, DatasetSize
@@ -12,13 +12,13 @@ __all__ = [
     "LOSSES",
     "SVI",
     "DatasetSize",
-    # "EMResult",
+    "EMResult",
     "LogWeightTerms",
     "RenyiELBO",
     "TraceEnum_ELBO",
     "TraceMeanField_ELBO",
     "Trace_ELBO",
-    # "fit_em",
+    "fit_em",
     "log_weight_terms",
     "log_weights",
     "renyi_bound",

@@ -1,0 +1,309 @@
+"""Gaussian mixture: z ~ Categorical(π), x | z ~ N(μ_z, Σ_z)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroParam
+from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.runtime import _PYRO_STACK
+from torch import Tensor, nn
+from torch.distributions import constraints
+from torch.linalg import solve_triangular
+
+from pyrovae.checks import check_choice, check_data, check_positive
+from pyrovae.networks import MLP
+from pyrovae.pair import Pair
+
+if TYPE_CHECKING:
+    from pyro.infer import ELBO
+
+__all__ = ["GMM"]
+
+
+class GMM(Pair):
+    """A mixture of K Gaussians, p(x) = Σ_k π_k N(x | μ_k, Σ_k).
+
+    It trains in three ways: by SVI with the component summed out (no guide site), by SVI with an amortized
+    guide q(z | x) = Categorical(logits = network(x)), and by exact EM (:func:`pyrovae.fit_em`).
+
+    Parameters: ``weights`` (K,), ``loc`` (K, D) and ``scale``, whose form depends on ``covariance``:
+
+    ============= ======================== =========
+    covariance    scale                    shape
+    ============= ======================== =========
+    ``full``      Cholesky factors         (K, D, D)
+    ``tied``      one Cholesky factor      (1, D, D)
+    ``diag``      standard deviations      (K, D)
+    ``spherical`` standard deviations      (K, 1)
+    ============= ======================== =========
+
+    Args:
+        num_components: K.
+        data_dim: D.
+        covariance: ``full``, ``tied``, ``diag`` or ``spherical``.
+        amortized: the guide is a network; otherwise there is none and the component is always summed out.
+        hidden_dims: the network's hidden layers.
+
+    Raises:
+        TypeError, ValueError: K or D is not a positive whole number; an unknown covariance.
+
+    References:
+        Dempster, Laird and Rubin (1977), Maximum likelihood from incomplete data via the EM algorithm.
+    """
+
+    batched_em = True
+    """The EM methods take parameters with leading dimensions, one row a restart: see ``fit_em``."""
+
+    covariance_floor = 1e-6
+    """In EM no component's variance, in any direction, falls below this fraction of the data's. Without a floor
+    the likelihood is unbounded: a component that shrinks onto one point has infinite density there."""
+
+    floored: Tensor
+    """(K,) which components the last M step held at the floor."""
+
+    def __init__(
+        self,
+        num_components: int,
+        data_dim: int,
+        *,
+        covariance: str = "full",
+        amortized: bool = False,
+        hidden_dims: Sequence[int] = (32,),
+    ) -> None:
+        super().__init__()
+        check_positive("num_components", num_components, integer=True)
+        check_positive("data_dim", data_dim, integer=True)
+        check_choice("covariance", covariance, ("full", "tied", "diag", "spherical"))
+        self.num_components = num_components
+        self.data_dim = data_dim
+        self.covariance = covariance
+        self.amortized = amortized
+
+        self._has_matrices = covariance in ("full", "tied")
+        rows = 1 if covariance == "tied" else num_components
+        columns = 1 if covariance == "spherical" else data_dim
+        if self._has_matrices:
+            scale = PyroParam(torch.eye(data_dim).repeat(rows, 1, 1), constraints.lower_cholesky)
+        else:
+            scale = PyroParam(torch.ones(rows, columns), constraints.positive)
+        self.weights = PyroParam(torch.full((num_components,), 1 / num_components), constraints.simplex)
+        self.loc = nn.Parameter(torch.randn(num_components, data_dim))
+        self.scale = scale
+        self.register_buffer("floored", torch.zeros(num_components, dtype=torch.bool), persistent=False)
+        if amortized:
+            self.encoder = MLP(data_dim, hidden_dims, num_components)
+            self.register_buffer("feature_loc", torch.zeros(data_dim))
+            self.register_buffer("feature_scale", torch.ones(data_dim))
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Categorical(self.weights), infer={"enumerate": "parallel"})
+            pyro.sample("x", self.component(z), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        if not self.amortized:
+            return
+        # Pyro's sampling losses warn about guide sites marked for enumeration: mark only when someone enumerates.
+        enumerated = any(isinstance(handler, EnumMessenger) for handler in _PYRO_STACK)
+        with pyro.plate("data", len(x), dim=-1):
+            logits = self.encoder((x - self.feature_loc) / self.feature_scale)
+            infer = {"enumerate": "parallel" if enumerated else None}
+            pyro.sample("z", dist.Categorical(logits=logits), infer=infer)
+
+    def component(self, z: Tensor) -> dist.TorchDistribution:
+        """p(x | z): batch shape ``z.shape``, event shape (D,)."""
+        scale = self.scale[0] if self.covariance == "tied" else self.scale[z]
+        if self._has_matrices:
+            return dist.MultivariateNormal(self.loc[z], scale_tril=scale)
+        return dist.Normal(self.loc[z], scale).to_event(1)
+
+    def default_loss(self) -> ELBO:
+        from pyrovae.infer import TraceEnum_ELBO
+
+        return TraceEnum_ELBO(max_plate_nesting=1)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Exact log p(x), (N, D) → (N,), nats."""
+        return self._log_joint(x)[0].logsumexp(-2)
+
+    def posterior(self, x: Tensor) -> dist.Categorical:
+        """Exact p(z | x), the responsibilities: a Categorical of batch shape (N,)."""
+        return dist.Categorical(logits=self._log_joint(x)[0].mT)
+
+    @property
+    def covariance_matrix(self) -> Tensor:
+        """(K, D, D)."""
+        scale = self.scale if self._has_matrices else self.scale.expand_as(self.loc).diag_embed()
+        return (scale @ scale.mT).expand(self.num_components, -1, -1)
+
+    @property
+    def num_parameters(self) -> int:
+        """Free parameters of the mixture, as BIC and AIC count them."""
+        k, d = self.num_components, self.data_dim
+        of_covariance = {
+            "full": k * d * (d + 1) // 2,
+            "tied": d * (d + 1) // 2,
+            "diag": k * d,
+            "spherical": k,
+        }
+        return k - 1 + k * d + of_covariance[self.covariance]
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor, *, seed: int | None = None) -> None:
+        """Start at K data that lie far apart (k-means++, on standardised features), with equal weights and, for
+        every component, the covariance of the data about the nearest of them.
+
+        Args:
+            x: (N, D).
+            seed: of the draw; without one, torch's global generator draws.
+
+        Raises:
+            ValueError: fewer data than components, or not finite data of shape (N, D).
+
+        References:
+            Arthur and Vassilvitskii (2007), k-means++: The advantages of careful seeding.
+        """
+        check_data(x, data_dim=self.data_dim)
+        if len(x) < self.num_components:
+            raise ValueError(
+                f"x: expected at least as many data as components; got {len(x)} data for num_components="
+                f"{self.num_components}. Lower num_components to {len(x)} or fewer."
+            )
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        x = x.detach().to(self.loc.device, torch.float64)
+        loc, variance = x.mean(0), _reference_variance(x.var(0, correction=0), x.mean(0))
+
+        y = x / variance.sqrt()
+        distance, nearest, centres = torch.full_like(y[:, 0], torch.inf), torch.zeros(len(y)).to(y).long(), []
+        for k in range(self.num_components):  # the next with probability proportional to the squared distance
+            odds = (distance if k else torch.ones_like(distance)).cumsum(0)
+            draw = torch.rand((), generator=generator, dtype=torch.float64).to(odds) * odds[-1]
+            centres.append(torch.searchsorted(odds, draw, right=True).clamp(max=len(y) - 1))
+            from_new = (y - y[centres[-1]]).square().sum(-1)
+            nearest = torch.where(from_new < distance, k, nearest)
+            distance = torch.minimum(distance, from_new)
+        seeds = x[torch.stack(centres)]
+
+        residual = x - seeds[nearest]
+        covariance = (residual.mT @ residual / len(x)).unsqueeze(0)
+        if not self._has_matrices:
+            covariance = self._average(covariance.diagonal(dim1=-2, dim2=-1))
+        self.weights = torch.full_like(self.weights, 1 / self.num_components)
+        self.loc.copy_(seeds)
+        self.scale = self._factor(covariance, variance)[0].to(self.loc).expand_as(self.scale)
+        self.floored.zero_()
+        if self.amortized:
+            self.feature_loc.copy_(loc)
+            self.feature_scale.copy_(variance.sqrt())
+
+    def expected_statistics(self, x: Tensor) -> dict[str, Tensor]:
+        """The E step: sums over data under p(z | x), which add over chunks of ``x``.
+
+        With responsibilities r_nk: ``count`` Σ_n r_nk, ``first`` Σ_n r_nk (x_n − μ_k), ``second``
+        Σ_n r_nk (x_n − μ_k)(x_n − μ_k)ᵀ (or the part of it that ``covariance`` needs), ``log_likelihood`` Σ_n log p(x_n).
+        Moments about the current means stay accurate where those about the origin would cancel.
+        """
+        log_joint, centred = self._log_joint(x)
+        log_prob = log_joint.logsumexp(-2, keepdim=True)
+        responsibility = (log_joint - log_prob).exp()
+        weighted = responsibility.unsqueeze(-2) * centred
+        if self._has_matrices:
+            second = weighted @ centred.mT
+            second = second.sum(-3, keepdim=True) if self.covariance == "tied" else second
+        else:
+            second = self._average((weighted * centred).sum(-1))
+        return {
+            "count": responsibility.sum(-1),
+            "first": weighted.sum(-1),
+            "second": second,
+            "log_likelihood": log_prob.sum((-2, -1)),
+        }
+
+    def maximize(self, statistics: dict[str, Tensor]) -> None:
+        """The M step: set the parameters that maximise the expected log joint, in closed form.
+
+        Variances are kept above ``covariance_floor``, relative to the data's. Clamping the eigenvalues is the
+        maximiser under that constraint, so the likelihood does not fall. A component without data stays as it is.
+        """
+        count, first, second = (statistics[name] for name in ("count", "first", "second"))
+        tiny = torch.finfo(count.dtype).tiny
+        size = count.clamp(min=tiny).unsqueeze(-1)
+        weights = count / count.sum(-1, keepdim=True)
+
+        shift = first / size  # from the old means to the new
+        loc = self.loc + shift
+        if self.covariance == "full":
+            covariance = second / size.unsqueeze(-1) - shift.unsqueeze(-1) * shift.unsqueeze(-2)
+        elif self.covariance == "tied":
+            covariance = (second - (first.mT @ shift).unsqueeze(-3)) / size.sum(-2).unsqueeze(-1).unsqueeze(
+                -1
+            )
+        else:
+            covariance = second / size - self._average(shift.square())
+
+        # The variance of the data is the mean of the components' variances plus the variance of their means.
+        mean = (weights.unsqueeze(-1) * loc).sum(-2)
+        within = covariance.diagonal(dim1=-2, dim2=-1) if self._has_matrices else covariance
+        spread = within + (loc - mean.unsqueeze(-2)).square()
+        variance = _reference_variance((weights.unsqueeze(-1) * spread).sum(-2), mean)
+
+        scale, floored = self._factor(covariance, variance)
+        empty = count < tiny
+        if self.covariance != "tied":
+            kept = empty.unsqueeze(-1).unsqueeze(-1) if self._has_matrices else empty.unsqueeze(-1)
+            scale, floored = torch.where(kept, self.scale, scale), floored & ~empty
+        self.weights = weights.clamp(min=1e-30)  # a zero would have an infinite logit
+        self.loc.data = loc
+        self.scale = scale
+        self.floored = floored.expand_as(count)
+
+    def _log_joint(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """log p(x, z = k), shape (..., K, N), and x − μ_k, shape (..., K, D, N)."""
+        if x.shape[-1] != self.data_dim:
+            raise ValueError(f"x: expected shape (N, {self.data_dim}); got {tuple(x.shape)}.")
+        scale, centred = self.scale, x.mT - self.loc.unsqueeze(-1)
+        if self._has_matrices:
+            whitened = solve_triangular(scale, torch.eye(self.data_dim).to(scale), upper=False) @ centred
+            scale = scale.diagonal(dim1=-2, dim2=-1)
+        else:
+            whitened = centred / scale.unsqueeze(-1)
+        log_det = scale.log().expand_as(self.loc).sum(-1)
+        constant = self.weights.log() - log_det - 0.5 * self.data_dim * math.log(2 * math.pi)
+        return constant.unsqueeze(-1) - 0.5 * whitened.square().sum(-2), centred
+
+    def _average(self, variance: Tensor) -> Tensor:
+        """One variance for all features, if spherical."""
+        return variance.mean(-1, keepdim=True) if self.covariance == "spherical" else variance
+
+    def _factor(self, covariance: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """The ``scale`` of a covariance, and which components the floor changed. ``variance``: the data's, (..., D)."""
+        variance = self._average(variance).unsqueeze(-2)
+        if not self._has_matrices:
+            lowest = self.covariance_floor * variance
+            return torch.maximum(covariance, lowest).sqrt(), (covariance < lowest).any(-1)
+
+        unit = variance.sqrt().unsqueeze(-1)  # standardise: eigenvalues compare with the floor
+        correlation = covariance / (unit * unit.mT)
+        tril, failed = torch.linalg.cholesky_ex(correlation)
+        # The trace of the inverse bounds its largest eigenvalue: no decomposition while that is small.
+        trace = solve_triangular(tril, torch.eye(self.data_dim).to(tril), upper=False).square().sum((-2, -1))
+        floored = (failed > 0) | ~(trace <= 1 / self.covariance_floor)
+        if floored.any():
+            values, vectors = torch.linalg.eigh(correlation)
+            floored &= values[..., 0] < self.covariance_floor
+            raised = (vectors * values.clamp(min=self.covariance_floor).unsqueeze(-2)) @ vectors.mT
+            tril = torch.linalg.cholesky(torch.where(floored[..., None, None], raised, correlation))
+        return unit * tril, floored
+
+
+def _reference_variance(variance: Tensor, mean: Tensor) -> Tensor:
+    """The variances (..., D) that floors and standardisation refer to: a constant feature gets the others' mean."""
+    constant = variance <= (100 * torch.finfo(variance.dtype).eps * mean).square()
+    overall = variance.masked_fill(constant, 0).mean(-1, keepdim=True)
+    return torch.where(constant, torch.where(overall > 0, overall, 1), variance)
