@@ -241,9 +241,7 @@ class GMM(Pair):
         if self.covariance == "full":
             covariance = second / size.unsqueeze(-1) - shift.unsqueeze(-1) * shift.unsqueeze(-2)
         elif self.covariance == "tied":
-            covariance = (second - (first.mT @ shift).unsqueeze(-3)) / size.sum(-2).unsqueeze(-1).unsqueeze(
-                -1
-            )
+            covariance = (second - (first.mT @ shift).unsqueeze(-3)) / size.sum(-2).unsqueeze(-1).unsqueeze(-1)
         else:
             covariance = second / size - self._average(shift.square())
 

@@ -194,9 +194,7 @@ def _climb(
 ) -> list[_Run]:
     """EM from each start. Several starts are stacked along a leading dimension, which a run leaves as it ends."""
     stacked = len(starts) > 1
-    _assign(
-        work, {name: torch.stack([s[name] for s in starts]) for name in starts[0]} if stacked else starts[0]
-    )
+    _assign(work, {name: torch.stack([s[name] for s in starts]) for name in starts[0]} if stacked else starts[0])
     runs = [_Run() for _ in starts]
     active = runs  # the run in each row
 
@@ -263,18 +261,14 @@ def _choose_device(device: str | torch.device) -> torch.device:
 def _check_arguments(
     pair: Any, max_iter: Any, tol: Any, restarts: Any, initialize: bool, dtype: Any, chunk_size: Any
 ) -> None:
-    missing = [
-        name for name in ("expected_statistics", "maximize") if not callable(getattr(pair, name, None))
-    ]
+    missing = [name for name in ("expected_statistics", "maximize") if not callable(getattr(pair, name, None))]
     if missing:
         raise TypeError(
             f"pair: expected a pair with EM; {type(pair).__name__} has no {' and no '.join(missing)}. "
             "Define them, or train it by SVI: pyrovae.fit(pair, x)."
         )
     if initialize and not callable(getattr(pair, "initialize", None)):
-        raise TypeError(
-            f"pair: {type(pair).__name__} has no initialize(x). Define it, or pass initialize=False."
-        )
+        raise TypeError(f"pair: {type(pair).__name__} has no initialize(x). Define it, or pass initialize=False.")
     check_positive("max_iter", max_iter, integer=True)
     check_positive("restarts", restarts, integer=True)
     if chunk_size is not None:

@@ -53,7 +53,7 @@ class Structure:
             model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
         guide_trace, model_trace = prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
         enumerated = _check_sites_match(model_trace, guide_trace)
-        sites = list(_sample_sites(model_trace)) + list(_sample_sites(guide_trace))
+        sites = [s for t in (model_trace, guide_trace) for s in t.nodes.values() if s["type"] == "sample"]
         if is_validation_enabled():
             for trace in (guide_trace, model_trace):
                 trace.compute_log_prob()
@@ -73,7 +73,10 @@ def _same_random_state() -> Iterator[None]:
 
 
 def _sample_sites(trace: Trace) -> Iterator[dict[str, Any]]:
-    return (site for site in trace.nodes.values() if site["type"] == "sample")
+    """The sites with a density: ``pyro.deterministic`` makes a site too, which may lie in any plate."""
+    for site in trace.nodes.values():
+        if site["type"] == "sample" and not site["infer"].get("_deterministic"):
+            yield site
 
 
 def _check_sites_match(model_trace: Trace, guide_trace: Trace) -> tuple[str, ...]:

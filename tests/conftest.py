@@ -1,0 +1,56 @@
+"""What all tests share: process globals are guarded, CUDA tests skip where there is no CUDA."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyro
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def guard_globals() -> Iterator[None]:
+    """Each test starts from the same random state and leaves every process-wide setting as it was."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    settings = pyro.settings.get()
+    dtype, threads, grad = torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    yield
+    pyro.clear_param_store()
+    pyro.settings.set(**settings)
+    torch.set_default_dtype(dtype)
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(grad)
+    torch.set_rng_state(states[0])
+    np.random.set_state(states[1])  # noqa: NPY002
+    random.setstate(states[2])
+
+
+@pytest.fixture
+def float64(guard_globals: None) -> None:
+    """Double precision by default, for comparisons to rounding."""
+    torch.set_default_dtype(torch.float64)
+
+
+@pytest.fixture
+def data_dir() -> Path:
+    """The folder that ``PYROVAE_DATA`` names; without one the test skips."""
+    folder = os.environ.get("PYROVAE_DATA")
+    if not folder:
+        pytest.skip("needs the data folder that PYROVAE_DATA names")
+    return Path(folder)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(skip)
