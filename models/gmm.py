@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro.nn import PyroParam
 from pyro.poutine.enum_messenger import EnumMessenger
-from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.runtime import _PYRO_STACK, InferDict
 from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.linalg import solve_triangular
@@ -64,6 +64,8 @@ class GMM(Pair):
     """In EM no component's variance, in any direction, falls below this fraction of the data's. Without a floor
     the likelihood is unbounded: a component that shrinks onto one point has infinite density there."""
 
+    weights: Any  # reads as a Tensor, and so does scale
+    scale: Any
     floored: Tensor
     """(K,) which components the last M step held at the floor."""
 
@@ -88,13 +90,12 @@ class GMM(Pair):
         self._has_matrices = covariance in ("full", "tied")
         rows = 1 if covariance == "tied" else num_components
         columns = 1 if covariance == "spherical" else data_dim
-        if self._has_matrices:
-            scale = PyroParam(torch.eye(data_dim).repeat(rows, 1, 1), constraints.lower_cholesky)
-        else:
-            scale = PyroParam(torch.ones(rows, columns), constraints.positive)
         self.weights = PyroParam(torch.full((num_components,), 1 / num_components), constraints.simplex)
         self.loc = nn.Parameter(torch.randn(num_components, data_dim))
-        self.scale = scale
+        if self._has_matrices:
+            self.scale = PyroParam(torch.eye(data_dim).repeat(rows, 1, 1), constraints.lower_cholesky)
+        else:
+            self.scale = PyroParam(torch.ones(rows, columns), constraints.positive)
         self.register_buffer("floored", torch.zeros(num_components, dtype=torch.bool), persistent=False)
         if amortized:
             self.encoder = MLP(data_dim, hidden_dims, num_components)
@@ -113,7 +114,7 @@ class GMM(Pair):
         enumerated = any(isinstance(handler, EnumMessenger) for handler in _PYRO_STACK)
         with pyro.plate("data", len(x), dim=-1):
             logits = self.encoder((x - self.feature_loc) / self.feature_scale)
-            infer = {"enumerate": "parallel" if enumerated else None}
+            infer: InferDict = {"enumerate": "parallel"} if enumerated else {}
             pyro.sample("z", dist.Categorical(logits=logits), infer=infer)
 
     def component(self, z: Tensor) -> dist.TorchDistribution:
@@ -206,8 +207,8 @@ class GMM(Pair):
         """The E step: sums over data under p(z | x), which add over chunks of ``x``.
 
         With responsibilities r_nk: ``count`` Σ_n r_nk, ``first`` Σ_n r_nk (x_n − μ_k), ``second``
-        Σ_n r_nk (x_n − μ_k)(x_n − μ_k)ᵀ (or the part of it that ``covariance`` needs), ``log_likelihood`` Σ_n log p(x_n).
-        Moments about the current means stay accurate where those about the origin would cancel.
+        Σ_n r_nk (x_n − μ_k)(x_n − μ_k)ᵀ, or the part of it that ``covariance`` needs, and ``log_likelihood``
+        Σ_n log p(x_n). Moments about the current means stay accurate where those about the origin would cancel.
         """
         log_joint, centred = self._log_joint(x)
         log_prob = log_joint.logsumexp(-2, keepdim=True)

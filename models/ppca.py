@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -42,6 +43,9 @@ class PPCA(Pair):
     """In EM the noise variance does not fall below this fraction of the data's mean variance: where the data lie in
     Q dimensions, the likelihood is unbounded."""
 
+    noise_variance: Any  # reads as a Tensor, and so does guide_scale_tril
+    guide_scale_tril: Any
+
     def __init__(self, data_dim: int, latent_dim: int) -> None:
         super().__init__()
         check_positive("data_dim", data_dim, integer=True)
@@ -79,18 +83,13 @@ class PPCA(Pair):
         posterior mean m = M⁻¹ Wᵀ (x − μ) the squared distance is |x − μ − W m|² / σ² + |m|²: sums of squares only,
         where Woodbury's difference would cancel.
         """
-        tril = self._gram_tril()
-        latent = self._posterior_mean(x, tril)
-        residual = x - self.loc - latent @ self.weight.mT
-        log_det = (self.data_dim - self.latent_dim) * self.noise_variance.log() + 2 * tril.diagonal().log().sum()
-        distance = residual.square().sum(-1) / self.noise_variance + latent.square().sum(-1)
-        return -0.5 * (self.data_dim * math.log(2 * math.pi) + log_det + distance)
+        mean, tril = self._posterior(x)
+        return self._log_prob(x, mean, tril)
 
     def posterior(self, x: Tensor) -> dist.MultivariateNormal:
         """Exact p(z | x) = N(M⁻¹ Wᵀ (x − μ), σ² M⁻¹): batch shape (N,), event shape (Q,)."""
-        tril = self._gram_tril()
-        covariance = self.noise_variance * torch.cholesky_inverse(tril)
-        return dist.MultivariateNormal(self._posterior_mean(x, tril), covariance)
+        mean, tril = self._posterior(x)
+        return dist.MultivariateNormal(mean, self.noise_variance * torch.cholesky_inverse(tril))
 
     @torch.no_grad()
     def initialize(self, x: Tensor, *, seed: int | None = None) -> None:
@@ -143,8 +142,8 @@ class PPCA(Pair):
         noise_variance = values[self.latent_dim :].sum() / (self.data_dim - self.latent_dim)
         if not noise_variance > 1e-14 * values.sum():
             raise ValueError(
-                f"x: expected data that vary in more than latent_dim={self.latent_dim} dimensions; {len(x)} data of shape "
-                f"{tuple(x.shape)} do not, and leave no noise variance. Lower latent_dim, or add data."
+                f"x: expected data that vary in more than latent_dim={self.latent_dim} dimensions; these {len(x)} "
+                f"data of {self.data_dim} features leave no variance for the noise. Lower latent_dim, or add data."
             )
         leading = vectors[:, : self.latent_dim]
         sign = leading.gather(0, leading.abs().argmax(0, keepdim=True)).sign()  # eigenvectors have none of their own
@@ -158,10 +157,11 @@ class PPCA(Pair):
     @torch.no_grad()
     def match_guide(self) -> None:
         """Set the guide to the exact posterior; the ELBO then equals the log likelihood, sample by sample."""
-        posterior = self.posterior(self.feature_loc.unsqueeze(0))
-        self.guide_weight.copy_(torch.cholesky_solve(self.weight.mT, self._gram_tril()) * self.feature_scale)
-        self.guide_loc.copy_(posterior.loc[0])
-        self.guide_scale_tril = posterior.scale_tril[0]
+        at_loc = self.feature_loc.unsqueeze(0)
+        _, tril = self._posterior(at_loc)
+        self.guide_weight.copy_(torch.cholesky_solve(self.weight.mT, tril) * self.feature_scale)
+        self.guide_loc.copy_(self.posterior(at_loc).loc[0])
+        self.guide_scale_tril = self.posterior(at_loc).scale_tril[0]
 
     def expected_statistics(self, x: Tensor) -> dict[str, Tensor]:
         """The E step: sums over data under p(z | x), which add over chunks of ``x``.
@@ -169,16 +169,16 @@ class PPCA(Pair):
         With c = x − μ about the present ``loc`` and ẑ = (z, 1): ``xz`` Σ c E[ẑ]ᵀ (D, Q+1), ``zz`` Σ E[ẑ ẑᵀ] (Q+1, Q+1),
         ``xx`` Σ |c|², ``log_likelihood`` Σ log p(x).
         """
-        tril = self._gram_tril()
+        mean, tril = self._posterior(x)
         centred = x - self.loc
-        latent = nn.functional.pad(self._posterior_mean(x, tril), (0, 1), value=1.0)
+        latent = nn.functional.pad(mean, (0, 1), value=1.0)
         zz = latent.mT @ latent
         zz[:-1, :-1] += len(x) * self.noise_variance * torch.cholesky_inverse(tril)
         return {
             "xz": centred.mT @ latent,
             "zz": zz,
             "xx": centred.square().sum(),
-            "log_likelihood": self.log_prob(x).sum(),
+            "log_likelihood": self._log_prob(x, mean, tril).sum(),
         }
 
     def maximize(self, statistics: dict[str, Tensor]) -> None:
@@ -192,16 +192,19 @@ class PPCA(Pair):
         self.loc.data = self.loc + coefficients[:, -1]
         self.noise_variance = torch.maximum(noise_variance, self.noise_floor * variance)
 
-    def _gram_tril(self) -> Tensor:
-        """The Cholesky factor of M = Wᵀ W + σ² I, (Q, Q)."""
-        gram = self.weight.mT @ self.weight
-        return torch.linalg.cholesky(gram + self.noise_variance * torch.eye(self.latent_dim).to(gram))
-
-    def _posterior_mean(self, x: Tensor, tril: Tensor) -> Tensor:
-        """M⁻¹ Wᵀ (x − μ), (N, Q)."""
+    def _posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean of p(z | x), (N, Q), and the Cholesky factor of M = Wᵀ W + σ² I, (Q, Q)."""
         if x.shape[-1] != self.data_dim:
             raise ValueError(f"x: expected shape (N, {self.data_dim}); got {tuple(x.shape)}.")
-        return torch.cholesky_solve(self.weight.mT @ (x - self.loc).mT, tril).mT
+        gram = self.weight.mT @ self.weight
+        tril = torch.linalg.cholesky(gram + self.noise_variance * torch.eye(self.latent_dim).to(gram))
+        return torch.cholesky_solve(((x - self.loc) @ self.weight).mT, tril).mT, tril
+
+    def _log_prob(self, x: Tensor, mean: Tensor, tril: Tensor) -> Tensor:
+        residual = x - self.loc - mean @ self.weight.mT
+        log_det = (self.data_dim - self.latent_dim) * self.noise_variance.log() + 2 * tril.diagonal().log().sum()
+        distance = residual.square().sum(-1) / self.noise_variance + mean.square().sum(-1)
+        return -0.5 * (self.data_dim * math.log(2 * math.pi) + log_det + distance)
 
     def _double(self, x: Tensor) -> Tensor:
         x = check_data(x, data_dim=self.data_dim)

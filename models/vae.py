@@ -7,9 +7,11 @@ from typing import Literal
 
 import pyro
 import pyro.distributions as dist
+from pyro.infer import ELBO
 from torch import Tensor
 
 from pyrovae.checks import check_choice, check_positive
+from pyrovae.infer import TraceMeanField_ELBO
 from pyrovae.networks import (
     BernoulliNetwork,
     ContinuousBernoulliNetwork,
@@ -43,7 +45,7 @@ class VAE(Pair):
     def __init__(
         self,
         data_dim: int,
-        latent_dim: int = 8,
+        latent_dim: int = 50,
         *,
         hidden_dims: Sequence[int] = (200, 200),
         likelihood: Literal["bernoulli", "normal", "continuous-bernoulli"] = "bernoulli",
@@ -70,3 +72,7 @@ class VAE(Pair):
     def initialize(self, x: Tensor) -> None:
         """Start the decoder at the data's mean."""
         self.decoder.initialize(x)
+
+    def default_loss(self) -> ELBO:
+        """The ELBO with its KL in closed form: the same bound, with less noise."""
+        return TraceMeanField_ELBO()

@@ -20,6 +20,8 @@ def save_state(path: str | Path, state: dict[Any, Any]) -> None:
     tree = json.dumps(_encode(state, tensors))
     temporary = Path(f"{path}.tmp")
     save_file(tensors, temporary, metadata={"pyrovae_state": tree})
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())  # on the disk before its name is
     os.replace(temporary, path)
 
 
@@ -36,9 +38,12 @@ def load_state(path: str | Path) -> dict[Any, Any]:
         with safe_open(path, framework="pt") as file:
             tree = (file.metadata() or {})["pyrovae_state"]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return _decode(json.loads(tree), tensors)
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        state = _decode(json.loads(tree), tensors)
+        if not isinstance(state, dict):
+            raise TypeError(f"a {type(state).__name__} where a state should be")
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"path: {path} is damaged or is no pyrovae checkpoint ({error}).") from error
+    return state
 
 
 def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -46,9 +51,7 @@ def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
         name = str(len(tensors))
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {"tensor": name}
-    if isinstance(
-        value, dict
-    ):  # as pairs: JSON would turn the integer keys of an optimizer's state into strings
+    if isinstance(value, dict):  # as pairs: JSON would turn the integer keys of an optimizer's state into strings
         return {"dict": [[key, _encode(item, tensors)] for key, item in value.items()]}
     if isinstance(value, list | tuple):
         return [_encode(item, tensors) for item in value]

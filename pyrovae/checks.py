@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,7 +28,7 @@ def check_positive(argument: str, value: Any, *, integer: bool = False) -> None:
     kind = "a whole number, 1 or more" if integer else "a number above 0"
     if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
         raise TypeError(f"{argument}: expected {kind}; got {value!r}.")
-    if not value > 0:
+    if not 0 < value < math.inf:
         raise ValueError(f"{argument}: expected {kind}; got {value}.")
 
 
@@ -62,9 +63,7 @@ def check_data(x: Any, argument: str = "x", *, data_dim: int | None = None, at_l
             f"Flatten each datum: {argument}.reshape(len({argument}), -1)."
         )
     if x.numel() == 0:
-        raise ValueError(
-            f"{argument}: expected at least one datum and one feature; got shape {tuple(x.shape)}."
-        )
+        raise ValueError(f"{argument}: expected at least one datum and one feature; got shape {tuple(x.shape)}.")
     if data_dim is not None and x.shape[1] != data_dim:
         raise ValueError(
             f"{argument}: expected {data_dim} features, as the pair was built with data_dim={data_dim}; "

@@ -23,10 +23,11 @@ def check_pair(pair: Pair, x: Tensor, argument: str = "x", *, binarize: bool = F
     """Run the pair once on a few data, with Pyro's validation on.
 
     Raises:
-        ValueError: the guide misses a site; a parameter lives in Pyro's global store; ``x`` lies outside the support of its
-            likelihood; or whatever Pyro's own validation finds.
+        ValueError: the guide misses a site; a parameter lives in Pyro's global store; ``x`` lies outside the support of
+            its likelihood; or whatever Pyro's own validation finds.
     """
-    few = x[:2]
+    parameter = next(pair.parameters(), None)
+    few = x[:2] if parameter is None else x[:2].to(parameter.device, parameter.dtype)
     if binarize:
         if not ((x >= 0) & (x <= 1)).all():
             raise ValueError(
@@ -43,12 +44,13 @@ def check_pair(pair: Pair, x: Tensor, argument: str = "x", *, binarize: bool = F
             if site["type"] == "param" and id(_unconstrained(site["value"])) not in own:
                 raise ValueError(
                     f"pair: pyro.param('{name}') lives in Pyro's global store, so two instances would share it and no "
-                    "state_dict would hold it. Make it an nn.Parameter or a PyroParam, or wrap the functions in FunctionPair."
+                    "state_dict would hold it. Make it an nn.Parameter or a PyroParam, or wrap the functions in "
+                    "FunctionPair."
                 )
     if not binarize:
         for name, site in model_trace.nodes.items():
             if site["type"] == "sample" and site["is_observed"] and site["value"] is few:
-                _check_support(x, argument, name, site["fn"].support)
+                _check_support(x, few, argument, name, site["fn"].support)
     with pyro.validation_enabled(True):
         Structure.of(pair.model, pair.guide, (few,), {})
 
@@ -71,16 +73,22 @@ def _unconstrained(value: Any) -> Any:
     return value.unconstrained() if hasattr(value, "unconstrained") else value
 
 
-def _check_support(x: Tensor, argument: str, name: str, support: constraints.Constraint) -> None:
-    inside = support.check(x)
+def _check_support(x: Tensor, few: Tensor, argument: str, name: str, support: constraints.Constraint) -> None:
+    try:
+        inside = support.check(x)
+    except RuntimeError:  # its limits lie on another device, or differ from datum to datum: those at hand stand for all
+        x, inside = few, support.check(few)
     if bool(inside.all()):
         return
     message = (
-        f"{argument}: expected values in the support of site '{name}', {_of_one_feature(support)}; got values from {x.min():g} to {x.max():g}, "
-        f"outside it in {int((~inside).sum())} of {inside.numel()} data."
+        f"{argument}: expected values in the support of site '{name}', {_of_one_feature(support)}; got values from "
+        f"{x.min():g} to {x.max():g}, outside it in {int((~inside).sum())} of {inside.numel()} data."
     )
     if _of_one_feature(support) is constraints.boolean and bool(((x >= 0) & (x <= 1)).all()):
-        message += " These are grey pixels: pass binarize=True (on the command line, --binarize dynamic) to draw each as 0 or 1 at every use, or choose a likelihood over [0, 1]."
+        message += (
+            " These are grey pixels: pass binarize=True (on the command line, --binarize dynamic) to draw each as 0 or "
+            "1 at every use, or choose a likelihood over [0, 1]."
+        )
     raise ValueError(message)
 
 

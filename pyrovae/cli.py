@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+import traceback
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ import typer
 app = typer.Typer(
     help="Latent-variable models as Pyro model/guide pairs: fit, score, sample and compare them.",
     no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -36,16 +38,27 @@ SetOption = Annotated[
         "--set", "-s", metavar="NAME=VALUE", help="An option of the pair, e.g. latent_dim=2 or hidden_dims=200,200."
     ),
 ]
+LR_HELP = "First learning rate of Adam. By default 0.02 for gmm and ppca, 0.001 for the others."
+EPOCHS_HELP = "Passes over the data. By default 50, or as many as make 2,000 steps."
 DeviceOption = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu or cuda.")]
-SeedOption = Annotated[int, typer.Option(help="Of everything random.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
 BinarizeOption = Annotated[
     str,
     typer.Option(
-        help="Pixels in [0, 1]: dynamic (drawn as 0 or 1 anew at every use), static (drawn once), none (as they are), or auto "
-        "(dynamic, where the likelihood is over {0, 1} and the data are images)."
+        help="Pixels in [0, 1]: dynamic (drawn as 0 or 1 anew at every use), static (drawn once), none (as they are), "
+        "or auto (dynamic, where the likelihood is over {0, 1} and the data are images)."
     ),
 ]
 SamplesOption = Annotated[int, typer.Option("--num-samples", help="Importance samples for each datum's log evidence.")]
+
+
+@app.callback()
+def options(
+    show: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+) -> None:
+    if show:
+        print(version("pyrovae"))
+        raise typer.Exit
 
 
 @app.command("list")
@@ -79,22 +92,23 @@ def list_() -> None:
 
 
 def _summary(thing: Any) -> str:
-    return (thing.__doc__ or "").strip().splitlines()[0].rstrip(".")
+    return (thing.__doc__ or "").strip().splitlines()[0].rstrip(".:").replace("``", "")
 
 
 @app.command()
 def fit(
+    context: typer.Context,
     pair: PairArgument = None,
     data: DataOption = None,
     settings: SetOption = None,
     loss: Annotated[str | None, typer.Option(help="A loss from `pyrovae list`; by default, the pair's own.")] = None,
     num_particles: Annotated[
-        int | None, typer.Option(help="Of the loss: samples of the latents for each datum.")
+        int | None, typer.Option(help="For --loss: samples of the latents for each datum.")
     ] = None,
-    alpha: Annotated[float | None, typer.Option(help="Of RenyiELBO: its order; 0 is the IWAE bound.")] = None,
-    epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 50,
+    alpha: Annotated[float | None, typer.Option(help="For --loss RenyiELBO: its order; 0 is the IWAE bound.")] = None,
+    epochs: Annotated[int | None, typer.Option(help=EPOCHS_HELP)] = None,
     batch_size: Annotated[int, typer.Option(help="Data a step.")] = 128,
-    lr: Annotated[float, typer.Option(help="First learning rate of Adam.")] = 1e-3,
+    lr: Annotated[float | None, typer.Option(help=LR_HELP)] = None,
     schedule: Annotated[str, typer.Option(help="Of the learning rate: constant, cosine or burda.")] = "cosine",
     validation: Annotated[
         float | None,
@@ -111,68 +125,102 @@ def fit(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The run folder. By default runs/PAIR-DATA, numbered.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run folder that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in the folder.")] = False,
     resume: Annotated[
         Path | None,
         typer.Option("--resume", metavar="RUN", help="Go on with a run that was stopped, exactly where it was."),
     ] = None,
 ) -> None:
-    """Train a pair by SVI, score it on held-out data, and write a run folder with weights, history, scores and pictures."""
+    """Train a pair by SVI and write a run folder.
+
+    The folder holds weights, configuration, history, scores on held-out data, and pictures.
+
+    \b
+    pyrovae fit vae --set latent_dim=2
+    pyrovae fit vae --data mydata.csv --set likelihood=normal
+    pyrovae fit mypair.py:MyPair --data digits --epochs 20
+    pyrovae fit --resume runs/vae-digits
+    """
+    from pyrovae.checks import check_positive
     from pyrovae.runs import (
         Config,
         RunFolder,
+        absolute,
         build_loss,
         build_pair,
         default_data,
+        default_epochs,
+        default_lr,
         file_digest,
+        find_pair,
         load_data,
         parse_options,
+        resolve_binarize,
     )
-    from pyrovae.runs import find_pair as find
 
     if resume is not None:
-        if pair is not None:
-            raise ValueError(f"--resume: the run knows its pair and options; leave {pair!r} out.")
+        _check_alone(context)
         folder = RunFolder(resume)
-        config, built, dataset, anew = folder.load(with_weights=False)
+        config, built, dataset = folder.load(with_weights=False)
         if not folder.checkpoint.is_file():
-            raise FileNotFoundError(f"RUN: {folder.path} has no checkpoint to go on from.")
-        _train(folder, config, built, dataset, anew, device, resume=True)
+            raise FileNotFoundError(f"RUN: {folder.path} has no checkpoint to go on from. Fit again, with --overwrite.")
+        _train(folder, config, built, dataset, device, resume=True)
         return
     if pair is None:
-        raise ValueError("PAIR: name one (`pyrovae list` shows them), or pass --resume RUN.")
-    options = parse_options(find(pair), settings or [])
+        raise ValueError("PAIR: expected a name from `pyrovae list`, file.py:ClassName, or --resume RUN; got none.")
+    pair_class = find_pair(pair)
+    given = parse_options(pair_class, settings or [])
     data = data or default_data(pair)
-    first_look, _ = load_data(data, None, "none")
-    built = build_pair(pair, options, first_look.data_dim, seed)
+    dataset = load_data(data, binarize)
+    built = build_pair(pair_class, given, dataset.data_dim, seed)
     loss_options = {k: v for k, v in {"num_particles": num_particles, "alpha": alpha}.items() if v is not None}
     build_loss(built, loss, loss_options)  # an error in it should come before anything is written
-    dataset, anew = load_data(data, built, binarize)
+    check_positive("--batch-size", batch_size, integer=True)
     if validation is None:
         validation = min(len(dataset.train) // 10, 400)
+    held_out = validation if 0 < validation < 1 else _whole("--validation", validation)
+    if epochs is None:
+        num_held_out = held_out * len(dataset.train) if held_out < 1 else held_out
+        epochs = default_epochs(len(dataset.train) - num_held_out, batch_size)
     config = Config(
-        pair=pair,
-        options=options,
-        data=data,
-        binarize="dynamic" if anew else "static" if binarize == "static" else "none",
+        pair=absolute(pair),
+        options=given,
+        data=absolute(data),
+        binarize=resolve_binarize(binarize, built, dataset),
         loss=loss,
         loss_options=loss_options,
         fit={
             "epochs": epochs,
             "batch_size": batch_size,
-            "lr": lr,
+            "lr": default_lr(pair) if lr is None else lr,
             "schedule": schedule,
-            "validation": int(validation) if validation >= 1 or validation == 0 else validation,
+            "validation": held_out,
             "patience": patience,
         },
         num_samples=num_samples,
         seed=seed,
         pair_sha256=file_digest(pair),
+        data_sha256=file_digest(data),
         versions={name: version(name) for name in ("pyrovae", "torch", "pyro-ppl")},
     )
     folder = RunFolder(out or _numbered(Path("runs") / f"{_short(pair)}-{Path(data).stem}"))
     folder.check_free(overwrite)
-    _train(folder, config, built, dataset, anew, device, resume=False)
+    _train(folder, config, built, dataset, device, resume=False)
+
+
+def _check_alone(context: typer.Context) -> None:
+    """With --resume the run knows its options: refuse others, rather than ignore them."""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if name not in ("resume", "device") and source is not None and source.name == "COMMANDLINE":
+            shown = {"pair": "PAIR", "settings": "--set"}.get(name, f"--{name.replace('_', '-')}")
+            raise ValueError(f"--resume: the run goes on with the options that it was started with; leave {shown} out.")
+
+
+def _whole(argument: str, number: float) -> int:
+    if not number >= 0 or number % 1 != 0:
+        raise ValueError(f"{argument}: expected a share between 0 and 1, or a whole number, 0 or more; got {number:g}.")
+    return int(number)
 
 
 def _short(pair: str) -> str:
@@ -188,16 +236,26 @@ def _numbered(path: Path) -> Path:
     return free
 
 
-def _train(folder: Any, config: Any, pair: Any, dataset: Any, anew: bool, device: str, *, resume: bool) -> None:
+def _train(folder: Any, config: Any, pair: Any, dataset: Any, device: str, *, resume: bool) -> None:
     import pyrovae
     from pyrovae.checks import check_positive
     from pyrovae.runs import build_loss
     from pyrovae.train import pick_device
 
     check_positive("--num-samples", config.num_samples, integer=True)
-    print(f"{config.pair}: {sum(p.numel() for p in pair.parameters()):,} parameters on {pick_device(device)}")
-    print(f"{dataset!r}")
-    print(f"  {dataset.convention}{' Pixels are drawn as 0 or 1 anew at every use.' if anew else ''}")
+    picked, parameters = pick_device(device), sum(p.numel() for p in pair.parameters())
+    anew = config.binarize == "dynamic"
+
+    def start() -> None:  # every check is behind us
+        if resume:
+            folder.weights.unlink(missing_ok=True)  # if this is killed, the checkpoint's are the newest
+        else:
+            folder.create(config)
+        print(f"{_short(config.pair)}: {parameters:,} parameters, on {picked}")
+        print(f"{dataset!r}")
+        print(f"  {dataset.convention}{' Pixels are drawn as 0 or 1 anew at every use.' if anew else ''}")
+        print(f"{'Going on in' if resume else 'Writing to'} {folder.path}", flush=True)
+
     try:
         result = pyrovae.fit(
             pair,
@@ -209,18 +267,21 @@ def _train(folder: Any, config: Any, pair: Any, dataset: Any, anew: bool, device
             seed=config.seed,
             checkpoint=folder.checkpoint,
             resume=resume,
-            on_start=None if resume else lambda: folder.create(config),
+            on_start=start,
         )
-    except (KeyboardInterrupt, FloatingPointError) as error:
+    except KeyboardInterrupt:
         if folder.checkpoint.is_file():
             pair.save(folder.weights)
-            if isinstance(error, KeyboardInterrupt):
-                print(f"\nStopped. Go on with: pyrovae fit --resume {folder.path}", file=sys.stderr)
+            print(f"\nStopped. Go on with: pyrovae fit --resume {folder.path}", file=sys.stderr)
+        raise
+    except pyrovae.TrainingDiverged:
+        pair.save(folder.weights)
+        print(f"The last good weights are in {folder.weights}", file=sys.stderr)
         raise
     print(result)
     pair.save(folder.weights)
     folder.write_history(result.history)
-    scores = _score(folder, config, pair, dataset, anew, device, config.num_samples, seconds=result.seconds)
+    scores = _score(folder, config, pair, dataset, device, config.num_samples, seconds=result.seconds)
     rows, labels = _scored_rows(dataset)
     pictures = folder.draw(pair, dataset, rows, labels, result.history)
     print(f"\n{scores}\n\nIn {folder.path}: config.json, weights.safetensors, history.csv, scores.json and pictures")
@@ -236,10 +297,9 @@ def _score(
     config: Any,
     pair: Any,
     dataset: Any,
-    anew: bool,
     device: str,
     num_samples: int,
-    seconds: float | None = None,
+    seconds: float | None,
 ) -> str:
     """Score on the test rows, or the training rows where there are no others; write scores.json; return the table."""
     import pyrovae
@@ -247,22 +307,38 @@ def _score(
     which = "train" if dataset.test is None else "test"
     start = time.perf_counter()
     rows, _ = _scored_rows(dataset)
+    anew = config.binarize == "dynamic"
     scores = pyrovae.evaluate(pair, rows, num_samples=num_samples, binarize=anew, device=device, seed=config.seed)
     record = {"data": config.data, "rows": which, **scores.to_dict(), "evaluation_seconds": time.perf_counter() - start}
     if seconds is not None:
         record["training_seconds"] = seconds
     folder.write_scores(record)
-    return f"Scores on {config.data} ({which} rows)\n{scores}"
+    return f"Scores on {_file_name(config.data)} ({which} rows)\n{scores}"
+
+
+def _file_name(data: str) -> str:
+    return Path(data).name
 
 
 @app.command()
-def evaluate(run: RunArgument, num_samples: SamplesOption = 5000, device: DeviceOption = "auto") -> None:
-    """Score a run again on its data, and write its scores.json."""
+def evaluate(
+    run: RunArgument,
+    num_samples: Annotated[
+        int | None,
+        typer.Option(help="Importance samples for each datum's log evidence; by default, as many as the run took."),
+    ] = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Score a run again, and write its scores.json."""
+    from pyrovae.checks import check_positive
     from pyrovae.runs import RunFolder
 
+    if num_samples is not None:
+        check_positive("--num-samples", num_samples, integer=True)
     folder = RunFolder(run)
-    config, pair, dataset, anew = folder.load()
-    print(_score(folder, config, pair, dataset, anew, device, num_samples))
+    config, pair, dataset = folder.load()
+    seconds = folder.read_scores().get("training_seconds")
+    print(_score(folder, config, pair, dataset, device, num_samples or config.num_samples, seconds))
 
 
 @app.command()
@@ -279,23 +355,25 @@ def sample(
     """Draw new data from a run's model."""
     import numpy as np
 
+    from pyrovae.checks import check_positive
     from pyrovae.evaluate import sample as draw
     from pyrovae.runs import RunFolder
 
+    check_positive("--num", num, integer=True)
     if out is not None and out.suffix not in (".csv", ".npy", ".png"):
         raise ValueError(f"--out: expected a .csv, .npy or .png file; got {out}.")
     if out is not None and out.exists() and not overwrite:
         raise FileExistsError(f"--out: {out} exists. Pass --overwrite to replace it, or another name.")
-    _, pair, dataset, _ = RunFolder(run).load()
+    _, pair, dataset = RunFolder(run).load()
     rows = draw(pair, num, mean=mean, data_dim=dataset.data_dim, seed=seed)
-    names = ",".join(dataset.feature_names)
     if out is None:
-        np.savetxt(sys.stdout, rows.numpy(), fmt="%.6g", delimiter=",", header=names, comments="")
+        _write_csv(sys.stdout, dataset.feature_names, rows.tolist())
         return
     if out.suffix == ".npy":
         np.save(out, rows.numpy())
     elif out.suffix == ".csv":
-        np.savetxt(out, rows.numpy(), fmt="%.9g", delimiter=",", header=names, comments="")
+        with out.open("w", newline="", encoding="utf-8") as file:
+            _write_csv(file, dataset.feature_names, rows.tolist())
     else:
         from pyrovae.evaluate import plots
 
@@ -304,7 +382,13 @@ def sample(
         else:
             figure = plots.plot_samples(pair, dataset.train, seed=seed)
         figure.savefig(out, dpi=150)
-    print(f"{len(rows)} data in {out}")
+    print(f"Wrote {out}")
+
+
+def _write_csv(file: Any, names: Iterable[str], rows: list[list[float]]) -> None:
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows([f"{value:.9g}" for value in row] for row in rows)  # nine digits are a float32
 
 
 @app.command()
@@ -314,9 +398,9 @@ def compare(
     ],
     data: DataOption = None,
     settings: SetOption = None,
-    epochs: Annotated[int, typer.Option(help="Passes over the data by SVI.")] = 500,
+    epochs: Annotated[int | None, typer.Option(help=f"By SVI. {EPOCHS_HELP}")] = None,
     batch_size: Annotated[int, typer.Option(help="Data a step of SVI.")] = 128,
-    lr: Annotated[float, typer.Option(help="First learning rate of SVI's Adam.")] = 0.02,
+    lr: Annotated[float | None, typer.Option(help=f"By SVI. {LR_HELP}")] = None,
     num_samples: SamplesOption = 1000,
     binarize: BinarizeOption = "auto",
     device: DeviceOption = "auto",
@@ -326,25 +410,43 @@ def compare(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the comparison that is there.")] = False,
 ) -> None:
-    """Fit one model by every method it has (exact EM, SVI with enumeration, SVI with an amortized guide, ...), from the same start."""
-    from pyrovae.compare import compare_methods
-    from pyrovae.runs import build_pair, default_data, find_pair, load_data, parse_options
+    """Fit one model by every method it has, and compare them.
 
-    options = parse_options(find_pair(pair), settings or [])
+    From the same start: the closed form, exact EM, SVI with exact enumeration, SVI with an amortized guide.
+
+    \b
+    pyrovae compare gmm --data faithful
+    pyrovae compare ppca --data mydata.csv --set latent_dim=3
+    """
+    from pyrovae.checks import check_positive
+    from pyrovae.compare import compare_methods
+    from pyrovae.runs import (
+        build_pair,
+        default_data,
+        default_epochs,
+        default_lr,
+        find_pair,
+        load_data,
+        parse_options,
+        resolve_binarize,
+    )
+
+    pair_class = find_pair(pair)
+    given = parse_options(pair_class, settings or [])
     data = data or default_data(pair)
-    first_look, _ = load_data(data, None, "none")
-    built = build_pair(pair, options, first_look.data_dim, seed)
-    dataset, anew = load_data(data, built, binarize)
+    dataset = load_data(data, binarize)
+    built = build_pair(pair_class, given, dataset.data_dim, seed)
+    check_positive("--batch-size", batch_size, integer=True)
     folder = out or _numbered(Path("runs") / f"compare-{_short(pair)}-{Path(data).stem}")
     comparison = compare_methods(
-        lambda **more: build_pair(pair, options | more, dataset.data_dim, seed),
+        lambda **more: build_pair(pair_class, given | more, dataset.data_dim, seed),
         dataset,
-        title=f"{pair} on {data}",
-        epochs=epochs,
+        title=f"{_short(pair)} on {_file_name(data)}",
+        epochs=default_epochs(len(dataset.train), batch_size) if epochs is None else epochs,
         batch_size=batch_size,
-        lr=lr,
+        lr=default_lr(pair) if lr is None else lr,
         num_samples=num_samples,
-        binarize=anew,
+        binarize=resolve_binarize(binarize, built, dataset) == "dynamic",
         device=device,
         seed=seed,
         folder=folder,
@@ -357,7 +459,7 @@ def compare(
 def new(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The Python file to write, e.g. mypair.py.")],
 ) -> None:
-    """Write a small working pair of your own to start from."""
+    """Write a small working pair to start your own from."""
     from pyrovae.template import TEMPLATE
 
     if file.suffix != ".py" or not file.stem.isidentifier():
@@ -369,17 +471,33 @@ def new(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command. Mistakes of the user end in one line on stderr and exit code 2; PYROVAE_TRACEBACK=1 shows where."""
+    """Run the command. A user's mistake ends in a line on stderr and exit code 2; PYROVAE_TRACEBACK=1 shows where."""
     run: Callable[..., Any] = app
     try:
         run(arguments)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, TypeError, NotImplementedError, OSError, FloatingPointError, RuntimeError) as error:
+    except Exception as error:
         if os.environ.get("PYROVAE_TRACEBACK"):
             raise
-        print(f"pyrovae: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, FloatingPointError | RuntimeError) else 2)
+        print(f"pyrovae: {_explain(error)}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError | TypeError | NotImplementedError | OSError) else 1)
+
+
+def _explain(error: Exception) -> str:
+    """The message, and the line of the user's own file that it came from."""
+    meant = isinstance(error, ValueError | TypeError | NotImplementedError | OSError | FloatingPointError)
+    text = str(error) if meant else f"{type(error).__name__}: {error}"
+    frames: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        for frame, line in traceback.walk_tb(cause.__traceback__):
+            if frame.f_globals.get("__name__", "").startswith("pyrovae_user_"):
+                frames.append(f"{frame.f_code.co_filename}, line {line}")
+        cause = cause.__cause__
+    if frames:
+        return f"{text} ({frames[-1]})"
+    return text if meant else f"{text} (PYROVAE_TRACEBACK=1 shows where)"
 
 
 if __name__ == "__main__":

@@ -16,14 +16,21 @@ import torch
 
 import pyrovae
 from pyrovae.checks import check_positive
+from pyrovae.checks_pair import check_pair
 from pyrovae.data import DataSet
 from pyrovae.infer.log_weights import Structure
 from pyrovae.pair import Pair
+from pyrovae.train import pick_device
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["Comparison", "MethodResult", "compare_methods"]
+
+
+COLORS = ("#33658a", "#d1495b", "#3c9d63", "#8a5fb4")
+FILES = ("comparison.json", "comparison.csv", "comparison.png", "densities.png")
+Ran = tuple[float, int, list[float], list[float]]  # seconds, iterations, and the trace: seconds and objectives
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ class Comparison:
             f"{'method':<{width}}{kind:>18}{'ELBO':>16}{'gap':>12}{'iterations':>12}{'seconds':>10}",
         ]
         for r in self.results:
-            elbo, gap = ("–" if v is None else f"{v:.4f}" for v in (r.elbo, r.gap))
+            elbo, gap = ("–" if v is None else f"{round(v, 4) + 0.0:.4f}" for v in (r.elbo, r.gap))  # no −0
             lines.append(
                 f"{r.method:<{width}}{r.log_likelihood:>18.4f}{elbo:>16}{gap:>12}{r.iterations:>12d}{r.seconds:>10.2f}"
             )
@@ -89,33 +96,38 @@ def compare_methods(
 ) -> Comparison:
     """Fit by every method that the pair has, print as it goes, and write tables and pictures into ``folder``.
 
-    The methods: exact EM (``expected_statistics`` and ``maximize``); the closed form (``fit_closed_form``); SVI with
-    exact enumeration, where the model enumerates its latents; SVI with an amortized guide (``make(amortized=True)``, or the
-    pair's own guide), from the same parameters of the model.
+    The methods: the closed form (``fit_closed_form``); exact EM (``expected_statistics`` and ``maximize``); SVI with
+    exact enumeration, where the model enumerates its latents; SVI with an amortized guide (``make(amortized=True)``, or
+    the pair's own guide). All start at the same parameters of the model.
     """
-    check_positive("--num-samples", num_samples, integer=True)
+    for name, value, integer in (
+        ("--epochs", epochs, True),
+        ("--batch-size", batch_size, True),
+        ("--lr", lr, False),
+        ("--num-samples", num_samples, True),
+    ):
+        check_positive(name, value, integer=integer)
+    pick_device(device)
     _check_folder(folder, overwrite)
     x = data.train
     start = make()
+    amortizes = "amortized" in inspect.signature(type(start)).parameters
+    if amortizes:
+        start = make(amortized=False)
+    check_pair(start, x, binarize=binarize)
     if start.initialize is not None:
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
             start.initialize(torch.bernoulli(x) if binarize else x)
-    enumerated = Structure.of(start.model, start.guide, (x[:2],), {}).enumerated
-    amortizes = "amortized" in inspect.signature(type(start)).parameters
-    options = {
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "lr": lr,
-        "binarize": binarize,
-        "device": device,
-        "seed": seed,
-    }
+    few = x[:2].round() if binarize else x[:2]
+    enumerated = Structure.of(start.model, start.guide, (few,), {}).enumerated
+    # Without a guide to train, only a pair that can set its guide to the exact posterior has an ELBO.
+    exact_guide = enumerated or hasattr(start, "match_guide")
 
     results: list[MethodResult] = []
     fitted: dict[str, Pair] = {}
 
-    def add(method: str, pair: Pair, run: Callable[[Pair], tuple[float, int, list[float], list[float]]]) -> None:
+    def add(method: str, pair: Pair, run: Callable[[Pair], Ran], *, trains_guide: bool = False) -> None:
         _copy_shared(start, pair)
         print(f"{method} ...", flush=True)
         seconds, iterations, trace_seconds, trace = run(pair)
@@ -125,43 +137,52 @@ def compare_methods(
         scores = pyrovae.evaluate(scored, rows, num_samples=num_samples, binarize=binarize, device=device, seed=seed)
         exact = scores.log_likelihood
         log_likelihood = (scores.log_evidence if exact is None else exact) * len(x)
-        results.append(
-            MethodResult(method, log_likelihood, scores.elbo * len(x), seconds, iterations, trace_seconds, trace)
-        )
+        elbo = scores.elbo * len(x) if trains_guide or exact_guide else None
+        results.append(MethodResult(method, log_likelihood, elbo, seconds, iterations, trace_seconds, trace))
         fitted[method] = pair
 
-    def svi(pair: Pair) -> tuple[float, int, list[float], list[float]]:
-        result = pyrovae.fit(pair, x, initialize=False, **options)
+    def svi(pair: Pair) -> Ran:
+        result = pyrovae.fit(
+            pair,
+            x,
+            epochs=epochs,
+            batch_size=batch_size,
+            lr=lr,
+            binarize=binarize,
+            initialize=False,
+            device=device,
+            seed=seed,
+        )
         times = [row["seconds"] for row in result.history]
         return result.seconds, result.steps, times, [row["train_bound"] * len(x) for row in result.history]
 
-    def em(pair: Pair) -> tuple[float, int, list[float], list[float]]:
+    def em(pair: Pair) -> Ran:
         result = pyrovae.fit_em(pair, x, initialize=False, device=device, max_iter=10_000)
         times = [result.seconds * i / max(1, len(result.trace) - 1) for i in range(len(result.trace))]
         return result.seconds, result.iterations, times, list(result.trace)
 
-    def closed_form(pair: Pair) -> tuple[float, int, list[float], list[float]]:
+    def closed_form(pair: Pair) -> Ran:
         began = time.perf_counter()
         pair.fit_closed_form(x)  # type: ignore[operator]
         return time.perf_counter() - began, 1, [], []
 
+    plain = {"amortized": False} if amortizes else {}
     if hasattr(start, "fit_closed_form"):
-        add("closed form", make(), closed_form)
+        add("closed form", make(**plain), closed_form)
     if start.maximize is not None:
-        add("EM", make(), em)
+        add("EM", make(**plain), em)
     if enumerated:
-        add("SVI, enumeration", make(), svi)
-        if amortizes:
-            add("SVI, amortized guide", make(amortized=True), svi)
-    else:
-        add("SVI, amortized guide", make(), svi)
+        add("SVI, enumeration", make(**plain), svi)
+    if amortizes or not enumerated:
+        add("SVI, amortized guide", make(amortized=True) if amortizes else make(), svi, trains_guide=True)
 
-    exact = start.log_prob is not None
     notes = []
     if enumerated:
-        notes.append("EM and enumeration sum the component out exactly: their ELBO is the log likelihood.")
-    comparison = Comparison(title, len(x), exact, results, notes)
-    _write(folder, comparison, fitted, data, overwrite)
+        notes.append("Enumeration and EM sum the latents out exactly: their ELBO is the log likelihood.")
+    if len(results) == 1:
+        notes.append("This pair has no closed form, EM or enumeration to compare with.")
+    comparison = Comparison(title, len(x), start.log_prob is not None, results, notes)
+    _write(folder, comparison, fitted, data)
     return comparison
 
 
@@ -183,8 +204,10 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
         raise FileExistsError(f"--out: {folder} exists and holds no comparison, so --overwrite leaves it alone.")
 
 
-def _write(folder: Path, comparison: Comparison, fitted: dict[str, Pair], data: DataSet, overwrite: bool) -> None:
+def _write(folder: Path, comparison: Comparison, fitted: dict[str, Pair], data: DataSet) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
     rows: list[dict[str, Any]] = [asdict(r) | {"gap": r.gap} for r in comparison.results]
     record = {"title": comparison.title, "num_data": comparison.num_data, "exact": comparison.exact, "results": rows}
     (folder / "comparison.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -201,36 +224,39 @@ def _write(folder: Path, comparison: Comparison, fitted: dict[str, Pair], data: 
 
 
 def plot_comparison(comparison: Comparison) -> Figure:
-    """Bars of what is missing to the best log likelihood, split into likelihood and gap; and the objectives against seconds."""
+    """Bars of what each method misses, split into likelihood and gap; and the objectives against seconds."""
     from matplotlib.figure import Figure
 
-    best = max(r.log_likelihood for r in comparison.results)
+    results = comparison.results
+    best = max(r.log_likelihood for r in results)
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    names = [r.method for r in comparison.results]
-    lost = [best - r.log_likelihood for r in comparison.results]
-    gaps = [r.gap or 0.0 for r in comparison.results]
-    left.barh(names, lost, color="#33658a", label="below the best log likelihood")
-    left.barh(names, gaps, left=lost, color="#d1495b", label="ELBO below the log likelihood (gap)")
+    names = [r.method for r in results]
+    lost = [best - r.log_likelihood for r in results]
+    gaps = [max(r.gap or 0.0, 0.0) for r in results]  # below 0 by rounding or Monte Carlo error
+    left.barh(names, lost, height=0.6, color=COLORS[0], label="log likelihood below the best")
+    left.barh(names, gaps, height=0.6, left=lost, color=COLORS[1], label="ELBO below the log likelihood (gap)")
     for y, total in enumerate(a + b for a, b in zip(lost, gaps, strict=True)):
-        left.annotate(f"{total:.3g}", (total, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
+        text = "0" if total < 5e-5 else f"{total:.3g}" if total < 1000 else f"{total:,.0f}"
+        left.annotate(text, (total, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
     left.invert_yaxis()
     left.margins(x=0.15)
-    left.set(xlabel=f"nats, total over {comparison.num_data} data", title="What each method leaves on the table")
+    left.set_xlim(left=0)
+    left.set(xlabel=f"nats, total over {comparison.num_data} data", title="What each method misses")
     left.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
-    for result, color in zip(comparison.results, ("#33658a", "#d1495b", "#3c9d63", "#8a5fb4"), strict=False):
+
+    for result, color in zip(results, COLORS, strict=False):
         if result.trace:
-            right.plot(result.trace_seconds, result.trace, label=result.method, color=color)
+            right.plot(result.trace_seconds, result.trace, label=result.method, color=color, linewidth=1.2)
         else:
             right.axhline(result.log_likelihood, label=result.method, color=color, linestyle="--", linewidth=1)
-    values = torch.tensor([v for r in comparison.results for v in r.trace[len(r.trace) // 10 :]])
-    if len(values):
-        low = float(values.quantile(0.05))
-        right.set_ylim(low - 0.1 * (best - low), best + 0.1 * (best - low))
+    values = torch.tensor([v for r in results for v in r.trace[len(r.trace) // 10 :]])
+    if len(values):  # the first steps are far below the rest: show what happens after them
+        low, high = float(values.quantile(0.05)), max(best, float(values.max()))
+        margin = 0.1 * (high - low) or 1.0
+        right.set_ylim(low - margin, high + margin)
     right.set_xscale("log")
-    right.set(
-        xlabel="seconds", ylabel="objective (nats, total)", title="EM: log likelihood; SVI: bound on shuffled batches"
-    )
+    right.set(xlabel="seconds", ylabel="objective (nats, total)", title="On the way (SVI: bound on shuffled batches)")
     right.grid(alpha=0.3)
-    right.legend(fontsize=8)
+    right.legend(fontsize=8, loc="lower left")
     return figure

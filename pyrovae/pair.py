@@ -184,9 +184,7 @@ class _OwnParams(Messenger):
         transform = transform_to(msg["kwargs"].get("constraint", torch.distributions.constraints.real))
         if name not in owner.params:
             if len(msg["args"]) < 2:
-                raise ValueError(
-                    f"pyro.param({msg['name']!r}) has no initial value: pass one at its first use."
-                )
+                raise ValueError(f"pyro.param({msg['name']!r}) has no initial value: pass one at its first use.")
             start = msg["args"][1]
             start = start() if callable(start) else start
             if not isinstance(start, nn.Parameter):  # modules keep the very object that they registered

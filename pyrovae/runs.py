@@ -1,4 +1,4 @@
-"""Run folders: everything about one fit, enough to rebuild, score and resume it. Nothing in one is ever unpickled or executed."""
+"""Run folders: all about one fit, to rebuild, score and resume it. Nothing in one is ever unpickled or executed."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import math
 import os
-import shutil
 import sys
 from ast import literal_eval
 from dataclasses import asdict, dataclass, field
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyrovae import data as datasets
+from pyrovae.checkpoint import load_state
 from pyrovae.checks import check_choice
 from pyrovae.checks_pair import observed_support
 from pyrovae.data import DataSet
@@ -30,16 +31,23 @@ from pyrovae.pair import Pair
 __all__ = [
     "Config",
     "RunFolder",
+    "absolute",
     "build_loss",
     "build_pair",
     "constructor_options",
+    "default_data",
+    "default_epochs",
+    "default_lr",
+    "file_digest",
     "find_pair",
     "load_data",
     "parse_options",
+    "resolve_binarize",
 ]
 
 FORMAT = 1
-Binarize = str  # "dynamic" | "static" | "none"
+DEFAULT_STEPS = 2_000
+DATA_FILES = (".csv", ".npy")
 
 
 @dataclass
@@ -49,7 +57,8 @@ class Config:
     pair: str
     options: dict[str, Any]
     data: str
-    binarize: Binarize
+    binarize: str
+    """``dynamic``, ``static`` or ``none``."""
     loss: str | None
     loss_options: dict[str, Any]
     fit: dict[str, Any]
@@ -57,8 +66,20 @@ class Config:
     seed: int
     pair_sha256: str | None = None
     """Of the user's file, where the pair is one: it must not have changed when the run is read."""
+    data_sha256: str | None = None
+    """The same of the data, where they are a file."""
     versions: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        for kind, names in (
+            (str, ("pair", "data", "binarize")),
+            (int, ("num_samples", "seed")),
+            (dict, ("options", "loss_options", "fit")),
+        ):
+            for name in names:
+                if not isinstance(getattr(self, name), kind):
+                    raise TypeError(f"{name}: expected {kind.__name__}; got {getattr(self, name)!r}")
 
 
 # Pairs, losses and data by name -------------------------------------------------------------------------------
@@ -68,11 +89,11 @@ def find_pair(spec: str) -> type[Pair]:
     """The class that ``spec`` names: a registered name, or ``path/to/file.py:ClassName``.
 
     Raises:
-        ValueError: unknown name; the file has no such class.
+        ValueError: unknown name; the file cannot be imported, or has no such class.
         FileNotFoundError: no such file.
     """
-    path, colon, name = spec.rpartition(":")
-    if not colon or not path.endswith(".py"):
+    path, name = _split(spec)
+    if path is None:
         if spec.endswith(".py"):
             raise ValueError(f"PAIR: which class of {spec}? Write {spec}:ClassName.")
         check_choice("PAIR", spec, REGISTRY)
@@ -85,7 +106,10 @@ def find_pair(spec: str) -> type[Pair]:
     assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # where dataclasses and typing look names up
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"PAIR: {path} cannot be imported. {type(error).__name__}: {error}") from error
     found = {
         key: value
         for key, value in vars(module).items()
@@ -95,6 +119,28 @@ def find_pair(spec: str) -> type[Pair]:
         raise ValueError(f"PAIR: {path} defines no subclass of pyrovae.Pair.")
     check_choice("PAIR", name, found)
     return found[name]
+
+
+def _split(spec: str) -> tuple[str | None, str]:
+    """``file.py:Name`` as its two parts; a registered name as (None, name)."""
+    path, _, name = spec.rpartition(":")
+    return (path, name) if path.endswith(".py") else (None, spec)
+
+
+def absolute(spec: str) -> str:
+    """A pair or data set that a file holds, so that it is found from every folder; a registered name as it is."""
+    path, name = _split(spec)
+    if path is not None:
+        return f"{Path(path).resolve()}:{name}"
+    return str(Path(spec).resolve()) if spec.lower().endswith(DATA_FILES) else spec
+
+
+def file_digest(spec: str) -> str | None:
+    """SHA-256 of the file that holds a pair or a data set; None for registered names."""
+    path, _ = _split(spec)
+    if path is None and spec.lower().endswith(DATA_FILES):
+        path = spec
+    return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def constructor_options(pair_class: type[Pair]) -> dict[str, inspect.Parameter]:
@@ -123,20 +169,30 @@ def parse_options(pair_class: type[Pair], settings: list[str]) -> dict[str, Any]
             value = literal_eval(text)
         except (ValueError, SyntaxError):
             value = {"true": True, "false": False}.get(text.lower(), text)
-        if isinstance(known[name].default, tuple) and not isinstance(value, tuple | list):
-            value = (value,)
-        options[name] = value
+        options[name] = _nested_like(known[name].default, value)
     return options
 
 
-def build_pair(spec: str, options: dict[str, Any], data_dim: int, seed: int) -> Pair:
+def _nested_like(default: Any, value: Any) -> Any:
+    """Where several values are expected, one is a sequence of one: ``hidden_dims=200``."""
+    if not isinstance(default, tuple | list):
+        return value
+    if not isinstance(value, tuple | list):
+        value = (value,)
+    if default and isinstance(default[0], tuple | list) and not any(isinstance(v, tuple | list) for v in value):
+        value = (value,)
+    return value
+
+
+def build_pair(pair_class: type[Pair], options: dict[str, Any], data_dim: int, seed: int) -> Pair:
     """Make the pair, its first weights drawn by ``seed``."""
-    pair_class = find_pair(spec)
-    options = DEFAULT_OPTIONS.get(spec, {}) | options
+    names = [name for name, registered in REGISTRY.items() if registered is pair_class]
+    options = (DEFAULT_OPTIONS.get(names[0], {}) if names else {}) | options
     known = constructor_options(pair_class)
     missing = [name for name, p in known.items() if p.default is p.empty and name not in options]
     if missing:
-        raise ValueError(f"--set: {spec} needs {', '.join(f'{name}=...' for name in missing)}.")
+        needed = " ".join(f"--set {name}=..." for name in missing)
+        raise ValueError(f"--set: {pair_class.__name__} has no default for {', '.join(missing)}. Add {needed}.")
     if "data_dim" in inspect.signature(pair_class).parameters:
         options = {"data_dim": data_dim} | options
     with torch.random.fork_rng([]):
@@ -163,34 +219,46 @@ def default_data(spec: str) -> str:
     return DEFAULT_DATA.get(spec, "digits")
 
 
-def load_data(name: str, pair: Pair | None, binarize: Binarize) -> tuple[DataSet, bool]:
-    """The data set, and whether its pixels are to be drawn anew at every use.
+def default_lr(spec: str) -> float:
+    return {"gmm": 0.02, "ppca": 0.02}.get(spec, 1e-3)  # few parameters, without a network
 
-    ``auto``: pixels are drawn anew where the pair's likelihood is over {0, 1} and the data are images.
-    """
+
+def default_epochs(num_data: float, batch_size: int) -> int:
+    """50, or as many as make 2,000 steps: a small data set needs more."""
+    return max(50, math.ceil(DEFAULT_STEPS / max(1, math.ceil(num_data / batch_size))))
+
+
+def load_data(name: str, binarize: str) -> DataSet:
+    """A data set by name, or a user's file. ``static`` draws its pixels as 0 or 1 here, once."""
     check_choice("--binarize", binarize, ("auto", "dynamic", "static", "none"))
-    if name.endswith((".csv", ".npy")):
-        data = datasets.load_file(name)
-    else:
-        check_choice("--data", name, datasets.names())
-        data = datasets.load(name, binarize=binarize == "static")
-    if binarize == "auto":
-        binary = pair is not None and observed_support(pair, data.train[:2]) is constraints.boolean
-        grey = bool(((data.train > 0) & (data.train < 1)).any())
-        return data, binary and data.image_shape is not None and grey
-    return data, binarize == "dynamic"
+    if name.lower().endswith(DATA_FILES):
+        if binarize == "static":
+            raise ValueError("--binarize: expected dynamic or none for a file; static is for image sets by name.")
+        return datasets.load_file(name)
+    if name not in datasets.names() and (Path(name).suffix or Path(name).exists()):
+        raise ValueError(f"--data: expected a name from `pyrovae list`, or a .csv or .npy file; got {name!r}.")
+    check_choice("--data", name, datasets.names())
+    return datasets.load(name, binarize=binarize == "static")
 
 
-def file_digest(spec: str) -> str | None:
-    path, colon, _ = spec.rpartition(":")
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if colon else None
+def resolve_binarize(binarize: str, pair: Pair, data: DataSet) -> str:
+    """What ``auto`` means: ``dynamic`` where the pair's likelihood is over {0, 1} and the data are grey images."""
+    if binarize != "auto":
+        return binarize
+    binary = observed_support(pair, data.train[:2]) is constraints.boolean
+    grey = bool(((data.train > 0) & (data.train < 1)).any())
+    return "dynamic" if binary and grey and data.image_shape is not None else "none"
 
 
 # The folder -----------------------------------------------------------------------------------------------------
 
 
+RUN_FILES = ("weights.safetensors", "checkpoint.safetensors", "history.csv", "scores.json")
+
+
 class RunFolder:
-    """``config.json``, ``weights.safetensors``, ``checkpoint.safetensors``, ``history.csv``, ``scores.json``, ``pictures/``."""
+    """``config.json``, ``weights.safetensors``, ``checkpoint.safetensors``, ``history.csv``, ``scores.json`` and
+    ``pictures/``."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -220,15 +288,17 @@ class RunFolder:
             self.read_config()
         except (OSError, ValueError) as error:
             raise FileExistsError(
-                f"--out: {self.path} exists and is no pyrovae run folder, so --overwrite leaves it alone. Pass another folder."
+                f"--out: {self.path} exists and is no pyrovae run folder, so --overwrite leaves it alone. Pass another "
+                "folder."
             ) from error
 
     def create(self, config: Config) -> None:
-        """Make the folder anew, with its configuration."""
-        if self.path.exists():
-            shutil.rmtree(self.path)
-        self.path.mkdir(parents=True)
-        self._write_text("config.json", json.dumps(asdict(config), indent=2) + "\n")
+        """Make the folder, or clear the one that is there of an earlier run: its files, and nothing else in it."""
+        text = json.dumps(asdict(config), indent=2) + "\n"
+        self.path.mkdir(parents=True, exist_ok=True)
+        for file in (*map(self.path.joinpath, RUN_FILES), *self.pictures.glob("*.png")):
+            file.unlink(missing_ok=True)
+        self._write_text("config.json", text)
 
     def read_config(self) -> Config:
         """Raises FileNotFoundError or ValueError where the folder is missing, damaged or foreign."""
@@ -243,19 +313,42 @@ class RunFolder:
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"RUN: {file} is damaged or no pyrovae configuration ({error}).") from error
 
-    def load(self, *, with_weights: bool = True) -> tuple[Config, Pair, DataSet, bool]:
-        """Rebuild the pair and its data. A user's file is imported only if it is the very one that was trained."""
+    def load(self, *, with_weights: bool = True) -> tuple[Config, Pair, DataSet]:
+        """Rebuild the pair and its data. A user's files are read only if they are the very ones of the run.
+
+        Raises:
+            FileNotFoundError: something is missing.
+            ValueError: something is damaged, foreign or has changed.
+        """
         config = self.read_config()
-        if ":" in config.pair and file_digest(config.pair) != config.pair_sha256:
-            raise ValueError(
-                f"RUN: {config.pair.rpartition(':')[0]} has changed since this run was made, so its weights may not fit. "
-                "Put the old file back, or fit again."
-            )
-        data, _ = load_data(config.data, None, config.binarize)
-        pair = build_pair(config.pair, config.options, data.data_dim, config.seed)
-        if with_weights:
+        self._check_file(config.pair, config.pair_sha256)
+        self._check_file(config.data, config.data_sha256)
+        data = load_data(config.data, config.binarize)
+        pair = build_pair(find_pair(config.pair), config.options, data.data_dim, config.seed)
+        if with_weights and self.weights.is_file():
             pair.load(self.weights)
-        return config, pair, data, config.binarize == "dynamic"
+        elif with_weights:
+            self._load_from_checkpoint(pair)
+        return config, pair, data
+
+    def _check_file(self, spec: str, digest: str | None) -> None:
+        path, _ = _split(spec)
+        file = Path(path or spec)
+        if path is not None and file.resolve().is_relative_to(self.path.resolve()):
+            raise ValueError(f"RUN: {file} lies in the run folder itself, and nothing in a run folder is executed.")
+        if (path is not None or digest is not None) and not file.is_file():
+            raise FileNotFoundError(f"RUN: this run was made from {file}, which is gone. Put it back, or fit again.")
+        if file_digest(spec) != digest:
+            raise ValueError(f"RUN: {file} has changed since this run was made. Put the old file back, or fit again.")
+
+    def _load_from_checkpoint(self, pair: Pair) -> None:
+        """The last good weights of a run that was killed."""
+        if not self.checkpoint.is_file():
+            raise FileNotFoundError(f"RUN: {self.path} has no weights: its run ended before the first checkpoint.")
+        try:
+            pair.load_state_dict(load_state(self.checkpoint)["pair"])
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"RUN: {self.checkpoint} does not hold the weights of this pair ({error}).") from error
 
     def write_history(self, history: list[dict[str, float]]) -> None:
         names = list(dict.fromkeys(name for row in history for name in row))
@@ -268,6 +361,13 @@ class RunFolder:
 
     def write_scores(self, scores: dict[str, Any]) -> None:
         self._write_text("scores.json", json.dumps(scores, indent=2) + "\n")
+
+    def read_scores(self) -> dict[str, Any]:
+        """What is in scores.json; nothing where it is missing or damaged."""
+        try:
+            return dict(json.loads((self.path / "scores.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return {}
 
     def _write_text(self, name: str, text: str) -> None:
         temporary = self.path / f"{name}.tmp"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from pyro import poutine
 from pyro.infer import ELBO
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
 from pyrovae.checkpoint import load_state, save_state
@@ -31,9 +32,11 @@ __all__ = ["SCHEDULES", "FitResult", "TrainingDiverged", "fit", "pick_device"]
 SECONDS_BETWEEN_CHECKPOINTS = 5.0
 
 
+BURDA_STAGES = [(3**i - 1) // 2 / 3280 for i in range(1, 8)]  # when stages 1..7 begin: 3^0 + ... + 3^7 = 3280 epochs
+
+
 def _burda(progress: float) -> float:
-    stage = min(int(math.log(1 + 2 * 3280 * progress, 3)), 7)  # 3^0 + ... + 3^7 = 3280 epochs
-    return 10 ** (-stage / 7)
+    return 10 ** (-bisect_right(BURDA_STAGES, progress) / 7)
 
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -41,8 +44,8 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
     "burda": _burda,
 }
-"""Learning-rate factors as functions of the share of steps done, in [0, 1). ``burda``: stages i = 0..7, each three times as long
-as the one before, at 10^(−i/7) (Burda et al. 2016)."""
+"""Learning-rate factors as functions of the share of steps done, in [0, 1). ``burda``: stages i = 0..7, each three
+times as long as the one before, at 10^(−i/7) (Burda et al. 2016)."""
 
 
 class TrainingDiverged(FloatingPointError):
@@ -79,10 +82,10 @@ def pick_device(device: str | torch.device) -> torch.device:
         picked = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device: expected 'auto', 'cpu' or 'cuda'; got {device!r}.") from error
+    if picked.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected 'auto', 'cpu' or 'cuda'; got {device!r}.")
     if picked.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"device: {device!r} was asked for, and torch sees no CUDA device. Use device='auto'."
-        )
+        raise ValueError(f"device: {device!r} was asked for, and torch sees no CUDA device. Use device='auto'.")
     return picked
 
 
@@ -93,7 +96,7 @@ def fit(
     loss: ELBO | str | None = None,
     epochs: int = 50,
     batch_size: int = 128,
-    lr: float = 1e-3,
+    lr: float = 3e-3,
     schedule: str = "cosine",
     optimizer: Callable[[list[Tensor]], Optimizer] | None = None,
     validation: float | int | Tensor = 0,
@@ -109,20 +112,20 @@ def fit(
 ) -> FitResult:
     """Train a pair by stochastic variational inference.
 
-    Every step minimises the loss divided by the number of data: its unit is nats per datum, and sites inside the plate ``data``
-    weigh dataset / batch against global latents. The last, short batch of an epoch is used like any other.
+    Every step minimises the loss divided by the number of data: its unit is nats per datum, and sites inside the plate
+    ``data`` weigh dataset / batch against global latents. The last, short batch of an epoch is used like any other.
 
     Args:
         pair: the model and guide. It is trained in place and ends on the device it came from.
-        x: data, shape (N, D), kept on the device; or a ``DataLoader`` that yields batches (or tuples that start with one),
-            whose own batch size and order are used.
+        x: data, shape (N, D), kept on the device; or a ``DataLoader`` that yields batches (or tuples that start with
+            one), whose own batch size and order are used.
         loss: a loss, its name, or None for ``pair.default_loss()``.
         epochs: passes over the data.
         batch_size: data a step.
         lr: the first learning rate.
         schedule: ``constant``, ``cosine`` or ``burda``, over all the epochs.
         optimizer: makes the optimizer of a list of parameters; None is Adam.
-        validation: data held out to watch the bound: a share below 1, a count, or a tensor. Drawn at random by ``seed``.
+        validation: data held out to watch the bound: a share below 1, a count (both drawn by ``seed``), or a tensor.
         patience: stop after this many epochs without a better validation bound, and keep the best weights. None: never.
         binarize: draw pixels in [0, 1] anew at every use, as Bernoulli samples (held-out pixels, once).
         initialize: call ``pair.initialize`` with the training data first, where the pair has it.
@@ -139,34 +142,39 @@ def fit(
     """
     device = pick_device(device)
     objective = _make_loss(pair, loss)
-    for name, value, integer in (
-        ("epochs", epochs, True),
-        ("batch_size", batch_size, True),
-        ("lr", lr, False),
-    ):
+    for name, value, integer in (("epochs", epochs, True), ("batch_size", batch_size, True), ("lr", lr, False)):
         check_positive(name, value, integer=integer)
     check_choice("schedule", schedule, SCHEDULES)
-    if patience is not None:
-        check_positive("patience", patience, integer=True)
-        if not isinstance(validation, Tensor) and validation == 0:
-            raise ValueError("patience: early stopping needs held-out data; pass validation=0.1, say.")
+    if optimizer is not None and not callable(optimizer):
+        raise TypeError(
+            "optimizer: expected a function that makes one of a list of parameters, such as "
+            f"lambda parameters: torch.optim.SGD(parameters, lr=1); got {type(optimizer).__name__}."
+        )
+    _check_validation(validation, patience)
     if resume and checkpoint is None:
         raise ValueError("resume: expected checkpoint= to name the file to go on from; got None.")
+    file = Path(checkpoint) if checkpoint is not None else None
 
     home = next((p.device for p in pair.parameters()), torch.device("cpu"))
     with _seeded(seed, device), pyro.validation_enabled(False):
         data = _make_data(pair, x, validation, batch_size, binarize, device, seed)
-        state = load_state(checkpoint) if resume and checkpoint is not None else None
+        state = load_state(file) if resume and file is not None else None
+        start = _copy(pair.state_dict())
         try:
             pair.to(device)
-            run = _Run(pair, objective, data, optimizer, lr, schedule, epochs, initialize and state is None)
-            if state is not None:
-                run.restore(state)
-            if on_start is not None:
-                on_start()
-            return run.go(
-                epochs, patience, progress, Path(checkpoint) if checkpoint is not None else None, device
-            )
+            try:
+                run = _Run(pair, objective, data, optimizer, lr, schedule, epochs, initialize and state is None)
+                run.options |= {"batch size": batch_size, "patience": patience, "binarize": binarize, "seed": seed}
+                if state is not None:
+                    run.restore(state)
+                if on_start is not None:
+                    on_start()
+                if file is not None and not file.absolute().parent.is_dir():
+                    raise FileNotFoundError(f"checkpoint: expected a file in a folder that exists; got {file}")
+            except BaseException:  # nothing has been trained: leave the pair as it came
+                pair.load_state_dict(start, strict=False)
+                raise
+            return run.go(epochs, patience, progress, file)
         finally:
             pair.to(home)
 
@@ -181,9 +189,22 @@ def _make_loss(pair: Pair, loss: ELBO | str | None) -> ELBO:
     if isinstance(loss, str):
         check_choice("loss", loss, LOSSES)
         return LOSSES[loss]()
-    if not hasattr(loss, "loss_and_grads"):
+    if isinstance(loss, type) or not hasattr(loss, "loss_and_grads"):
         raise TypeError(f"loss: expected a loss such as Trace_ELBO(), or its name; got {loss!r}.")
     return loss
+
+
+def _check_validation(validation: Any, patience: Any) -> None:
+    if isinstance(validation, bool) or not isinstance(validation, int | float | Tensor):
+        raise TypeError(f"validation: expected a share, a count or a tensor of data; got {validation!r}.")
+    if patience is not None:
+        check_positive("patience", patience, integer=True)
+        if not isinstance(validation, Tensor) and validation == 0:
+            raise ValueError("patience: early stopping needs held-out data; pass validation=0.1, say.")
+
+
+def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in state.items()}
 
 
 @contextmanager
@@ -193,18 +214,19 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-# Data ---------------------------------------------------------------------------------------------------------------------
+# Data ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class _Data:
-    """Training batches, the number of data, rows for ``initialize``, and the held-out rows."""
+    """Training batches, the number of data, rows for ``initialize``, held-out rows, a DataLoader's own generator."""
 
     batches: Callable[[], Iterator[Tensor]]
     size: int
     steps_per_epoch: int
     sample: Tensor
     validation: list[Tensor] = field(default_factory=list)
+    generator: torch.Generator | None = None
 
 
 def _make_data(
@@ -255,7 +277,7 @@ def _make_data(
 
 def _split(rows: Tensor, validation: float | int, seed: int) -> tuple[Tensor, Tensor]:
     count = round(validation * len(rows)) if isinstance(validation, float) else validation
-    if isinstance(validation, bool) or not 0 < count < len(rows):
+    if not 0 < count < len(rows):
         raise ValueError(
             f"validation: expected a share between 0 and 1, or a count below the {len(rows)} data; got {validation!r}."
         )
@@ -274,23 +296,36 @@ def _loader_data(loader: DataLoader, place: Callable[[Tensor], Tensor]) -> _Data
             yield rows
 
     try:
-        size = len(loader.dataset) if not loader.drop_last else len(loader) * (loader.batch_size or 1)  # type: ignore[arg-type]
-        steps = len(loader)
+        steps, size = len(loader), None
+        if loader.batch_size is not None:  # an epoch is what the sampler names, which may be less than the data set
+            size = len(loader.dataset if isinstance(loader.dataset, IterableDataset) else loader.sampler)  # type: ignore[arg-type]
+            size = steps * loader.batch_size if loader.drop_last else size
     except TypeError as error:
+        if "no len" not in str(error):
+            raise
         raise ValueError(
             "x: expected a DataLoader over a data set with a length; its objective needs the number of data."
         ) from error
     sample: list[Tensor] = []
+    seen = 0
     for rows in raw():
-        sample.append(check_data(rows))
-        if sum(map(len, sample)) >= 10_000:
+        if seen < 10_000:
+            sample.append(check_data(rows))
+        seen += len(rows)
+        if size is not None and seen >= 10_000:
             break
     if not sample:
         raise ValueError("x: expected at least one batch; the DataLoader is empty.")
-    return _Data(lambda: map(place, raw()), size, steps, torch.cat(sample).to(place(sample[0]).device))
+    return _Data(
+        lambda: map(place, raw()),
+        seen if size is None else size,
+        steps,
+        torch.cat(sample).to(place(sample[0]).device),
+        generator=loader.generator or getattr(loader.sampler, "generator", None),
+    )
 
 
-# The run ------------------------------------------------------------------------------------------------------------------
+# The run ------------------------------------------------------------------------------------------------------
 
 
 class _Run:
@@ -308,6 +343,7 @@ class _Run:
         initialize: bool,
     ) -> None:
         self.pair, self.data, self.lr, self.factor = pair, data, lr, SCHEDULES[schedule]
+        self.total_steps = epochs * data.steps_per_epoch
         if initialize and pair.initialize is not None:
             pair.initialize(data.sample)
         parameters = [p for p in pair.parameters() if p.requires_grad]
@@ -319,41 +355,74 @@ class _Run:
             lr * group["lr"] / self.optimizer.param_groups[0]["lr"] for group in self.optimizer.param_groups
         ]
         self.svi = SVI(pair.model, pair.guide, self.optimizer, loss)
-        self.total_steps = epochs * data.steps_per_epoch
+        with _seeded(0, self.device):  # a loss that cannot take this pair says so here
+            self.svi.evaluate_loss(data.sample[:2])
+        self.options: dict[str, Any] = {
+            "pair": type(pair).__name__,
+            "data": [data.size, data.sample.shape[1]],
+            "held-out data": sum(map(len, data.validation)),
+            "loss": " ".join([type(loss).__name__, f"alpha={loss.alpha}" if hasattr(loss, "alpha") else ""]).strip(),
+            "particles": getattr(loss, "num_particles", 1),
+            "epochs": epochs,
+            "steps": self.total_steps,
+            "lr": lr,
+            "schedule": schedule,
+            "optimizer": type(self.optimizer).__name__,
+            "device": self.device.type,
+        }
         self.epoch = self.step = 0
         self.seconds = 0.0
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] | None = None
 
     def state(self) -> dict[str, Any]:
-        random = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.device)
         return {
-            "pair": {name: value.detach().clone() for name, value in self.pair.state_dict().items()},
+            "pair": _copy(self.pair.state_dict()),
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
-            "random": random,
+            "random": self.random_state(),
             "epoch": self.epoch,
             "step": self.step,
             "seconds": self.seconds,
             "history": list(self.history),
             "best": self.best,
-            "total_steps": self.total_steps,
+            "options": self.options,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        if state["total_steps"] != self.total_steps:
+        if "options" not in state:
+            raise ValueError("resume: the checkpoint holds no training state of fit.")
+        for name, now in self.options.items():
+            if (then := state["options"].get(name)) != now:
+                raise ValueError(
+                    f"resume: the checkpoint is of a run with {name} {then}, and these options make it {now}. "
+                    "Resume with everything that the run was started with."
+                )
+        try:
+            self.pair.load_state_dict(state["pair"])
+        except RuntimeError as error:
             raise ValueError(
-                f"resume: the checkpoint is of a run of {state['total_steps']} steps, and these options make "
-                f"{self.total_steps}. Resume with the data, epochs and batch size that the run was started with."
-            )
-        self.pair.load_state_dict(state["pair"])
+                f"resume: the checkpoint does not hold this {type(self.pair).__name__}'s weights. Resume with a pair "
+                f"built with the same options. Details: {error}"
+            ) from error
         self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random"]["cpu"].cpu())
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["random"]["cuda"].cpu(), self.device)
+        self.set_random_state(state["random"])
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
         self.history, self.best = list(state["history"]), state["best"]
+
+    def random_state(self) -> dict[str, Tensor]:
+        random = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        if self.data.generator is not None:
+            random["loader"] = self.data.generator.get_state()
+        return random
+
+    def set_random_state(self, random: dict[str, Tensor]) -> None:
+        torch.set_rng_state(random["cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(random["cuda"], self.device)
+        if self.data.generator is not None and "loader" in random:
+            self.data.generator.set_state(random["loader"])
 
     @property
     def device(self) -> torch.device:
@@ -378,14 +447,7 @@ class _Run:
                 total -= self.svi.evaluate_loss(batch) * (len(batch) / size)
         return float(total)
 
-    def go(
-        self,
-        epochs: int,
-        patience: int | None,
-        progress: bool | None,
-        checkpoint: Path | None,
-        device: torch.device,
-    ) -> FitResult:
+    def go(self, epochs: int, patience: int | None, progress: bool | None, checkpoint: Path | None) -> FitResult:
         good, written = self.state(), 0.0
         stopped = False
         bar = tqdm(
@@ -420,7 +482,7 @@ class _Run:
                 save_state(checkpoint, good)
         if patience is not None and self.best is not None:
             self.pair.load_state_dict(self.best["pair"])
-        return FitResult(self.history, self.seconds, self.step, stopped, str(device))
+        return FitResult(self.history, self.seconds, self.step, stopped, str(self.device))
 
     def _is_stuck(self, patience: int | None) -> bool:
         return patience is not None and self.best is not None and self.epoch - self.best["epoch"] >= patience
@@ -443,32 +505,36 @@ class _Run:
         if self.data.validation:
             row["validation_bound"] = bound_now = self.validation_bound()
             if self.best is None or bound_now > self.best["bound"]:
-                weights = {name: value.detach().clone() for name, value in self.pair.state_dict().items()}
-                self.best = {"bound": bound_now, "epoch": self.epoch, "pair": weights}
+                self.best = {"bound": bound_now, "epoch": self.epoch, "pair": _copy(self.pair.state_dict())}
         row["lr"] = self.optimizer.param_groups[0]["lr"]
         return row
 
     def _weights_are_finite(self) -> bool:
-        return all(bool(torch.isfinite(p).all()) for p in self.pair.parameters())
+        return not self._bad_weights()
+
+    def _bad_weights(self) -> list[str]:
+        return [name for name, p in self.pair.named_parameters() if not bool(torch.isfinite(p).all())]
 
     def _explain_divergence(self, good: dict[str, Any]) -> None:
         """Go back to the last good state and repeat the steps one by one, to stop before the bad one and name it."""
         self.restore(good)
         for batch in self.data.batches():
-            weights = {name: value.detach().clone() for name, value in self.pair.state_dict().items()}
-            random = torch.get_rng_state()
+            weights, random = _copy(self.pair.state_dict()), self.random_state()
             bound = self.take_step(batch)
-            if math.isfinite(bound) and self._weights_are_finite():
+            bad = self._bad_weights()
+            if math.isfinite(bound) and not bad:
                 continue
             self.pair.load_state_dict(weights)
-            torch.set_rng_state(random)
-            what = "a gradient" if math.isfinite(bound) else "the loss"
+            self.set_random_state(random)
             site = first_nonfinite_site(self.svi, batch)
             where = f" at site '{site}'" if site else ""
+            what = "the loss"
+            if math.isfinite(bound):
+                what, where = "a gradient", f"{where} in parameter '{bad[0]}'"
             raise TrainingDiverged(
-                f"{what} turned NaN or infinite at step {self.step} (epoch {self.epoch + 1}){where}. The pair keeps the weights "
-                f"before it. Try a lower lr (now {self.lr:g}), or look at that site's distribution for a scale near 0 or "
-                "a log of 0."
+                f"{what} turned NaN or infinite at step {self.step} (epoch {self.epoch + 1}){where}. The pair keeps "
+                f"the weights before it. Try a lower lr (now {self.lr:g}), or look at that site's distribution for a "
+                "scale near 0 or a log of 0."
             )
         raise TrainingDiverged(
             f"the loss turned NaN or infinite in epoch {self.epoch + 1}; it did not when that was repeated."

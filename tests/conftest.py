@@ -21,6 +21,7 @@ def guard_globals() -> Iterator[None]:
     dtype, threads, grad = torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
+    torch.set_num_threads(1)  # small tensors: threads that wait for each other cost more than they bring
     yield
     pyro.clear_param_store()
     pyro.settings.set(**settings)

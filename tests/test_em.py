@@ -2,16 +2,18 @@
 
 import math
 import warnings
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from pyro.infer import Trace_ELBO
+from pyrovae.models.gmm import GMM
+from pyrovae.models.ppca import PPCA
 from sklearn.mixture import GaussianMixture
 
 import pyrovae as pv
 from pyrovae.infer.em import fit_em
-from pyrovae.models.gmm import GMM
-from pyrovae.models.ppca import PPCA
 from pyrovae.pair import FunctionPair
 
 COVARIANCES = ("full", "tied", "diag", "spherical")
@@ -36,7 +38,7 @@ def blobs(n=200, data_dim=3, seed=0):
 
 
 def rises(trace):
-    return all(b >= a - 1e-12 * max(abs(a), 1) for a, b in zip(trace, trace[1:], strict=False))
+    return all(b >= a - 1e-12 * max(abs(a), 1) for a, b in pairwise(trace))
 
 
 # --- published maxima
@@ -91,8 +93,6 @@ def test_ppca_learns_the_mean_from_a_wrong_one_and_matches_its_guide():
     ppca.loc.data += 50
     result = fit_em(ppca, x, initialize=False, tol=1e-13, max_iter=5000)
     assert result.log_likelihood == pytest.approx(PPCA_IRIS[2][0], abs=1e-5)
-    from pyro.infer import Trace_ELBO
-
     assert -Trace_ELBO().loss(ppca.model, ppca.guide, x) == pytest.approx(result.log_likelihood, rel=1e-9)
 
 
@@ -279,6 +279,16 @@ def test_an_empty_component_stays_where_it_is(covariance):
     assert result.log_likelihood == pytest.approx(one.log_likelihood, rel=1e-9)
 
 
+def test_a_start_below_the_floor_is_raised_to_it():
+    x, gmm = torch.cat([torch.zeros(20, 2), blobs(50, 2) + 9]).double(), GMM(2, 2).double()
+    gmm.loc.data = torch.tensor([[0.0, 0.0], [9.0, 9.0]]).double()
+    gmm.scale = torch.stack([1e-9 * torch.eye(2), 3 * torch.eye(2)]).double()
+    result = fit_em(gmm, x, initialize=False)
+    assert result.trace[1] < result.trace[0]  # as SVI may leave it: no floor there
+    assert rises(result.trace[1:])
+    assert result.covariance_floor.components == (0,)
+
+
 def test_ppca_on_data_without_noise():
     x = torch.randn(50, 1).double() @ torch.ones(1, 3).double()
     ppca = PPCA(3, 1).double()
@@ -334,6 +344,7 @@ X = torch.randn(10, 2)
         (lambda: fit_em(GMM(2, 2), X, chunk_size=0), ValueError, "chunk_size"),
         (lambda: fit_em(GMM(2, 2), X, dtype=torch.int64), TypeError, "dtype"),
         (lambda: fit_em(GMM(2, 2), X, device="gpu"), ValueError, "device"),
+        (lambda: fit_em(GMM(2, 2), X, device="cuda:99"), ValueError, "device"),
         (lambda: fit_em(FunctionPair(print, print), X), TypeError, "has no expected_statistics and no maximize"),
     ],
 )

@@ -9,10 +9,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO
+from pyrovae.models.gmm import GMM
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 import pyrovae as pv
-from pyrovae.models.gmm import GMM
 
 COVARIANCES = ("full", "tied", "diag", "spherical")
 
@@ -59,7 +59,7 @@ def test_log_prob_has_the_gradient_of_the_mixture(covariance):
 
 def test_log_prob_far_away_and_far_from_the_origin():
     gmm = GMM(2, 1).double()
-    far = torch.tensor([[1e150]]).double()
+    far = torch.tensor([[1e150]], dtype=torch.float64)
     assert torch.isfinite(gmm.log_prob(far)).all()
 
     gmm, x = random_gmm(), torch.randn(20, 2).double()
@@ -124,6 +124,12 @@ def test_stock_pyro_trains_it_from_raw_data(faithful, amortized, loss):
     if isinstance(loss, TraceEnum_ELBO):  # exact, so a bound at every step
         assert min(losses) > 1130.263
         assert losses[-1] < 1140
+
+
+def test_the_default_loss_is_exact(faithful):
+    gmm = random_gmm()
+    loss = gmm.default_loss()
+    assert -loss.loss(gmm.model, gmm.guide, faithful) == pytest.approx(gmm.log_prob(faithful).sum().item(), rel=1e-12)
 
 
 def test_renyi_takes_it_without_a_warning(faithful):

@@ -163,9 +163,7 @@ def test_local_latents_are_scaled_outside() -> None:
     pyro.set_rng_seed(1)
     plain = log_weights(model_local, guide_local, x, num_particles=3)
     pyro.set_rng_seed(1)
-    terms = log_weight_terms(
-        DatasetSize(20)(model_local), DatasetSize(20)(guide_local), x, num_particles=3
-    )
+    terms = log_weight_terms(DatasetSize(20)(model_local), DatasetSize(20)(guide_local), x, num_particles=3)
     assert terms.scale == 4
     torch.testing.assert_close(terms.log_weights, plain, rtol=0, atol=0)
 
@@ -260,9 +258,7 @@ def test_units_of_two_common_plates() -> None:
 
 def test_one_common_scale_multiplies_outside() -> None:
     x = torch.randn(5)
-    terms = log_weight_terms(
-        poutine.scale(model_local, 3.0), poutine.scale(guide_exact, 3.0), x, num_particles=2
-    )
+    terms = log_weight_terms(poutine.scale(model_local, 3.0), poutine.scale(guide_exact, 3.0), x, num_particles=2)
     assert terms.scale == 3
     torch.testing.assert_close(terms.log_weights, normal_log_prob(x, 0.0, math.sqrt(2)).expand(2, 5))
 

@@ -85,9 +85,7 @@ def _find(stem: str, folder: Path | None) -> bytes:
                 try:
                     return _checked(path.read_bytes(), stem, str(path))
                 except _Damaged as error:  # the user's own file: say so, touch nothing
-                    raise ValueError(
-                        f"{error} Replace the file, or delete it to have it downloaded."
-                    ) from error
+                    raise ValueError(f"{error} Replace the file, or delete it to have it downloaded.") from error
     import pooch
 
     cached = Path(pooch.os_cache("pyrovae")) / "mnist" / f"{stem}.gz"
@@ -149,9 +147,7 @@ def _checked(raw: bytes, stem: str, where: str) -> bytes:
             ) from error
     found = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if found != MD5[stem]:
-        raise _Damaged(
-            f"{where} is damaged: expected MD5 {MD5[stem]} of the uncompressed bytes; found {found}."
-        )
+        raise _Damaged(f"{where} is damaged: expected MD5 {MD5[stem]} of the uncompressed bytes; found {found}.")
     return content
 
 
@@ -173,9 +169,7 @@ def _parse(content: bytes, stem: str, item_shape: tuple[int, ...]) -> np.ndarray
     rank = 1 + len(item_shape)
     header = 4 + 4 * rank
     if content[:4] != bytes([0, 0, 8, rank]) or len(content) < header:
-        raise ValueError(
-            f"{stem}: expected IDX bytes of rank {rank}; the file starts with {content[:4].hex()}."
-        )
+        raise ValueError(f"{stem}: expected IDX bytes of rank {rank}; the file starts with {content[:4].hex()}.")
     shape = tuple(np.frombuffer(content, ">u4", rank, offset=4).tolist())
     if shape[1:] != item_shape or len(content) - header != np.prod(shape, dtype=int):
         raise ValueError(

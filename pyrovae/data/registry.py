@@ -20,9 +20,7 @@ from pyrovae.data.dataset import DataSet
 __all__ = ["describe", "load", "names"]
 
 
-def load(
-    name: str, *, binarize: bool | None = None, seed: int = 0, root: str | Path | None = None
-) -> DataSet:
+def load(name: str, *, binarize: bool | None = None, seed: int = 0, root: str | Path | None = None) -> DataSet:
     """Return a data set, on the CPU. Its ``convention`` says how it was split and treated.
 
     Args:
@@ -226,9 +224,7 @@ _ENTRIES = {
         f"{_OURS}, after Johnson et al. 2016, Composing graphical models with neural networks",
         _synthetic(synthetic.pinwheel),
     ),
-    "synthetic-moons": _Entry(
-        "2 interleaved half circles in 2-D, with labels", _OURS, _synthetic(synthetic.moons)
-    ),
+    "synthetic-moons": _Entry("2 interleaved half circles in 2-D, with labels", _OURS, _synthetic(synthetic.moons)),
     "synthetic-ppca": _Entry(
         "linear-Gaussian data in 10-D from 3 latent dimensions", _OURS, _synthetic(synthetic.ppca)
     ),

@@ -15,16 +15,12 @@ NUM_TEST = 1_000
 
 MIXTURE_WEIGHTS = np.array([0.5, 0.3, 0.2])
 MIXTURE_LOCS = np.array([[-4.0, 0.0], [4.0, 0.0], [0.0, 6.0]])
-MIXTURE_COVARIANCES = np.array(
-    [[[1.0, 0.6], [0.6, 1.0]], [[1.0, -0.5], [-0.5, 0.5]], [[0.5, 0.0], [0.0, 0.5]]]
-)
+MIXTURE_COVARIANCES = np.array([[[1.0, 0.6], [0.6, 1.0]], [[1.0, -0.5], [-0.5, 0.5]], [[0.5, 0.0], [0.0, 0.5]]])
 
 PPCA_LOC = np.linspace(-1.0, 1.0, 10)
 # Cosines of frequency 1, 2, 3 on ten points: orthonormal columns, times 3, 2, 1. So W Wᵀ has the eigenvalues
 # 9, 4, 1 and the principal subspace is known in closed form.
-PPCA_WEIGHT = (
-    np.sqrt(2 / 10) * np.cos(np.pi * np.outer(np.arange(10) + 0.5, [1, 2, 3]) / 10) * [3.0, 2.0, 1.0]
-)
+PPCA_WEIGHT = np.sqrt(2 / 10) * np.cos(np.pi * np.outer(np.arange(10) + 0.5, [1, 2, 3]) / 10) * [3.0, 2.0, 1.0]
 PPCA_NOISE_VARIANCE = 0.25
 
 

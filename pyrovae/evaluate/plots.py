@@ -1,17 +1,19 @@
-"""Pictures of a fitted pair. Each function returns a matplotlib ``Figure`` and touches no global state of matplotlib."""
+"""Pictures of a fitted pair. Each function returns a ``Figure`` and touches no global state of matplotlib."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+import pyro
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from pyrovae.checks_pair import observed_support
 from pyrovae.evaluate.predict import decode, latents, reconstruct, sample
 from pyrovae.infer import log_weights
 from pyrovae.pair import Pair
@@ -39,35 +41,36 @@ def plot_history(history: Sequence[dict[str, float]]) -> Figure:
     figure = _figure(6, 4)
     axes = figure.subplots()
     epochs = [row["epoch"] for row in history]
-    axes.plot(epochs, [row["train_bound"] for row in history], color=DATA, label="training data")
+    curves = {"training data": [row["train_bound"] for row in history]}
     if any("validation_bound" in row for row in history):
-        values = [row.get("validation_bound", math.nan) for row in history]
-        axes.plot(epochs, values, color=MODEL, label="held-out data")
+        curves["held-out data"] = [row.get("validation_bound", math.nan) for row in history]
+    for (label, curve), color in zip(curves.items(), (DATA, MODEL), strict=False):
+        axes.plot(epochs, curve, color=color, label=label, marker="o" if len(history) == 1 else None)
     # The first epochs are far below the rest: show what happens after them.
-    curve = np.array([row["train_bound"] for row in history])
-    if len(curve) > 10:
-        low, high = (
-            np.quantile(curve, 0.1),
-            max(curve.max(), *(row.get("validation_bound", -math.inf) for row in history)),
-        )
-        axes.set_ylim(low - 0.3 * (high - low), high + 0.1 * (high - low))
+    later = np.array([curve[len(history) // 10 :] for curve in curves.values()])
+    low, high = np.nanmin(later), np.nanmax(later)
+    if high > low:
+        axes.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
     axes.set(xlabel="epoch", ylabel="bound (nats per datum)", title="Training")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     return figure
 
 
-def plot_images(
-    images: Tensor, image_shape: tuple[int, int], *, columns: int = 10, title: str = "", gap: int = 1
-) -> Figure:
-    """Images (N, height · width), with values in [0, 1], as one grid."""
+def plot_images(images: Tensor, image_shape: tuple[int, int], *, columns: int = 10, title: str = "") -> Figure:
+    """Images (N, height · width), with values in [0, 1], as one grid, dark on light."""
     height, width = image_shape
+    columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
-    grid = np.ones((rows * (height + gap) - gap, columns * (width + gap) - gap)) * 0.5
-    for index, image in enumerate(images.detach().cpu().reshape(-1, height, width).numpy()):
-        top, left = (index // columns) * (height + gap), (index % columns) * (width + gap)
+    grid = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1), 0.15)  # light lines between
+    cells = torch.zeros(rows * columns, height, width)  # the last row may have empty ones
+    cells[: len(images)] = images.detach().cpu().reshape(-1, height, width)
+    for index, image in enumerate(cells.numpy()):
+        top, left = (index // columns) * (height + 1), (index % columns) * (width + 1)
         grid[top : top + height, left : left + width] = image
-    figure = _figure(8, 8 * grid.shape[0] / grid.shape[1] + 0.4)
+    across = min(8.0, max(4.0, 0.8 * columns))
+    figure = _figure(across, across * grid.shape[0] / grid.shape[1] + 0.4)
     axes = figure.subplots()
     axes.imshow(grid, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
     axes.set_axis_off()
@@ -93,15 +96,9 @@ def plot_samples(pair: Pair, x: Tensor, *, image_shape: tuple[int, int] | None =
     figure = _figure(6, 5)
     axes = figure.subplots()
     if x.shape[1] == 1:
-        axes.hist(shown[:, 0].numpy(), bins=40, density=True, alpha=0.6, color=DATA, label="data")
-        axes.hist(
-            drawn[:, 0].numpy(),
-            bins=40,
-            density=True,
-            histtype="step",
-            color=MODEL,
-            label="drawn from the model",
-        )
+        bins = np.histogram_bin_edges(torch.cat([shown, drawn]).numpy(), bins=40)
+        axes.hist(shown[:, 0].numpy(), bins, density=True, alpha=0.6, color=DATA, label="data")
+        axes.hist(drawn[:, 0].numpy(), bins, density=True, histtype="step", color=MODEL, label="drawn from the model")
         labels = ("feature 1", "density")
     else:
         axes.scatter(*shown.T.numpy(), s=12, color=DATA, alpha=0.6, label="data")
@@ -122,18 +119,16 @@ def plot_samples(pair: Pair, x: Tensor, *, image_shape: tuple[int, int] | None =
 def plot_reconstructions(pair: Pair, x: Tensor, *, image_shape: tuple[int, int] | None = None, seed: int = 0) -> Figure:
     """Images: rows of data, each above its reconstruction. Otherwise reconstructed against observed features."""
     if image_shape is not None:
-        rows = x[:40]
-        means = reconstruct(pair, rows, seed=seed)
-        pairs = [
-            part
-            for start in range(0, len(rows), 10)
-            for part in (rows[start : start + 10], means[start : start + 10].to(rows.device))
-        ]
-        return plot_images(torch.cat(pairs), image_shape, title="Data (odd rows) and their reconstructions (even rows)")
+        columns = min(10, len(x))
+        rows = x[: min(40, len(x)) // columns * columns]  # whole rows
+        means = reconstruct(pair, rows, seed=seed).to(rows)
+        pairs = [part for both in zip(rows.split(columns), means.split(columns), strict=True) for part in both]
+        title = "Data (odd rows) and their reconstructions (even rows)"
+        return plot_images(torch.cat(pairs), image_shape, columns=columns, title=title)
     rows = x[:1000]
     means = reconstruct(pair, rows, seed=seed).cpu()
     rows = rows.cpu()
-    loc, scale = rows.mean(0), rows.std(0).clamp(min=1e-12)
+    loc, scale = rows.mean(0), rows.std(0, correction=0).clamp(min=1e-12)
     figure = _figure(5, 5)
     axes = figure.subplots()
     axes.scatter(((rows - loc) / scale).flatten(), ((means - loc) / scale).flatten(), s=6, alpha=0.4, color=DATA)
@@ -176,12 +171,15 @@ def _draw_density(axes: Axes, pair: Pair, x: Tensor, num_samples: int = 100, res
     if pair.log_prob is not None:
         log_density = pair.log_prob(grid)
     else:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), pyro.validation_enabled(False):
             torch.manual_seed(0)
             weights = [
                 log_weights(pair.model, pair.guide, rows, num_particles=num_samples) for rows in grid.split(1000)
             ]
         log_density = torch.cat([torch.logsumexp(w, 0) for w in weights], -1) - math.log(num_samples)
+    support = observed_support(pair, grid[:2])
+    if support is not None and not support.is_discrete:  # the margin may lie outside
+        log_density = log_density.masked_fill(~support.check(grid).reshape(len(grid), -1).all(-1), -math.inf)
     density = log_density.reshape(resolution, resolution).T.exp().cpu()
     axes.contourf(first, second, density, levels=20, cmap="Blues")
     axes.contour(first, second, density, levels=8, colors="white", linewidths=0.5)
@@ -192,18 +190,16 @@ def _draw_density(axes: Axes, pair: Pair, x: Tensor, num_samples: int = 100, res
 def plot_manifold(
     pair: Pair, name: str, image_shape: tuple[int, int], *, size: int = 20, data_dim: int | None = None
 ) -> Figure:
-    """Images decoded on a grid over a 2-D latent, at the quantiles of its standard normal prior (Kingma and Welling 2014, fig. 4)."""
+    """Images decoded over a 2-D latent, at quantiles of its N(0, I) prior (Kingma and Welling 2014, fig. 4)."""
     ticks = torch.distributions.Normal(0.0, 1.0).icdf(torch.linspace(0.02, 0.98, size))
     parameter = next(pair.parameters())
     grid = torch.cartesian_prod(ticks.flip(0), ticks).flip(1).to(parameter.device, parameter.dtype)
     means = decode(pair, {name: grid}, data_dim=data_dim)
-    figure = plot_images(
-        means,
-        image_shape,
-        columns=size,
-        gap=0,
-        title="Decoded from the 2-D latent, at quantiles of its prior",
-    )
+    title = "Decoded from the 2-D latent, at quantiles of its prior"
+    figure = plot_images(means, image_shape, columns=size, title=title)
+    axes = figure.axes[0]
+    axes.set_axis_on()
+    axes.set(xlabel=f"{name}, first", ylabel=f"{name}, second", xticks=[], yticks=[])
     return figure
 
 
@@ -212,9 +208,14 @@ def plot_latents(pair: Pair, x: Tensor, name: str, *, labels: Tensor | None = No
     means = latents(pair, x, mean=True, seed=seed)[name].cpu().numpy()
     figure = _figure(6, 5)
     axes = figure.subplots()
-    options: dict[str, Any] = {"color": DATA} if labels is None else {"c": labels.cpu().numpy(), "cmap": "tab10"}
-    points = axes.scatter(*means.T, s=8, alpha=0.7, linewidth=0, **options)
-    if labels is not None:
-        axes.legend(*points.legend_elements(), title="label", loc="best", fontsize="small")
+    if labels is None:
+        axes.scatter(*means.T, s=12, alpha=0.7, linewidth=0, color=DATA)
+    else:
+        found = labels.cpu().numpy()
+        for index, label in enumerate(np.unique(found)):
+            axes.scatter(
+                *means[found == label].T, s=12, alpha=0.7, linewidth=0, color=f"C{index % 10}", label=str(label)
+            )
+        figure.legend(title="label", loc="outside right upper", markerscale=2)
     axes.set(xlabel=f"{name}, first", ylabel=f"{name}, second", title="Posterior means of the data (guide)")
     return figure

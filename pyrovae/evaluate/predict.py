@@ -32,8 +32,11 @@ def decode(
     seed: int | None = None,
 ) -> Tensor:
     """Data that the model gives at the latents ``z`` (name → (N, ...)), (N, D): E[x | z], or draws."""
-    count = len(next(iter(z.values())))
-    return _run(pair, z, _blank(pair, count, data_dim), mean, seed)
+    counts = {name: len(value) for name, value in z.items()}
+    if len(set(counts.values())) != 1:
+        raise ValueError(f"z: expected the same number of values of every latent, at least one latent; got {counts}.")
+    blank = _blank(pair, next(iter(counts.values())), data_dim)
+    return _run(pair, {name: _placed(value, blank) for name, value in z.items()}, blank, mean, seed)
 
 
 def reconstruct(pair: Pair, x: Tensor, *, mean: bool = True, seed: int | None = None) -> Tensor:
@@ -43,20 +46,31 @@ def reconstruct(pair: Pair, x: Tensor, *, mean: bool = True, seed: int | None = 
 
 @torch.no_grad()
 def latents(pair: Pair, x: Tensor, *, mean: bool = False, seed: int | None = None) -> dict[str, Tensor]:
-    """One draw of each latent from the guide, by name; with ``mean``, the guide's means where it has them."""
+    """One draw of each latent from the guide, by name; with ``mean``, the guide's mean of each that has one."""
     x = check_data(x, data_dim=getattr(pair, "data_dim", None))
+    x = _placed(x, next(pair.parameters(), x))
     with torch.random.fork_rng(enabled=seed is not None), pyro.validation_enabled(False):
         if seed is not None:
             torch.manual_seed(seed)
         sites = poutine.trace(pair.guide).get_trace(x).nodes
-    found = {
-        name: site for name, site in sites.items() if site["type"] == "sample" and not _is_subsample(site)
-    }
+    found = {name: site for name, site in sites.items() if site["type"] == "sample" and not _is_subsample(site)}
     if not found:
-        raise ValueError(
-            f"pair: {type(pair).__name__}'s guide samples no latent, so there is nothing to encode into."
-        )
-    return {name: site["fn"].mean if mean else site["value"] for name, site in found.items()}
+        raise ValueError(f"pair: {type(pair).__name__}'s guide samples no latent, so there is nothing to encode into.")
+    return {name: _mean(site["fn"], site["value"]) if mean else site["value"] for name, site in found.items()}
+
+
+def _mean(fn: Any, value: Tensor) -> Tensor:
+    if not value.is_floating_point():  # a category has no mean
+        return value
+    try:
+        return fn.mean
+    except NotImplementedError:
+        return value
+
+
+def _placed(value: Tensor, like: Tensor) -> Tensor:
+    """On the device of ``like``; floating-point numbers in its precision."""
+    return value.to(like.device, like.dtype if value.is_floating_point() else None)
 
 
 def _is_subsample(site: dict[str, Any]) -> bool:
@@ -79,7 +93,13 @@ def _run(pair: Pair, given: dict[str, Tensor], x: Tensor, mean: bool, seed: int 
         if seed is not None:
             torch.manual_seed(seed)
         trace = poutine.trace(poutine.condition(model, data=given)).get_trace(x)
-    for site in trace.nodes.values():
-        if site["type"] == "sample" and site["infer"].get("was_observed"):
+    sites = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
+    if unknown := set(given) - set(sites):
+        raise ValueError(
+            f"z: the model of {type(pair).__name__} has no latent {', '.join(map(repr, sorted(unknown)))}; its sites "
+            f"are {', '.join(name for name, site in sites.items() if not _is_subsample(site))}."
+        )
+    for site in sites.values():
+        if site["infer"].get("was_observed"):
             return site["fn"].mean if mean else site["value"]
     raise ValueError(f"pair: the model of {type(pair).__name__} observes nothing.")

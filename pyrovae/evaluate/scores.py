@@ -21,9 +21,7 @@ from pyrovae.train import pick_device
 __all__ = ["ACTIVE_UNIT_VARIANCE", "Scores", "evaluate"]
 
 ACTIVE_UNIT_VARIANCE = 0.01  # Burda et al. 2016, section 5.2
-FLOATS_PER_CHUNK = (
-    2**21
-)  # of the widest tensor: small enough for caches, large enough for the dispatch to vanish
+FLOATS_PER_CHUNK = 2**21  # of the widest tensor: small enough for caches, large enough for the dispatch to vanish
 
 
 @dataclass(frozen=True)
@@ -32,8 +30,9 @@ class Scores:
 
     num_data: int
     num_samples: int
+    """Importance samples a datum; 0 where all latents are summed out, and nothing is sampled."""
     log_evidence: float
-    """mean_n log 1/K Σ_k w_kn: a lower bound in expectation, below log p(x) by about Var(w)/(2K p(x)²) (Burda et al. 2016)."""
+    """mean_n log 1/K Σ_k w_kn: in expectation below log p(x), by about Var(w)/(2K p(x)²) (Burda et al. 2016)."""
     log_evidence_stderr: float
     """Monte Carlo standard error of ``log_evidence`` for these very data, by the delta method."""
     log_evidence_stderr_data: float | None
@@ -50,6 +49,8 @@ class Scores:
     active_units: int | None
     """Latent dimensions whose posterior mean varies over the data by more than 0.01 (variance; Burda et al. 2016)."""
     active_units_per_latent: dict[str, int]
+    units_per_latent: dict[str, int]
+    """Dimensions of each continuous latent, active or not."""
     log_likelihood: float | None
     """Exact log p(x), where the pair has ``log_prob``."""
     bits_per_dim: float
@@ -73,14 +74,10 @@ class Scores:
                 rows += [(f"    KL of {name}", kl, "") for name, kl in self.kl_per_latent.items()]
         lines = [f"{name:<24}{value:>12.3f}  {note}".rstrip() for name, value, note in rows]
         if self.active_units is not None:
-            total = sum(len(kl) for kl in self.kl_per_dimension.values())
             each = "+".join(str(count) for count in self.active_units_per_latent.values())
             detail = f"  ({each})" if len(self.active_units_per_latent) > 1 else ""
-            lines.append(
-                f"{'active units':<24}{self.active_units:>12d}  of {total}{detail}"
-                if total
-                else f"{'active units':<24}{self.active_units:>12d}{detail}"
-            )
+            total = sum(self.units_per_latent.values())
+            lines.append(f"{'active units':<24}{self.active_units:>12d}  of {total}{detail}")
         missing = [
             label
             for label, value in (
@@ -90,7 +87,8 @@ class Scores:
             )
             if value is None
         ]
-        head = f"{self.num_data} data, {self.num_samples} samples each; nats per datum"
+        sampled = f"{self.num_samples} sample{'s' * (self.num_samples > 1)} each" if self.num_samples else "no sampling"
+        head = f"{self.num_data} data, {sampled}; nats per datum"
         foot = f"\ndoes not apply to this pair: {', '.join(missing)}" if missing else ""
         return "\n".join([head, *lines]) + foot
 
@@ -151,8 +149,6 @@ def _evaluate(pair: Pair, x: Tensor, num_samples: int, progress: bool | None) ->
     if not probe.guide:  # nothing is sampled: every weight is p(x)
         num_samples = 1
     data_chunk, particle_chunk = _chunks(pair, probe, len(x), num_samples)
-    if probe.log_weights.dim() == 1:  # a global latent: only the whole data set has a weight
-        data_chunk = len(x)
 
     parts = _Parts()
     chunks = x.split(data_chunk)
@@ -162,14 +158,12 @@ def _evaluate(pair: Pair, x: Tensor, num_samples: int, progress: bool | None) ->
         parts.start()
         for start in range(0, num_samples, particle_chunk):
             particles = min(particle_chunk, num_samples - start)
-            parts.add(
-                log_weight_terms(pair.model, pair.guide, rows, num_particles=particles, structure=structure)
-            )
+            parts.add(log_weight_terms(pair.model, pair.guide, rows, num_particles=particles, structure=structure))
         parts.finish()
     exact = None
     if pair.log_prob is not None:
         exact = float(sum(pair.log_prob(rows).double().sum() for rows in chunks)) / len(x)
-    return parts.scores(x, num_samples, exact, split=not structure.enumerated)
+    return parts.scores(x, num_samples, exact, sampled=bool(probe.guide), split=not structure.enumerated)
 
 
 def _chunks(pair: Pair, probe: LogWeightTerms, num_data: int, num_samples: int) -> tuple[int, int]:
@@ -178,7 +172,8 @@ def _chunks(pair: Pair, probe: LogWeightTerms, num_data: int, num_samples: int) 
     sites = [s for s in probe.model_trace.nodes.values() if s["type"] == "sample"]
     widths.append(sum(s["value"][0].numel() if s["value"].dim() else 1 for s in sites))
     rows = max(1, FLOATS_PER_CHUNK // max(widths))
-    data_chunk = min(num_data, max(1, min(100, rows)))
+    # With a global latent only the whole data set has a weight.
+    data_chunk = num_data if probe.log_weights.dim() == 1 else min(num_data, 100, rows)
     return data_chunk, max(1, min(num_samples, rows // data_chunk))
 
 
@@ -238,19 +233,21 @@ class _Parts:
         for name, total in self._means.items():
             self.means[name].append(total / count)
 
-    def scores(self, x: Tensor, num_samples: int, exact: float | None, split: bool) -> Scores:
+    def scores(self, x: Tensor, num_samples: int, exact: float | None, *, sampled: bool, split: bool) -> Scores:
         evidence, relative_variance = torch.cat(self.evidence), torch.cat(self.relative_variance)
         num_data, total = len(x), len(x) * num_samples
         active: dict[str, int] = {}
+        units: dict[str, int] = {}
         for name, means in self.means.items():
             if len(mean := torch.cat(means)) > 1:
                 active[name] = int((mean.var(0) > ACTIVE_UNIT_VARIANCE).sum())
+                units[name] = mean.shape[1]
         # One weight a datum is the rule; with a global latent there is one for all of them.
         per_datum = 1 / num_data
         log_evidence = float(evidence.sum()) * per_datum
         return Scores(
             num_data=num_data,
-            num_samples=num_samples,
+            num_samples=num_samples if sampled else 0,
             log_evidence=log_evidence,
             log_evidence_stderr=float(relative_variance.sum().sqrt()) * per_datum,
             log_evidence_stderr_data=float(evidence.std()) / math.sqrt(num_data)
@@ -260,11 +257,10 @@ class _Parts:
             reconstruction=self.reconstruction / total if split else None,
             kl=sum(self.kl.values()) / total if split else None,
             kl_per_latent={name: kl / total for name, kl in self.kl.items()} if split else {},
-            kl_per_dimension={
-                n: (kl / total).tolist() for n, kl in self.kl_per_dimension.items() if kl is not None
-            },
+            kl_per_dimension={n: (kl / total).tolist() for n, kl in self.kl_per_dimension.items() if kl is not None},
             active_units=sum(active.values()) if active else None,
             active_units_per_latent=active,
+            units_per_latent=units,
             log_likelihood=exact,
             bits_per_dim=-log_evidence / (x.shape[1] * math.log(2)),
         )

@@ -86,10 +86,10 @@ def fit_em(
     Each iteration sums ``pair.expected_statistics(chunk)`` over chunks of the data and calls
     ``pair.maximize(statistics)``. The total log likelihood ℓ = Σ_n log p(x_n) never goes down. A run ends when
     an iteration raises it by at most ``tol · max(|ℓ|, N)``: ``tol`` is the relative change of the log likelihood per
-    datum (the absolute change, where that is below one nat).
+    datum, or the absolute change where that is below one nat.
 
-    The arithmetic is in ``dtype``, on a copy; the pair keeps its own dtype and device, and an error or an
-    interrupt leaves it as it was. If the pair has ``match_guide()``, its guide is set to the exact posterior at the end.
+    The arithmetic is in ``dtype``, on a copy; the pair keeps its own dtype and device, and an error or an interrupt
+    leaves it as it was. Where the pair has ``match_guide()``, its guide is set to the exact posterior at the end.
 
     A pair takes part by two methods:
 
@@ -139,7 +139,7 @@ def fit_em(
     def chunks() -> Iterable[Tensor]:
         return (chunk.to(device, dtype) for chunk in x.split(chunk_size))
 
-    work = copy.deepcopy(pair).to(device, dtype)
+    work: Any = copy.deepcopy(pair).to(device, dtype)
     with torch.no_grad(), tqdm(desc="EM", unit="it", disable=not progress) as bar:
         starts = []
         for r in range(restarts):
@@ -153,10 +153,12 @@ def fit_em(
         runs = [run for group in groups for run in _climb(work, group, chunks, len(x), max_iter, tol, bar)]
         best = max(runs, key=lambda run: (not run.collapsed, run.trace[-1]))
 
+        _assign(work, best.state)
+        if hasattr(work, "match_guide"):
+            work.match_guide()
+        fitted = _tensors(work)
         for name, tensor in _tensors(pair).items():
-            tensor.copy_(best.state[name])
-        if hasattr(pair, "match_guide"):
-            pair.match_guide()
+            tensor.copy_(fitted[name])
 
     return EMResult(
         log_likelihood=best.trace[-1],
@@ -165,7 +167,7 @@ def fit_em(
         iterations=len(best.trace) - 1,
         seconds=time.perf_counter() - began,
         restart_log_likelihoods=[run.trace[-1] for run in runs],
-        covariance_floor=CovarianceFloor(pair.covariance_floor, best.collapsed) if best.collapsed else None,
+        covariance_floor=CovarianceFloor(work.covariance_floor, best.collapsed) if best.collapsed else None,
         num_data=len(x),
     )
 
@@ -184,7 +186,7 @@ class _Run:
 
 
 def _climb(
-    work: Pair,
+    work: Any,  # a pair with EM
     starts: list[dict[str, Tensor]],
     chunks: Callable[[], Iterable[Tensor]],
     num_data: int,
@@ -213,16 +215,17 @@ def _climb(
             unit = max(abs(log_likelihood), num_data)
             if not math.isfinite(log_likelihood):
                 raise RuntimeError(
-                    f"x: the log likelihood is {log_likelihood} after {iteration} iterations of EM. The data may be too "
-                    "far from the starting parameters, or too large to square: standardise each feature."
+                    f"x: the log likelihood is {log_likelihood} after {iteration} iterations of EM. The data may be "
+                    "too far from the starting parameters, or too large to square: standardise each feature."
                 )
-            if change < -rounding * unit:
+            fell = change < -rounding * unit
+            if fell and not ("floored" in state and state["floored"].any()):  # a start may lie below the floor
                 raise RuntimeError(
-                    f"pair: EM lowered the log likelihood from {run.trace[-1]} to {log_likelihood} in iteration "
-                    f"{iteration}; it can only raise it. {type(work).__name__}.expected_statistics or maximize is wrong."
+                    f"pair: iteration {iteration} of EM lowered the log likelihood from {run.trace[-1]} to "
+                    f"{log_likelihood}. EM cannot: {type(work).__name__}.expected_statistics or maximize is wrong."
                 )
             run.trace.append(log_likelihood)
-            run.converged = change <= tol * unit
+            run.converged = change <= tol * unit and not fell
             if run.converged or iteration == max_iter:
                 run.state = {name: (t[row] if stacked else t).detach().clone() for name, t in state.items()}
             else:
@@ -253,9 +256,10 @@ def _choose_device(device: str | torch.device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device: expected auto, cpu, cuda or cuda:0; got {device!r}.") from error
+        torch.empty(0, device=device)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise ValueError(f"device: expected auto, cpu or a CUDA device that is there; got {device!r}.") from error
+    return torch.device(device)
 
 
 def _check_arguments(

@@ -65,9 +65,7 @@ class Structure:
 
 @contextmanager
 def _same_random_state() -> Iterator[None]:
-    devices = (
-        [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    )
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):
         yield
 
@@ -143,7 +141,7 @@ class LogWeightTerms:
     guide: dict[str, Tensor]
     """log q of each guide site, (K, N)."""
     score: Tensor | None
-    """Σ log q over guide sites without a pathwise gradient, (K, N); None where all have one."""
+    """Σ log q over guide sites without a pathwise gradient, unscaled, (K, N); None where all have one."""
     scale: float | Tensor
     """Dataset size / batch size, or another common scale of all sites: it multiplies *outside* any log-mean-exp."""
     model_trace: Trace
@@ -156,9 +154,7 @@ class LogWeightTerms:
         return reduce(torch.sub, self.guide.values(), total)
 
 
-def log_weights_of_traces(
-    model_trace: Trace, guide_trace: Trace, num_particles: int, nesting: int
-) -> LogWeightTerms:
+def log_weights_of_traces(model_trace: Trace, guide_trace: Trace, num_particles: int, nesting: int) -> LogWeightTerms:
     """Reduce the log densities of two traces to one term a site and unit.
 
     A unit is an element of the plates that *every* site lies in: then latents of different units are independent
@@ -189,21 +185,21 @@ def log_weights_of_traces(
     for frame in common.values():
         outside = outside * _plate_scale(frame)
 
-    def term(site: dict[str, Any], log_prob: Tensor) -> Tensor:
+    def by_unit(log_prob: Tensor) -> Tensor:
         """(enumeration dims ..., K, units ...)"""
-        inside: float | Tensor = 1.0 if uniform else rest[id(site)]
-        for name, frame in frames[id(site)].items():
-            if name not in common:
-                inside = inside * _plate_scale(frame)
-        log_prob = scale_and_mask(log_prob, inside, site["mask"])
         log_prob = log_prob.reshape((1,) * (nesting + 1 - log_prob.dim()) + log_prob.shape)
         dims = [d for d in range(-nesting, 0) if d not in unit_dims]
         return log_prob.sum(dims) if dims else log_prob
 
+    def term(site: dict[str, Any]) -> Tensor:
+        inside: float | Tensor = 1.0 if uniform else rest[id(site)]
+        for name, frame in frames[id(site)].items():
+            if name not in common:
+                inside = inside * _plate_scale(frame)
+        return by_unit(scale_and_mask(site["unscaled_log_prob"], inside, site["mask"]))
+
     enumerated = {
-        site["name"]: site["infer"]["_enumerate_dim"]
-        for site in model_sites
-        if _is_enumerated(site, guide_trace)
+        site["name"]: site["infer"]["_enumerate_dim"] for site in model_sites if _is_enumerated(site, guide_trace)
     }
     for name in enumerated:
         if set(frames[id(model_trace.nodes[name])]) != set(common):
@@ -214,19 +210,17 @@ def log_weights_of_traces(
             )
     model_terms, dependent = {}, {}
     for site in model_sites:
-        value = term(site, site["unscaled_log_prob"])
+        value = term(site)
         (dependent if value.dim() > 1 + len(unit_dims) else model_terms)[site["name"]] = value
     if dependent:
         joint = reduce(torch.add, dependent.values())
         summed = tuple(range(joint.dim() - 1 - len(unit_dims)))
         names = [name for name in dependent if name not in enumerated] or list(dependent)
         model_terms["+".join(names)] = torch.logsumexp(joint, summed)
-    guide_terms = {site["name"]: term(site, site["unscaled_log_prob"]) for site in guide_sites}
-    scores = [
-        guide_terms[s["name"]]
-        for s in guide_sites
-        if not is_identically_zero(s["score_parts"].score_function)
-    ]
+    guide_terms = {site["name"]: term(site) for site in guide_sites}
+    # The score is that of the values drawn: it has no scale and no mask, as in Pyro.
+    functions = [site["score_parts"].score_function for site in guide_sites]
+    scores = [by_unit(function) for function in functions if not is_identically_zero(function)]
 
     shape = (num_particles, *(f.size for f in sorted(common.values(), key=lambda f: f.dim)))
     expand = lambda terms: {name: value.expand(shape) for name, value in terms.items()}  # noqa: E731
@@ -275,9 +269,7 @@ def log_weight_terms(
     return log_weights_of_traces(*traces, num_particles, structure.max_plate_nesting)
 
 
-def log_weights(
-    model: Callable, guide: Callable, *args: Any, num_particles: int = 1, **kwargs: Any
-) -> Tensor:
+def log_weights(model: Callable, guide: Callable, *args: Any, num_particles: int = 1, **kwargs: Any) -> Tensor:
     """Importance log-weights of a model/guide pair.
 
         log w[k, n] = log p(x_n, z_kn) − log q(z_kn | x_n),   z_kn ~ q(z | x_n)

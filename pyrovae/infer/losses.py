@@ -19,6 +19,8 @@ from pyro.infer import TraceEnum_ELBO as PyroTraceEnum_ELBO
 from pyro.infer.traceenum_elbo import _compute_dice_elbo
 from pyro.infer.util import MultiFrameTensor, get_plate_stacks
 from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import kl_divergence
 
@@ -52,9 +54,7 @@ class _Objective(ELBO):
             self._seen = (model, guide, structure)
         return self._seen[2]
 
-    def _get_traces(
-        self, model: Callable, guide: Callable, args: tuple, kwargs: dict
-    ) -> Iterator[tuple[Trace, Trace]]:
+    def _get_traces(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Iterator[tuple[Trace, Trace]]:
         """One vectorised pair of traces, or one for each particle."""
         structure = self._structure(model, guide, args, kwargs)
         runs, particles = (1, self.num_particles) if self.vectorize_particles else (self.num_particles, 1)
@@ -65,9 +65,7 @@ class _Objective(ELBO):
         structure = self._structure(model, guide, args, kwargs)
         return trace_pair(model, guide, args, kwargs, num_particles=1, structure=structure)
 
-    def _bound(
-        self, model: Callable, guide: Callable, args: tuple, kwargs: dict
-    ) -> tuple[Tensor, Tensor | None]:
+    def _bound(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor | None]:
         """The bound, with its pathwise gradient; and a term whose *gradient* alone is wanted, or None."""
         raise NotImplementedError
 
@@ -107,9 +105,7 @@ class Trace_ELBO(_Objective):
     Site scales multiply their own terms, as in Pyro: with β on a latent's model and guide site, a β-VAE.
     """
 
-    def _bound(
-        self, model: Callable, guide: Callable, args: tuple, kwargs: dict
-    ) -> tuple[Tensor, Tensor | None]:
+    def _bound(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor | None]:
         bound: Any = 0.0
         surrogate: Any = None
         for traces in self._get_traces(model, guide, args, kwargs):
@@ -204,9 +200,7 @@ class TraceEnum_ELBO(_Objective, PyroTraceEnum_ELBO):
     The contraction is Pyro's own (Obermeyer et al. 2019).
     """
 
-    def _get_traces(
-        self, model: Callable, guide: Callable, args: tuple, kwargs: dict
-    ) -> Iterator[tuple[Trace, Trace]]:
+    def _get_traces(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Iterator[tuple[Trace, Trace]]:
         structure = self._structure(model, guide, args, kwargs)
         vectorized = self.vectorize_particles and self.num_particles > 1
         self.max_plate_nesting = structure.max_plate_nesting + vectorized
@@ -215,9 +209,7 @@ class TraceEnum_ELBO(_Objective, PyroTraceEnum_ELBO):
     def _get_trace(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple[Trace, Trace]:
         return PyroTraceEnum_ELBO._get_trace(self, model, guide, args, kwargs)
 
-    def _bound(
-        self, model: Callable, guide: Callable, args: tuple, kwargs: dict
-    ) -> tuple[Tensor, Tensor | None]:
+    def _bound(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor | None]:
         bound: Any = 0.0
         for traces in self._get_traces(model, guide, args, kwargs):
             bound = bound + _compute_dice_elbo(*traces) / self.num_particles
@@ -246,23 +238,20 @@ class RenyiELBO(_Objective):
 
     def __init__(self, alpha: float = 0, num_particles: int = 2, **options: Any) -> None:
         if alpha == 1:
-            raise ValueError(
-                "alpha: expected any number but 1, where the Rényi bound is the ELBO; use Trace_ELBO."
-            )
+            raise ValueError("alpha: expected any number but 1, where the Rényi bound is the ELBO; use Trace_ELBO.")
         if math.isnan(alpha):
             raise ValueError("alpha: expected a number; got nan.")
         super().__init__(num_particles, **options)
         self.alpha = alpha
 
-    def _bound(
-        self, model: Callable, guide: Callable, args: tuple, kwargs: dict
-    ) -> tuple[Tensor, Tensor | None]:
+    def _bound(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor | None]:
         nesting = self._structure(model, guide, args, kwargs).max_plate_nesting
         particles = self.num_particles if self.vectorize_particles else 1
-        runs: list[LogWeightTerms] = [
-            log_weights_of_traces(*traces, particles, nesting)
-            for traces in self._get_traces(model, guide, args, kwargs)
-        ]
+        with _SameSubsample():
+            runs: list[LogWeightTerms] = [
+                log_weights_of_traces(*traces, particles, nesting)
+                for traces in self._get_traces(model, guide, args, kwargs)
+            ]
         log_w = torch.cat([run.log_weights for run in runs])
         scale = runs[0].scale
         bound = renyi_bound(log_w, self.alpha)  # (N,)
@@ -273,6 +262,22 @@ class RenyiELBO(_Objective):
                 signal = bound - _leave_one_out(log_w, self.alpha)  # (K, N)
             surrogate = (signal * score).sum() * scale
         return bound.sum() * scale, surrogate
+
+
+class _SameSubsample(Messenger):
+    """Gives each run the rows that the first one drew: weights of different data must not be averaged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rows: dict[str, Any] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and msg["name"] in self._rows:
+            msg["value"], msg["done"] = self._rows[msg["name"]], True
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            self._rows[msg["name"]] = msg["value"]
 
 
 def renyi_bound(log_weights: Tensor, alpha: float) -> Tensor:
@@ -298,4 +303,5 @@ def _leave_one_out(log_weights: Tensor, alpha: float) -> Tensor:
     own = own.reshape(own.shape + (1,) * (log_weights.dim() - 1))  # [particle j, replaced k, 1 ...]
     each = log_weights.unsqueeze(1)
     others = torch.where(own, 0.0, each).sum(0) / (num_particles - 1)
-    return renyi_bound(torch.where(own, others, each), alpha)
+    baseline = renyi_bound(torch.where(own, others, each), alpha)
+    return torch.where(baseline.isfinite(), baseline, 0.0)  # other particles that the model rules out

@@ -88,6 +88,5 @@ class DatasetSize(Messenger):
             if frame.name == "data" and frame.full_size in (None, frame.size):
                 msg["scale"] = msg["scale"] * (self.size / frame.size)
         msg["cond_indep_stack"] = tuple(
-            frame._replace(full_size=self.size) if frame.name == "data" else frame
-            for frame in msg["cond_indep_stack"]
+            frame._replace(full_size=self.size) if frame.name == "data" else frame for frame in msg["cond_indep_stack"]
         )
