@@ -39,6 +39,7 @@ def check_pair(pair: Pair, x: Tensor, argument: str = "x", *, binarize: bool = F
         guide_trace = poutine.trace(pair.guide).get_trace(few)
         model_trace = poutine.trace(poutine.replay(pair.model, trace=guide_trace)).get_trace(few)
     own = {id(p) for p in pair.parameters()}
+    site: Any
     for trace in (guide_trace, model_trace):
         for name, site in trace.nodes.items():
             if site["type"] == "param" and id(_unconstrained(site["value"])) not in own:
@@ -59,6 +60,7 @@ def observed_support(pair: Pair, few: Tensor) -> constraints.Constraint | None:
     """The support of one feature at the site that observes ``few``; None where no site does."""
     with torch.random.fork_rng([]), torch.no_grad(), pyro.validation_enabled(False):
         trace = poutine.trace(pair.model).get_trace(few)
+    site: Any
     for site in trace.nodes.values():
         if site["type"] == "sample" and site["is_observed"] and site["value"] is few:
             return _of_one_feature(site["fn"].support)
@@ -94,6 +96,7 @@ def _check_support(x: Tensor, few: Tensor, argument: str, name: str, support: co
 
 def first_nonfinite_site(svi: SVI, batch: Tensor) -> str | None:
     """The first site, guide before model, whose value or log density is NaN or infinite; None where all are finite."""
+    site: Any
     with torch.no_grad():
         guide_trace = poutine.trace(svi.guide).get_trace(batch)
         model_trace = poutine.trace(poutine.replay(svi.model, trace=guide_trace)).get_trace(batch)

@@ -12,6 +12,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.nn import PyroModule
+from pyro.params.param_store import _MODULE_NAMESPACE_DIVIDER
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK, effectful
 from pyro.poutine.trace_messenger import TraceMessenger
@@ -39,9 +40,9 @@ def _pyro_effects(method: Callable) -> Callable:
     def wrapper(self: Pair, *args: Any, **kwargs: Any) -> Any:
         if any(isinstance(handler, TraceMessenger) and handler.param_only for handler in _PYRO_STACK):
             self._announce_parameters()
-        if not self._has_random_attributes():
+        if not self._has_pyro_attributes():
             return method(self, *args, **kwargs)
-        # PyroModule would announce parameters too, in a form that stock SVI cannot read in this mode.
+        # PyroModules would announce parameters too, in a form that stock SVI cannot read in this mode.
         with poutine.block(hide_types=["param"]), local_params(), self._pyro_context:
             return method(self, *args, **kwargs)
 
@@ -119,11 +120,13 @@ class Pair(PyroModule):
 
         if not Path(path).is_file():
             raise FileNotFoundError(f"path: expected a .safetensors file, found none at {path}")
+        before = {name: value.clone() for name, value in self.state_dict().items()}
         try:
             self.load_state_dict(load_file(path))
         except SafetensorError as error:
             raise ValueError(f"path: {path} is not a readable .safetensors file ({error}).") from error
         except RuntimeError as error:
+            self.load_state_dict(before, strict=False)  # torch has copied whatever fitted
             raise ValueError(
                 f"path: {path} does not hold the weights of this {type(self).__name__}. Build the pair with the "
                 f"options it was saved with. Details: {error}"
@@ -137,8 +140,9 @@ class Pair(PyroModule):
                 name, value, constraint=torch.distributions.constraints.real, name=name
             )
 
-    def _has_random_attributes(self) -> bool:
-        return any(isinstance(m, PyroModule) and m._pyro_samples for m in self.modules())
+    def _has_pyro_attributes(self) -> bool:
+        """Random attributes, or submodules that would put their parameters into Pyro's store."""
+        return bool(self._pyro_samples) or any(isinstance(m, PyroModule) for m in self.modules() if m is not self)
 
 
 class FunctionPair(Pair):
@@ -164,10 +168,10 @@ class FunctionPair(Pair):
             return self._functions[1](*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        for key, value in state_dict.items():  # parameters that no run has made yet
-            name = key.removeprefix(f"{prefix}params.")
-            if name != key and name not in self.params:
-                self.params[name] = nn.Parameter(torch.empty_like(value))
+        if not self.params:  # no run has made them yet
+            for key, value in state_dict.items():
+                if key.startswith(f"{prefix}params."):
+                    self.params[key.removeprefix(f"{prefix}params.")] = nn.Parameter(torch.empty_like(value))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -182,14 +186,16 @@ class _OwnParams(Messenger):
         owner = self._owner
         name = msg["name"].replace(".", "/")  # a dot would nest modules
         transform = transform_to(msg["kwargs"].get("constraint", torch.distributions.constraints.real))
-        if name not in owner.params:
-            if len(msg["args"]) < 2:
-                raise ValueError(f"pyro.param({msg['name']!r}) has no initial value: pass one at its first use.")
-            start = msg["args"][1]
-            start = start() if callable(start) else start
-            if not isinstance(start, nn.Parameter):  # modules keep the very object that they registered
-                start = nn.Parameter(transform.inv(start.detach()).clone())
+        start: Any = msg["args"][1] if len(msg["args"]) > 1 else None
+        if _MODULE_NAMESPACE_DIVIDER in name:  # from pyro.module: the module goes on using its own parameter
+            if name in owner.params and owner.params[name] is not start:  # loaded before the first run
+                start.data.copy_(owner.params[name].data)
             owner.params[name] = start
+        elif name not in owner.params:
+            if start is None:
+                raise ValueError(f"pyro.param({msg['name']!r}) has no initial value: pass one at its first use.")
+            start = start() if callable(start) else start
+            owner.params[name] = nn.Parameter(transform.inv(start.detach()).clone())
         unconstrained = owner.params[name]
         value = transform(unconstrained)
         value.unconstrained = lambda: unconstrained

@@ -242,12 +242,24 @@ def load_data(name: str, binarize: str) -> DataSet:
 
 
 def resolve_binarize(binarize: str, pair: Pair, data: DataSet) -> str:
-    """What ``auto`` means: ``dynamic`` where the pair's likelihood is over {0, 1} and the data are grey images."""
+    """What ``auto`` means: ``dynamic`` where the pair's likelihood is over {0, 1} and the data are grey images.
+
+    Raises:
+        ValueError: the likelihood is over {0, 1} and the data are real features.
+    """
+    x = data.train
+    if observed_support(pair, x[:2]) is not constraints.boolean:
+        return "none" if binarize == "auto" else binarize
+    if x.min() < 0 or x.max() > 1:
+        real = "--set likelihood=normal" if "likelihood" in constructor_options(type(pair)) else "another pair"
+        raise ValueError(
+            f"--data: the likelihood of {type(pair).__name__} is over {{0, 1}}, and {data.name} has values from "
+            f"{x.min():g} to {x.max():g}. For real features choose {real}; divide pixels of 0..255 by 255."
+        )
     if binarize != "auto":
         return binarize
-    binary = observed_support(pair, data.train[:2]) is constraints.boolean
-    grey = bool(((data.train > 0) & (data.train < 1)).any())
-    return "dynamic" if binary and grey and data.image_shape is not None else "none"
+    grey = bool(((x > 0) & (x < 1)).any())
+    return "dynamic" if grey and data.image_shape is not None else "none"
 
 
 # The folder -----------------------------------------------------------------------------------------------------
@@ -333,10 +345,12 @@ class RunFolder:
 
     def _check_file(self, spec: str, digest: str | None) -> None:
         path, _ = _split(spec)
+        if path is None and not spec.lower().endswith(DATA_FILES):
+            return  # a registered name
         file = Path(path or spec)
         if path is not None and file.resolve().is_relative_to(self.path.resolve()):
             raise ValueError(f"RUN: {file} lies in the run folder itself, and nothing in a run folder is executed.")
-        if (path is not None or digest is not None) and not file.is_file():
+        if not file.is_file():
             raise FileNotFoundError(f"RUN: this run was made from {file}, which is gone. Put it back, or fit again.")
         if file_digest(spec) != digest:
             raise ValueError(f"RUN: {file} has changed since this run was made. Put the old file back, or fit again.")

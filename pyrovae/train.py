@@ -249,7 +249,7 @@ def _make_data(
     held_out: Tensor | None = None
     data_dim = getattr(pair, "data_dim", None)
     if isinstance(validation, Tensor):
-        held_out = check_data(validation, "validation", data_dim=data_dim)
+        held_out, validation = check_data(validation, "validation", data_dim=data_dim), 0
     if isinstance(x, DataLoader):
         if held_out is None and validation:
             raise ValueError("validation: with a DataLoader, pass the held-out data themselves, as a tensor.")
@@ -320,7 +320,7 @@ def _loader_data(loader: DataLoader, place: Callable[[Tensor], Tensor]) -> _Data
         lambda: map(place, raw()),
         seen if size is None else size,
         steps,
-        torch.cat(sample).to(place(sample[0]).device),
+        torch.cat(sample).to(place(sample[0])),
         generator=loader.generator or getattr(loader.sampler, "generator", None),
     )
 
@@ -346,7 +346,7 @@ class _Run:
         self.total_steps = epochs * data.steps_per_epoch
         if initialize and pair.initialize is not None:
             pair.initialize(data.sample)
-        parameters = [p for p in pair.parameters() if p.requires_grad]
+        parameters: list[Tensor] = [p for p in pair.parameters() if p.requires_grad]
         if not parameters:
             raise ValueError(f"pair: {type(pair).__name__} has no parameters to train.")
         make = optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=lr, fused=True))

@@ -11,12 +11,12 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyrovae.models import IWAE, VAE
 from torch import Tensor
 
 from pyrovae import log_weights
 from pyrovae.infer import DatasetSize, log_weight_terms
 from pyrovae.infer.log_weights import Structure
-from pyrovae.models import IWAE, VAE
 
 NUM_SE = 5  # standard errors allowed in statistical tests
 PARALLEL = {"enumerate": "parallel"}
@@ -134,7 +134,7 @@ def test_terms_by_site() -> None:
     assert terms.scale == 1
 
 
-# --- scales, global latents, nested plates -----------------------------------------------------------
+# --- scales, global latents, nested plates -------------------------------------------------------
 
 
 def global_by_hand(terms, x: Tensor, scale: float) -> Tensor:
@@ -298,7 +298,7 @@ def test_deterministic_sites_are_no_part_of_the_weights() -> None:
     torch.testing.assert_close(log_w, normal_log_prob(x, 0.0, math.sqrt(2)).expand(2, 4))
 
 
-# --- enumeration -------------------------------------------------------------------------------------
+# --- enumeration ---------------------------------------------------------------------------------
 
 WEIGHTS = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
 LOCS = torch.tensor([-2.0, 0.5, 3.0], dtype=torch.float64)
@@ -382,7 +382,7 @@ def test_enumeration_beside_a_global_latent_is_refused() -> None:
         log_weights(model, guide, torch.randn(3))
 
 
-# --- errors, random state --------------------------------------------------------------------------------
+# --- errors, random state ------------------------------------------------------------------------
 
 
 def guide_with_more(x: Tensor) -> None:

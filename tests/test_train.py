@@ -185,10 +185,10 @@ def test_data_are_untouched(grey):
 def test_history_columns_and_units(x):
     held_out = x[:4] + 1
     pair = Location()
-    result = fit(pair, x, epochs=3, batch_size=8, lr=1e-12, validation=held_out, optimizer=sgd)
+    result = fit(pair, x, epochs=3, batch_size=3, lr=1e-12, validation=held_out, optimizer=sgd)
     assert [row["epoch"] for row in result.history] == [1, 2, 3]
-    assert [row["step"] for row in result.history] == [3, 6, 9]
-    assert result.steps == 9
+    assert [row["step"] for row in result.history] == [8, 16, 24]
+    assert result.steps == 24
     for row in result.history:
         assert list(row) == ["epoch", "step", "train_bound", "validation_bound", "lr", "seconds"]
         # nats per datum: the mean over data of log N(x | 0, 1), summed over features
@@ -198,7 +198,7 @@ def test_history_columns_and_units(x):
     seconds = [row["seconds"] for row in result.history]
     assert 0 < seconds[0] <= seconds[1] <= seconds[2] == result.seconds
     assert "nats per datum" in str(result)
-    assert "9 steps" in str(result)
+    assert "24 steps" in str(result)
     assert "validation bound" in str(result)
     assert not result.stopped_early
 
@@ -679,6 +679,10 @@ def test_double_pair_takes_float_data(x):
     result = fit(pair, x, epochs=2, validation=4)
     assert pair.loc.dtype == torch.float64
     assert math.isfinite(result.history[-1]["validation_bound"])
+    for rows in (DataLoader(x, batch_size=5), x.double()):
+        fit(Latent().double(), rows, epochs=1)
+    binary = DataLoader((x > 0).float(), batch_size=5)
+    fit(pv.models.VAE(2, 2, hidden_dims=(4,)).double(), binary, epochs=1)
 
 
 def test_double_data_and_arrays(x):

@@ -96,14 +96,15 @@ def plot_samples(pair: Pair, x: Tensor, *, image_shape: tuple[int, int] | None =
     figure = _figure(6, 5)
     axes = figure.subplots()
     if x.shape[1] == 1:
-        bins = np.histogram_bin_edges(torch.cat([shown, drawn]).numpy(), bins=40)
+        bins = np.histogram_bin_edges(torch.cat([shown, drawn]).numpy(), bins=40).tolist()
         axes.hist(shown[:, 0].numpy(), bins, density=True, alpha=0.6, color=DATA, label="data")
         axes.hist(drawn[:, 0].numpy(), bins, density=True, histtype="step", color=MODEL, label="drawn from the model")
         labels = ("feature 1", "density")
     else:
-        axes.scatter(*shown.T.numpy(), s=12, color=DATA, alpha=0.6, label="data")
+        axes.scatter(shown[:, 0], shown[:, 1], s=12, color=DATA, alpha=0.6, label="data")
         axes.scatter(
-            *drawn.T.numpy(),
+            drawn[:, 0],
+            drawn[:, 1],
             s=14,
             color=MODEL,
             alpha=0.6,
@@ -183,7 +184,7 @@ def _draw_density(axes: Axes, pair: Pair, x: Tensor, num_samples: int = 100, res
     density = log_density.reshape(resolution, resolution).T.exp().cpu()
     axes.contourf(first, second, density, levels=20, cmap="Blues")
     axes.contour(first, second, density, levels=8, colors="white", linewidths=0.5)
-    axes.scatter(*x.T.cpu().numpy(), s=10, color=MODEL, alpha=0.7, linewidth=0, label="data")
+    axes.scatter(x[:, 0].cpu(), x[:, 1].cpu(), s=10, color=MODEL, alpha=0.7, linewidth=0, label="data")
     axes.set(xlabel="feature 1", ylabel="feature 2")
 
 
@@ -209,13 +210,12 @@ def plot_latents(pair: Pair, x: Tensor, name: str, *, labels: Tensor | None = No
     figure = _figure(6, 5)
     axes = figure.subplots()
     if labels is None:
-        axes.scatter(*means.T, s=12, alpha=0.7, linewidth=0, color=DATA)
+        axes.scatter(means[:, 0], means[:, 1], s=12, alpha=0.7, linewidth=0, color=DATA)
     else:
         found = labels.cpu().numpy()
         for index, label in enumerate(np.unique(found)):
-            axes.scatter(
-                *means[found == label].T, s=12, alpha=0.7, linewidth=0, color=f"C{index % 10}", label=str(label)
-            )
+            rows = means[found == label]
+            axes.scatter(rows[:, 0], rows[:, 1], s=12, alpha=0.7, linewidth=0, color=f"C{index % 10}", label=str(label))
         figure.legend(title="label", loc="outside right upper", markerscale=2)
     axes.set(xlabel=f"{name}, first", ylabel=f"{name}, second", title="Posterior means of the data (guide)")
     return figure

@@ -52,7 +52,7 @@ def latents(pair: Pair, x: Tensor, *, mean: bool = False, seed: int | None = Non
     with torch.random.fork_rng(enabled=seed is not None), pyro.validation_enabled(False):
         if seed is not None:
             torch.manual_seed(seed)
-        sites = poutine.trace(pair.guide).get_trace(x).nodes
+        sites: dict[str, Any] = poutine.trace(pair.guide).get_trace(x).nodes
     found = {name: site for name, site in sites.items() if site["type"] == "sample" and not _is_subsample(site)}
     if not found:
         raise ValueError(f"pair: {type(pair).__name__}'s guide samples no latent, so there is nothing to encode into.")
@@ -93,7 +93,7 @@ def _run(pair: Pair, given: dict[str, Tensor], x: Tensor, mean: bool, seed: int 
         if seed is not None:
             torch.manual_seed(seed)
         trace = poutine.trace(poutine.condition(model, data=given)).get_trace(x)
-    sites = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
+    sites: dict[str, Any] = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
     if unknown := set(given) - set(sites):
         raise ValueError(
             f"z: the model of {type(pair).__name__} has no latent {', '.join(map(repr, sorted(unknown)))}; its sites "

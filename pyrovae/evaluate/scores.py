@@ -169,7 +169,7 @@ def _evaluate(pair: Pair, x: Tensor, num_samples: int, progress: bool | None) ->
 def _chunks(pair: Pair, probe: LogWeightTerms, num_data: int, num_samples: int) -> tuple[int, int]:
     """Data and particles at a time, so that data · particles · width stays near FLOATS_PER_CHUNK."""
     widths = [p.shape[0] for p in pair.parameters() if p.dim() == 2]
-    sites = [s for s in probe.model_trace.nodes.values() if s["type"] == "sample"]
+    sites: list[Any] = [s for s in probe.model_trace.nodes.values() if s["type"] == "sample"]
     widths.append(sum(s["value"][0].numel() if s["value"].dim() else 1 for s in sites))
     rows = max(1, FLOATS_PER_CHUNK // max(widths))
     # With a global latent only the whole data set has a weight.
@@ -205,7 +205,8 @@ class _Parts:
             self._add_dimensions(name, terms, particles=len(log_w))
 
     def _add_dimensions(self, name: str, terms: LogWeightTerms, particles: int) -> None:
-        guide_site, model_site = terms.guide_trace.nodes[name], terms.model_trace.nodes.get(name)
+        guide_site: Any = terms.guide_trace.nodes[name]
+        model_site: Any = terms.model_trace.nodes.get(name)
         value, fn = guide_site["value"], guide_site["fn"]
         if value.is_floating_point() and not fn.support.is_discrete:
             mean = _mean(fn, value).expand(value.shape)

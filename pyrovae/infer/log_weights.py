@@ -53,12 +53,12 @@ class Structure:
             model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
         guide_trace, model_trace = prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
         enumerated = _check_sites_match(model_trace, guide_trace)
-        sites = [s for t in (model_trace, guide_trace) for s in t.nodes.values() if s["type"] == "sample"]
+        sites: list[Any] = [s for t in (model_trace, guide_trace) for s in t.nodes.values() if s["type"] == "sample"]
         if is_validation_enabled():
             for trace in (guide_trace, model_trace):
                 trace.compute_log_prob()
             for site in sites:
-                check_site_shape(site, max_plate_nesting=float("inf"))
+                check_site_shape(site, max_plate_nesting=math.inf)  # type: ignore[arg-type]
         dims = [f.dim for site in sites for f in site["cond_indep_stack"] if f.vectorized]
         return Structure(-min(dims, default=0), enumerated)
 
@@ -70,11 +70,10 @@ def _same_random_state() -> Iterator[None]:
         yield
 
 
-def _sample_sites(trace: Trace) -> Iterator[dict[str, Any]]:
+def _sample_sites(trace: Trace) -> Iterator[Any]:
     """The sites with a density: ``pyro.deterministic`` makes a site too, which may lie in any plate."""
-    for site in trace.nodes.values():
-        if site["type"] == "sample" and not site["infer"].get("_deterministic"):
-            yield site
+    sites: Any = trace.nodes.values()
+    return (s for s in sites if s["type"] == "sample" and not s["infer"].get("_deterministic"))
 
 
 def _check_sites_match(model_trace: Trace, guide_trace: Trace) -> tuple[str, ...]:
@@ -191,7 +190,7 @@ def log_weights_of_traces(model_trace: Trace, guide_trace: Trace, num_particles:
         dims = [d for d in range(-nesting, 0) if d not in unit_dims]
         return log_prob.sum(dims) if dims else log_prob
 
-    def term(site: dict[str, Any]) -> Tensor:
+    def term(site: Any) -> Tensor:
         inside: float | Tensor = 1.0 if uniform else rest[id(site)]
         for name, frame in frames[id(site)].items():
             if name not in common:
@@ -208,7 +207,8 @@ def log_weights_of_traces(model_trace: Trace, guide_trace: Trace, num_particles:
                 f"{sorted(frames[id(model_trace.nodes[name])])} and all sites share only {sorted(common)}. "
                 "Use TraceEnum_ELBO, or sample the site in the guide."
             )
-    model_terms, dependent = {}, {}
+    model_terms: dict[str, Tensor] = {}
+    dependent: dict[str, Tensor] = {}
     for site in model_sites:
         value = term(site)
         (dependent if value.dim() > 1 + len(unit_dims) else model_terms)[site["name"]] = value
@@ -234,7 +234,7 @@ def log_weights_of_traces(model_trace: Trace, guide_trace: Trace, num_particles:
     )
 
 
-def _is_enumerated(site: dict[str, Any], guide_trace: Trace) -> bool:
+def _is_enumerated(site: Any, guide_trace: Trace) -> bool:
     return site["name"] not in guide_trace and site["infer"].get("_enumerate_dim") is not None
 
 

@@ -40,21 +40,24 @@ class SVI:
                 f"optim: expected a torch.optim or pyro.optim optimizer, or a function that makes one of a list of "
                 f"parameters; got {type(optim).__name__}."
             )
-        if not hasattr(loss, "loss_and_grads"):
+        if isinstance(loss, type) or not hasattr(loss, "loss_and_grads"):
             raise TypeError(f"loss: expected a loss such as Trace_ELBO(); got {loss!r}.")
-        self.model, self.guide, self.optim, self.loss = model, guide, optim, loss
+        self.model, self.guide, self.optim = model, guide, optim
+        self.loss: Any = loss
 
     def step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One update on one batch. Returns the loss before it, nats, a scalar tensor without gradient."""
-        if isinstance(self.optim, Optimizer) and hasattr(self.loss, "_bound"):
+        if isinstance(self.optim, Optimizer):
             self.optim.zero_grad(set_to_none=True)
+        if isinstance(self.optim, Optimizer) and hasattr(self.loss, "_bound"):
             loss = self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
             self.optim.step()
+            self.optim.zero_grad(set_to_none=True)
             return loss
         # Parameters are those that this run names, as in Pyro.
         with poutine.trace(param_only=True) as captured:
             loss = self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
-        named = (site["value"] for site in captured.trace.nodes.values())
+        named: list[Any] = [site["value"] for site in captured.trace.nodes.values()]
         params = list(dict.fromkeys(v.unconstrained() if hasattr(v, "unconstrained") else v for v in named))
         if not isinstance(self.optim, Optimizer | PyroOptim):
             self.optim = self.optim(params)
@@ -75,8 +78,8 @@ class SVI:
 class DatasetSize(Messenger):
     """Tells the sites inside the plate ``data`` how many data there are, as ``pyro.plate(..., subsample_size=)`` would.
 
-    A pair opens its plate over the batch it is given. Under this handler the plate counts as a subsample of ``size`` data, so
-    every objective weighs the sites inside by dataset / batch against global latents outside.
+    A pair opens its plate over the batch it is given. Under this handler the plate counts as a subsample of ``size``
+    data, so every objective weighs the sites inside by dataset / batch against global latents outside.
     """
 
     def __init__(self, size: int) -> None:
