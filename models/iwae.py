@@ -56,9 +56,7 @@ class IWAE(Pair):
         self.data_dim, self.latent_dims, self.num_particles = data_dim, tuple(latent_dims), num_particles
         steps = list(zip(pairwise((data_dim, *latent_dims)), hidden_dims, strict=True))
         self.encoders = nn.ModuleList(NormalNetwork(low, hidden, high) for (low, high), hidden in steps)
-        self.decoders = nn.ModuleList(
-            NormalNetwork(high, hidden[::-1], low) for (low, high), hidden in steps[1:]
-        )
+        self.decoders = nn.ModuleList(NormalNetwork(high, hidden[::-1], low) for (low, high), hidden in steps[1:])
         self.likelihood = BernoulliNetwork(latent_dims[0], hidden_dims[0][::-1], data_dim)
 
     def model(self, x: Tensor) -> None:  # x: (batch, data_dim)

@@ -7,6 +7,7 @@ from typing import Literal
 
 import pyro
 import pyro.distributions as dist
+import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
@@ -42,6 +43,9 @@ class VAE(Pair):
             (Loaiza-Ganem and Cunningham 2019), ``normal`` for real features, with a learned scale for each.
     """
 
+    feature_loc: Tensor
+    feature_scale: Tensor
+
     def __init__(
         self,
         data_dim: int,
@@ -58,6 +62,8 @@ class VAE(Pair):
         check_choice("likelihood", likelihood, DECODERS)
         self.data_dim, self.latent_dim = data_dim, latent_dim
         self.encoder = NormalNetwork(data_dim, hidden_dims, latent_dim)
+        self.register_buffer("feature_loc", torch.zeros(data_dim))
+        self.register_buffer("feature_scale", torch.ones(data_dim))
         self.decoder = DECODERS[likelihood](latent_dim, tuple(reversed(hidden_dims)), data_dim)
 
     def model(self, x: Tensor) -> None:  # x: (batch, data_dim)
@@ -67,11 +73,14 @@ class VAE(Pair):
 
     def guide(self, x: Tensor) -> None:
         with pyro.plate("data", len(x)):
-            pyro.sample("z", self.encoder(x))
+            pyro.sample("z", self.encoder((x - self.feature_loc) / self.feature_scale))
 
     def initialize(self, x: Tensor) -> None:
-        """Start the decoder at the data's mean."""
+        """Start the decoder at the data's mean; real features reach the encoder standardised."""
         self.decoder.initialize(x)
+        if isinstance(self.decoder, NormalSharedScaleNetwork):
+            self.feature_loc.copy_(self.decoder.feature_loc)
+            self.feature_scale.copy_(self.decoder.feature_scale)
 
     def default_loss(self) -> ELBO:
         """The ELBO with its KL in closed form: the same bound, with less noise."""

@@ -73,7 +73,13 @@ class NormalNetwork(nn.Module):
 
 
 class NormalSharedScaleNetwork(nn.Module):
-    """z ↦ N(μ(z), diag σ²) with σ learned for each feature and shared by all z."""
+    """z ↦ N(μ(z), diag σ²) with σ learned for each feature and shared by all z.
+
+    Works in units of the data's mean and standard deviation, feature by feature, once ``initialize`` has seen them.
+    """
+
+    feature_loc: Tensor
+    feature_scale: Tensor
 
     def __init__(
         self,
@@ -85,15 +91,19 @@ class NormalSharedScaleNetwork(nn.Module):
         super().__init__()
         self.network = MLP(in_dim, hidden_dims, out_dim, activation)
         self.log_scale = nn.Parameter(torch.zeros(out_dim))
+        self.register_buffer("feature_loc", torch.zeros(out_dim))
+        self.register_buffer("feature_scale", torch.ones(out_dim))
 
     def forward(self, z: Tensor) -> dist.Distribution:
-        return dist.Normal(self.network(z), self.log_scale.exp()).to_event(1)
+        loc = self.feature_loc + self.feature_scale * self.network(z)
+        return dist.Normal(loc, self.feature_scale * self.log_scale.exp()).to_event(1)
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
-        """Start at the data's mean and standard deviation, feature by feature."""
-        self.network.output.bias.copy_(x.mean(0))
-        self.log_scale.copy_(x.std(0, correction=0).clamp(min=1e-3).log())
+        """Start at the data's mean and standard deviation."""
+        self.feature_loc.copy_(x.mean(0))
+        scale = x.std(0, correction=0)
+        self.feature_scale.copy_(torch.where(scale > 1e-6 * x.abs().amax(0), scale, 1.0))  # constant features: 1
 
 
 class BernoulliNetwork(MLP):

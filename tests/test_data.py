@@ -225,9 +225,7 @@ def test_ppca_has_the_stated_moments():
 def test_pinwheel_arms_are_turns_of_one_another():
     loaded = data.load("synthetic-pinwheel")
     x, labels = loaded.train.double(), loaded.labels_train
-    back = torch.view_as_complex(x) * torch.polar(
-        torch.ones(len(x)).double(), -2 * torch.pi * labels.double() / 5
-    )
+    back = torch.view_as_complex(x) * torch.polar(torch.ones(len(x)).double(), -2 * torch.pi * labels.double() / 5)
     turned = torch.view_as_real(back)
     error = turned.std(0) / (len(x) / 5) ** 0.5
     for arm in range(5):
