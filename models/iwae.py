@@ -24,8 +24,8 @@ class IWAE(Pair):
         p(x, z) = N(z_L | 0, I) Π_l p(z_l | z_{l+1}) · Bernoulli(x | z_1)
         q(z | x) = q(z_1 | x) Π_l q(z_{l+1} | z_l)
 
-    Every conditional but the prior is a Gaussian with diagonal covariance (tanh layers, σ = exp(linear)), or the Bernoulli at the
-    bottom. The paper's two-layer network on MNIST is
+    Every conditional but the prior is a Gaussian with diagonal covariance (tanh layers, σ = exp(linear)), or the
+    Bernoulli at the bottom. The paper's two-layer network on MNIST is
     ``IWAE(784, latent_dims=(100, 50), hidden_dims=((200, 200), (100, 100)), num_particles=50)``.
 
     Args:

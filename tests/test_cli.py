@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pyrovae.models import REGISTRY
 
 import pyrovae
 from pyrovae.cli import main
 from pyrovae.data import load_file, names
 from pyrovae.infer import LOSSES
+from pyrovae.models import REGISTRY
 from pyrovae.runs import find_pair, parse_options
 
 COMMANDS = ("list", "fit", "evaluate", "sample", "compare", "new")

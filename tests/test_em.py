@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from pyro.infer import Trace_ELBO
-from pyrovae.models.gmm import GMM
-from pyrovae.models.ppca import PPCA
 from sklearn.mixture import GaussianMixture
 
 import pyrovae as pv
 from pyrovae.infer.em import fit_em
+from pyrovae.models.gmm import GMM
+from pyrovae.models.ppca import PPCA
 from pyrovae.pair import FunctionPair
 
 COVARIANCES = ("full", "tied", "diag", "spherical")

@@ -9,10 +9,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO
-from pyrovae.models.gmm import GMM
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 import pyrovae as pv
+from pyrovae.models.gmm import GMM
 
 COVARIANCES = ("full", "tied", "diag", "spherical")
 

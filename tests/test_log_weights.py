@@ -11,12 +11,12 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyrovae.models import IWAE, VAE
 from torch import Tensor
 
 from pyrovae import log_weights
 from pyrovae.infer import DatasetSize, log_weight_terms
 from pyrovae.infer.log_weights import Structure
+from pyrovae.models import IWAE, VAE
 
 NUM_SE = 5  # standard errors allowed in statistical tests
 PARALLEL = {"enumerate": "parallel"}

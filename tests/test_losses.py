@@ -16,7 +16,6 @@ from pyro.infer import Trace_ELBO as PyroTrace_ELBO
 from pyro.infer import TraceEnum_ELBO as PyroTraceEnum_ELBO
 from pyro.infer import TraceMeanField_ELBO as PyroTraceMeanField_ELBO
 from pyro.infer.renyi_elbo import RenyiELBO as PyroRenyiELBO
-from pyrovae.models import IWAE, VAE
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -31,6 +30,7 @@ from pyrovae.infer import (
     log_weight_terms,
     renyi_bound,
 )
+from pyrovae.models import IWAE, VAE
 
 NUM_SE = 5  # standard errors allowed in statistical tests
 PARALLEL = {"enumerate": "parallel"}

@@ -13,12 +13,12 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.nn import PyroModule, PyroParam, PyroSample
-from pyrovae.models import VAE
 from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyrovae import FunctionPair, Pair, log_weights
 from pyrovae.infer import SVI, RenyiELBO, Trace_ELBO, log_weight_terms
+from pyrovae.models import VAE
 from pyrovae.networks import (
     MLP,
     BernoulliNetwork,

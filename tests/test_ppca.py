@@ -7,11 +7,11 @@ import pyro
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
-from pyrovae.models.ppca import PPCA
 from sklearn.decomposition import PCA
 from torch.distributions import MultivariateNormal
 
 import pyrovae as pv
+from pyrovae.models.ppca import PPCA
 
 IRIS = {1: (-470.66946, 0.114139), 2: (-404.96278, 0.050682), 3: (-379.91463, 0.023676)}
 

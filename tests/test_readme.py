@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import typer
-from pyrovae.models import REGISTRY
 
 import pyrovae
 from pyrovae import data
 from pyrovae.cli import app
 from pyrovae.infer import LOSSES
+from pyrovae.models import REGISTRY
 from pyrovae.runs import RUN_FILES
 
 ROOT = Path(__file__).parent.parent

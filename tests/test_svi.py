@@ -10,7 +10,6 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyrovae.models import IWAE, VAE
 from torch import Tensor, nn
 from torch.distributions import constraints
 
@@ -24,6 +23,7 @@ from pyrovae.infer import (
     TraceMeanField_ELBO,
     log_weight_terms,
 )
+from pyrovae.models import IWAE, VAE
 
 ADAM = {"lr": 0.01}
 
