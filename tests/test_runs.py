@@ -115,17 +115,17 @@ def edit_config(run, **changes):
 
 @pytest.fixture
 def interrupt(monkeypatch):
-    """``interrupt(n)``: Ctrl-C at the n-th training step from now."""
+    """``interrupt(n)``: Ctrl-C, or another exception, at the n-th training step from now."""
     step = pyrovae.infer.SVI.step
 
-    def arm(at):
+    def arm(at, error=KeyboardInterrupt):
         taken = 0
 
         def interrupted(self, *args, **kwargs):
             nonlocal taken
             taken += 1
             if taken == at:
-                raise KeyboardInterrupt
+                raise error
             return step(self, *args, **kwargs)
 
         monkeypatch.setattr(pyrovae.infer.SVI, "step", interrupted)
@@ -227,6 +227,18 @@ def test_ctrl_c_at_the_first_step_leaves_a_run_too(interrupt):
     interrupt(None)
     assert call("fit", "--resume", "run") == 0
     assert len(history("run")) == 2
+
+
+def test_a_resumed_run_that_fails_does_not_keep_older_weights(interrupt):
+    options = ["--epochs", 9, "--batch-size", 16]
+    interrupt(8)
+    assert fit(*options, "-o", "run") == 130
+    first = RunFolder("run").load()[1].state_dict()
+    interrupt(8, MemoryError)
+    assert call("fit", "--resume", "run") == 1
+    assert not Path("run/weights.safetensors").exists()
+    second = RunFolder("run").load()[1].state_dict()
+    assert any(not torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_finished_run_resumes_to_itself(run):
@@ -560,18 +572,26 @@ class Diverging(Pair):
 """
 
 
-def test_a_diverging_run_says_where_and_keeps_the_last_good_weights(capsys, folder):
-    """Adam at lr 1 takes the variance of data near 0 from 2.5 to 1.5, 0.5 and −0.5, whose root is NaN."""
+@pytest.fixture
+def diverged(folder):
+    """Adam at lr 1 takes the variance of data near 0 from 2.5 to about 1.5, 0.5 and −0.4, whose root is NaN."""
     Path("my.py").write_text(DIVERGING)
     np.save("small.npy", np.random.default_rng(0).normal(size=(20, 2)) * 0.01)
     options = ["--data", "small.npy", "--lr", 1, "--schedule", "constant", "--epochs", 9, "--batch-size", 99]
     assert call("fit", "my.py:Diverging", *options, "-o", "run") == 1
+    return Path("run")
+
+
+def test_a_diverging_run_says_where_and_keeps_weights(capsys, diverged):
     message = capsys.readouterr().err
-    assert re.search(r"NaN or infinite at step \d", message)
-    assert "site 'height'" in message
-    assert "The last good weights are in run" in message
+    assert re.search(r"the loss turned NaN or infinite at step \d \(epoch \d\) at site 'height'", message)
+    assert f"The last good weights are in {diverged}" in message
     assert "Traceback" not in message
-    weights = load_file("run/weights.safetensors")
-    assert bool(torch.isfinite(weights["variance"]))
-    assert float(weights["variance"]) == pytest.approx(0.5, abs=0.2) or float(weights["variance"]) < 0
-    assert call("evaluate", "run", "--num-samples", 3) in (0, 2)
+    assert bool(torch.isfinite(load_file(diverged / "weights.safetensors")["variance"]))
+    assert RunFolder(diverged).load()[1].variance.isfinite()
+
+
+@pytest.mark.xfail(strict=True, reason="fit goes back to the weights whose loss is NaN, not to those before them")
+def test_the_weights_of_a_diverged_run_are_good(diverged):
+    assert float(load_file(diverged / "weights.safetensors")["variance"]) > 0
+    assert call("evaluate", diverged) == 0
