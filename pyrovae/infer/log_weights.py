@@ -25,6 +25,7 @@ from pyrovae.checks import check_positive
 __all__ = [
     "LogWeightTerms",
     "Structure",
+    "enumerated_bound",
     "log_weight_terms",
     "log_weights",
     "log_weights_of_traces",
@@ -153,85 +154,143 @@ class LogWeightTerms:
         return reduce(torch.sub, self.guide.values(), total)
 
 
-def log_weights_of_traces(model_trace: Trace, guide_trace: Trace, num_particles: int, nesting: int) -> LogWeightTerms:
-    """Reduce the log densities of two traces to one term a site and unit.
+class _Units:
+    """How the sites of two traces fall into units, and their log densities a unit.
 
     A unit is an element of the plates that *every* site lies in: then latents of different units are independent
     given the parameters, and each has its own weight. A scale of plates that all share multiplies outside; the
     scale of plates that only some sites lie in (local sites beside a global latent) multiplies their terms.
+    """
+
+    def __init__(self, model_trace: Trace, guide_trace: Trace, nesting: int) -> None:
+        self.model_sites, self.guide_sites = list(_sample_sites(model_trace)), list(_sample_sites(guide_trace))
+        self.sites = self.model_sites + self.guide_sites
+        self._nesting = nesting
+        self._frames = {
+            id(site): {f.name: f for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES}
+            for site in self.sites
+        }
+        self.common = reduce(lambda a, b: {name: a[name] for name in a if name in b}, self._frames.values())
+        self._dims = sorted(f.dim for f in self.common.values())
+        self._rest = {id(site): _without_plates(site["scale"], self._frames[id(site)].values()) for site in self.sites}
+        self.uniform = _all_equal(list(self._rest.values()))
+        """Whether all sites carry one scale besides those of their plates."""
+        self.scale: float | Tensor = next(iter(self._rest.values())) if self.uniform else 1.0
+        """Of all sites: multiplies outside."""
+        for frame in self.common.values():
+            self.scale = self.scale * _plate_scale(frame)
+
+    def shape(self, num_particles: int) -> tuple[int, ...]:
+        return (num_particles, *(f.size for f in sorted(self.common.values(), key=lambda f: f.dim)))
+
+    def rank(self) -> int:
+        """Of a term without enumeration dims: particles, then units."""
+        return 1 + len(self._dims)
+
+    def plates_of(self, site: Any) -> set[str]:
+        return set(self._frames[id(site)])
+
+    def scale_of(self, site: Any) -> float:
+        return float(self._rest[id(site)])
+
+    def reduce(self, log_prob: Tensor) -> Tensor:
+        """(enumeration dims ..., K, units ...)"""
+        log_prob = log_prob.reshape((1,) * (self._nesting + 1 - log_prob.dim()) + log_prob.shape)
+        dims = [d for d in range(-self._nesting, 0) if d not in self._dims]
+        return log_prob.sum(dims) if dims else log_prob
+
+    def term(self, site: Any) -> Tensor:
+        """The log density of a site, scaled as it counts inside a unit."""
+        inside: float | Tensor = 1.0 if self.uniform else self._rest[id(site)]
+        for name, frame in self._frames[id(site)].items():
+            if name not in self.common:
+                inside = inside * _plate_scale(frame)
+        return self.reduce(scale_and_mask(site["unscaled_log_prob"], inside, site["mask"]))
+
+    def model_terms(self, guide_trace: Trace) -> dict[str, Tensor]:
+        """By site; those that depend on latents enumerated in the model are joined, with these summed out."""
+        enumerated = {
+            s["name"]: s["infer"]["_enumerate_dim"] for s in self.model_sites if _is_enumerated(s, guide_trace)
+        }
+        terms = {site["name"]: self.term(site) for site in self.model_sites}
+        if not enumerated:
+            return terms
+        # Plates fold into units, so dims count from the left of the particles: -1 is the dim next to them.
+        dims = [dim + self._nesting + 1 - self.rank() for dim in enumerated.values()]
+        depends = {
+            n: t for n, t in terms.items() if any(t.dim() >= -d and t.shape[d] > 1 for d in dims) or n in enumerated
+        }
+        joint = torch.logsumexp(reduce(torch.add, depends.values()), dims, keepdim=True)
+        while joint.dim() > self.rank() and joint.shape[0] == 1:
+            joint = joint.squeeze(0)
+        names = [name for name in depends if name not in enumerated] or list(depends)
+        return {n: t for n, t in terms.items() if n not in depends} | {"+".join(names): joint}
+
+
+def log_weights_of_traces(model_trace: Trace, guide_trace: Trace, num_particles: int, nesting: int) -> LogWeightTerms:
+    """Reduce the log densities of two traces to one term a site and unit.
 
     Raises:
         ValueError: sites of one unit carry different ``poutine.scale``: then no bound exists.
         NotImplementedError: an enumerated site lies in a plate that other sites do not share.
     """
-    model_sites, guide_sites = list(_sample_sites(model_trace)), list(_sample_sites(guide_trace))
-    sites = model_sites + guide_sites
-    frames = {
-        id(site): {f.name: f for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES}
-        for site in sites
-    }
-    common = reduce(lambda a, b: {name: a[name] for name in a if name in b}, frames.values())
-    unit_dims = sorted(f.dim for f in common.values())
-    rest = {id(site): _without_plates(site["scale"], frames[id(site)].values()) for site in sites}
-    uniform = _all_equal(list(rest.values()))
-    if common and not uniform:
-        scales = ", ".join(f"{site['name']}: {float(rest[id(site)]):g}" for site in sites)
+    units = _Units(model_trace, guide_trace, nesting)
+    if units.common and not units.uniform:
+        scales = ", ".join(f"{site['name']}: {units.scale_of(site):g}" for site in units.sites)
         raise ValueError(
             f"poutine.scale: sites of one datum must carry one common scale for their weights to bound the evidence; "
             f"got {scales}. Scale model and guide as a whole, or use Trace_ELBO, which weighs each site."
         )
-    outside: float | Tensor = next(iter(rest.values())) if uniform else 1.0
-    for frame in common.values():
-        outside = outside * _plate_scale(frame)
-
-    def by_unit(log_prob: Tensor) -> Tensor:
-        """(enumeration dims ..., K, units ...)"""
-        log_prob = log_prob.reshape((1,) * (nesting + 1 - log_prob.dim()) + log_prob.shape)
-        dims = [d for d in range(-nesting, 0) if d not in unit_dims]
-        return log_prob.sum(dims) if dims else log_prob
-
-    def term(site: Any) -> Tensor:
-        inside: float | Tensor = 1.0 if uniform else rest[id(site)]
-        for name, frame in frames[id(site)].items():
-            if name not in common:
-                inside = inside * _plate_scale(frame)
-        return by_unit(scale_and_mask(site["unscaled_log_prob"], inside, site["mask"]))
-
-    enumerated = {
-        site["name"]: site["infer"]["_enumerate_dim"] for site in model_sites if _is_enumerated(site, guide_trace)
-    }
-    for name in enumerated:
-        if set(frames[id(model_trace.nodes[name])]) != set(common):
+    for site in units.model_sites:
+        if _is_enumerated(site, guide_trace) and units.plates_of(site) != set(units.common):
             raise NotImplementedError(
-                f"site '{name}': enumeration here needs one value of it a datum, but it lies in plates "
-                f"{sorted(frames[id(model_trace.nodes[name])])} and all sites share only {sorted(common)}. "
+                f"site '{site['name']}': enumeration here needs one value of it a datum, but it lies in plates "
+                f"{sorted(units.plates_of(site))} and all sites share only {sorted(units.common)}. "
                 "Use TraceEnum_ELBO, or sample the site in the guide."
             )
-    model_terms: dict[str, Tensor] = {}
-    dependent: dict[str, Tensor] = {}
-    for site in model_sites:
-        value = term(site)
-        (dependent if value.dim() > 1 + len(unit_dims) else model_terms)[site["name"]] = value
-    if dependent:
-        joint = reduce(torch.add, dependent.values())
-        summed = tuple(range(joint.dim() - 1 - len(unit_dims)))
-        names = [name for name in dependent if name not in enumerated] or list(dependent)
-        model_terms["+".join(names)] = torch.logsumexp(joint, summed)
-    guide_terms = {site["name"]: term(site) for site in guide_sites}
+    model_terms = units.model_terms(guide_trace)
+    guide_terms = {site["name"]: units.term(site) for site in units.guide_sites}
     # The score is that of the values drawn: it has no scale and no mask, as in Pyro.
-    functions = [site["score_parts"].score_function for site in guide_sites]
-    scores = [by_unit(function) for function in functions if not is_identically_zero(function)]
-
-    shape = (num_particles, *(f.size for f in sorted(common.values(), key=lambda f: f.dim)))
+    functions = [site["score_parts"].score_function for site in units.guide_sites]
+    scores = [units.reduce(function) for function in functions if not is_identically_zero(function)]
+    shape = units.shape(num_particles)
     expand = lambda terms: {name: value.expand(shape) for name, value in terms.items()}  # noqa: E731
     return LogWeightTerms(
         expand(model_terms),
         expand(guide_terms),
         reduce(torch.add, scores).expand(shape) if scores else None,
-        outside,
+        units.scale,
         model_trace,
         guide_trace,
     )
+
+
+def enumerated_bound(model_trace: Trace, guide_trace: Trace, num_particles: int, nesting: int) -> Tensor | None:
+    """The ELBO with discrete latents summed out, where each is local to a datum; else None.
+
+        Σ_n scale · mean_k Σ_z q(z | x_n) (log Σ_y p(x_n, y, z) − log q(z | x_n))
+
+    z: enumerated in the guide; y: in the model. Unlike Pyro's contraction it asks nothing of the device.
+    """
+    units = _Units(model_trace, guide_trace, nesting)
+    enumerated = [site for site in units.sites if site["infer"].get("_enumerate_dim") is not None]
+    local = (
+        units.uniform
+        and all(units.plates_of(site) == set(units.common) for site in enumerated)
+        and not any(site["infer"].get("num_samples") or "_enum_total" in site["infer"] for site in units.sites)
+    )
+    in_guide = [site for site in units.guide_sites if site["infer"].get("_enumerate_dim") is not None]
+    sampled = [site for site in units.guide_sites if site["infer"].get("_enumerate_dim") is None]
+    if not local or any(not is_identically_zero(site["score_parts"].score_function) for site in sampled):
+        return None
+    cost = reduce(torch.add, units.model_terms(guide_trace).values())
+    cost = reduce(torch.sub, [units.term(site) for site in units.guide_sites], cost)
+    if in_guide:
+        probability = reduce(torch.add, [units.reduce(site["unscaled_log_prob"]) for site in in_guide]).exp()
+        cost = torch.where(probability > 0, cost, 0.0) * probability
+    extra = cost.dim() - units.rank()
+    shape = (*cost.shape[:extra], *units.shape(num_particles))
+    return cost.expand(shape).sum() * units.scale / num_particles
 
 
 def _is_enumerated(site: Any, guide_trace: Trace) -> bool:

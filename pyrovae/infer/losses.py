@@ -1,8 +1,8 @@
 """Objectives of stochastic variational inference, with Pyro's names and arguments.
 
 Each is a :class:`pyro.infer.ELBO`: it works in ``pyro.infer.SVI`` and in :class:`pyrovae.infer.SVI`. Beyond Pyro's,
-each has ``differentiable_loss``; none waits for the device (but ``TraceEnum_ELBO``, in Pyro's contraction); none may be
-confused by being used for a second pair; and particles are vectorised unless asked otherwise. A loss is the negative
+each has ``differentiable_loss``; none waits for the device (but ``TraceEnum_ELBO``, where a latent is not local to a
+datum); none is confused by a second pair; and particles are vectorised unless asked otherwise. A loss is the negative
 bound in nats, summed over the batch (times dataset / batch size, where the model subsamples).
 """
 
@@ -25,7 +25,13 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyrovae.checks import check_positive
-from pyrovae.infer.log_weights import LogWeightTerms, Structure, log_weights_of_traces, trace_pair
+from pyrovae.infer.log_weights import (
+    LogWeightTerms,
+    Structure,
+    enumerated_bound,
+    log_weights_of_traces,
+    trace_pair,
+)
 
 __all__ = ["RenyiELBO", "TraceEnum_ELBO", "TraceMeanField_ELBO", "Trace_ELBO", "renyi_bound"]
 
@@ -196,22 +202,27 @@ class TraceEnum_ELBO(_Objective, PyroTraceEnum_ELBO):
     """Evidence lower bound with discrete latents marked ``infer={"enumerate": "parallel"}`` summed out exactly.
 
     Marked in the model and absent from the guide: log Σ_z p(x, z). Marked in the guide:
-    Σ_z q(z | x)(log p(x, z) − log q(z | x)). The contraction is Pyro's own (Obermeyer et al. 2019).
+    Σ_z q(z | x)(log p(x, z) − log q(z | x)). Latents that are local to a datum are summed out directly; for the others
+    the contraction is Pyro's own (Obermeyer et al. 2019), which reads a tensor at every step.
     """
 
     def _get_traces(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Iterator[tuple[Trace, Trace]]:
         structure = self._structure(model, guide, args, kwargs)
-        vectorized = self.vectorize_particles and self.num_particles > 1
-        self.max_plate_nesting = structure.max_plate_nesting + vectorized
+        self.max_plate_nesting = structure.max_plate_nesting + 1  # one dim for particles, needed or not
         return PyroTraceEnum_ELBO._get_traces(self, model, guide, args, kwargs)
 
     def _get_trace(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple[Trace, Trace]:
         return PyroTraceEnum_ELBO._get_trace(self, model, guide, args, kwargs)
 
     def _bound(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor | None]:
+        nesting = self._structure(model, guide, args, kwargs).max_plate_nesting
+        particles = self.num_particles if self.vectorize_particles else 1
         bound: Any = 0.0
         for traces in self._get_traces(model, guide, args, kwargs):
-            bound = bound + _compute_dice_elbo(*traces) / self.num_particles
+            value = enumerated_bound(*traces, particles, nesting)
+            if value is None:
+                value = _compute_dice_elbo(*traces) / particles
+            bound = bound + value * (particles / self.num_particles)
         return bound, None
 
 
