@@ -38,7 +38,7 @@ SetOption = Annotated[
         "--set", "-s", metavar="NAME=VALUE", help="An option of the pair, e.g. latent_dim=2 or hidden_dims=200,200."
     ),
 ]
-LR_HELP = "First learning rate of Adam. By default 0.02 for gmm and ppca, 0.001 for the others."
+LR_HELP = "First learning rate of Adam. By default 0.02 for gmm and ppca, 0.003 for the others."
 EPOCHS_HELP = "Passes over the data. By default 50, or as many as make 2,000 steps."
 DeviceOption = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu or cuda.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]

@@ -25,7 +25,7 @@ from pyrovae.checks import check_choice
 from pyrovae.checks_pair import observed_support
 from pyrovae.data import DataSet
 from pyrovae.infer import LOSSES
-from pyrovae.models import DEFAULT_DATA, DEFAULT_OPTIONS, REGISTRY
+from pyrovae.models import DEFAULT_DATA, DEFAULT_LR, DEFAULT_OPTIONS, REGISTRY
 from pyrovae.pair import Pair
 
 __all__ = [
@@ -220,7 +220,7 @@ def default_data(spec: str) -> str:
 
 
 def default_lr(spec: str) -> float:
-    return {"gmm": 0.02, "ppca": 0.02}.get(spec, 1e-3)  # few parameters, without a network
+    return DEFAULT_LR.get(spec, 3e-3)
 
 
 def default_epochs(num_data: float, batch_size: int) -> int:

@@ -14,7 +14,6 @@ from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.infer import ELBO
 from torch import Tensor
 from torch.optim import Optimizer
@@ -24,7 +23,8 @@ from tqdm.auto import tqdm
 from pyrovae.checkpoint import load_state, save_state
 from pyrovae.checks import check_choice, check_data, check_positive
 from pyrovae.checks_pair import check_pair, first_nonfinite_site
-from pyrovae.infer import LOSSES, SVI, DatasetSize
+from pyrovae.infer import LOSSES, SVI
+from pyrovae.infer.svi import BACKENDS
 from pyrovae.pair import Pair
 
 __all__ = ["SCHEDULES", "FitResult", "TrainingDiverged", "fit", "pick_device"]
@@ -105,6 +105,7 @@ def fit(
     initialize: bool = True,
     device: str | torch.device = "auto",
     seed: int = 0,
+    backend: str = "auto",
     progress: bool | None = None,
     checkpoint: str | Path | None = None,
     resume: bool = False,
@@ -131,6 +132,8 @@ def fit(
         initialize: call ``pair.initialize`` with the training data first, where the pair has it.
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``.
         seed: of everything random here. The caller's random state is left as it was.
+        backend: of the step: ``auto`` compiles runs of 2,000 steps or more, see :class:`pyrovae.infer.SVI`; ``eager``,
+            ``compiled`` or ``cudagraph``.
         progress: show a bar; None shows it on a terminal.
         checkpoint: a file to keep the whole training state in, written every few seconds and at the end of it all.
         resume: go on from ``checkpoint``, exactly as if the run had not stopped.
@@ -150,6 +153,7 @@ def fit(
             "optimizer: expected a function that makes one of a list of parameters, such as "
             f"lambda parameters: torch.optim.SGD(parameters, lr=1); got {type(optimizer).__name__}."
         )
+    check_choice("backend", backend, BACKENDS)
     _check_validation(validation, patience)
     if resume and checkpoint is None:
         raise ValueError("resume: expected checkpoint= to name the file to go on from; got None.")
@@ -163,8 +167,11 @@ def fit(
         try:
             pair.to(device)
             try:
-                run = _Run(pair, objective, data, optimizer, lr, schedule, epochs, initialize and state is None)
+                run = _Run(
+                    pair, objective, data, optimizer, lr, schedule, epochs, initialize and state is None, backend
+                )
                 run.options |= {"batch size": batch_size, "patience": patience, "binarize": binarize, "seed": seed}
+                run.options["backend"] = backend
                 if state is not None:
                     run.restore(state)
                 if on_start is not None:
@@ -219,14 +226,18 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 @dataclass
 class _Data:
-    """Training batches, the number of data, rows for ``initialize``, held-out rows, a DataLoader's own generator."""
+    """What the steps of an epoch are given, how a step makes its batch of that, and what is known of the data."""
 
-    batches: Callable[[], Iterator[Tensor]]
+    arguments: Callable[[], Iterator[Tensor]]
+    batch: Callable[[Tensor], Tensor]
+    """Part of the compiled step: for data on the device, gathers rows by index and draws their pixels."""
     size: int
     steps_per_epoch: int
     sample: Tensor
+    """Rows for ``initialize``."""
     validation: list[Tensor] = field(default_factory=list)
     generator: torch.Generator | None = None
+    """A DataLoader's own."""
 
 
 def _make_data(
@@ -253,7 +264,7 @@ def _make_data(
     if isinstance(x, DataLoader):
         if held_out is None and validation:
             raise ValueError("validation: with a DataLoader, pass the held-out data themselves, as a tensor.")
-        data = _loader_data(x, lambda rows: draw(place(rows)))
+        data = _loader_data(x, place, draw)
         check_data(data.sample, data_dim=data_dim)
     else:
         rows = check_data(x, data_dim=data_dim, at_least=2)
@@ -261,11 +272,13 @@ def _make_data(
             rows, held_out = _split(rows, validation, seed)
         rows = place(rows)
 
-        def batches() -> Iterator[Tensor]:
-            for index in torch.randperm(len(rows), device=device).split(batch_size):
-                yield draw(rows[index])
-
-        data = _Data(batches, len(rows), math.ceil(len(rows) / batch_size), rows)
+        data = _Data(
+            lambda: iter(torch.randperm(len(rows), device=device).split(batch_size)),
+            lambda index: draw(rows[index]),
+            len(rows),
+            math.ceil(len(rows) / batch_size),
+            rows,
+        )
     check_pair(pair, data.sample, binarize=binarize)
     data.sample = draw(data.sample)
     if held_out is not None:
@@ -285,7 +298,7 @@ def _split(rows: Tensor, validation: float | int, seed: int) -> tuple[Tensor, Te
     return rows[order[count:]], rows[order[:count]]
 
 
-def _loader_data(loader: DataLoader, place: Callable[[Tensor], Tensor]) -> _Data:
+def _loader_data(loader: DataLoader, place: Callable[[Tensor], Tensor], draw: Callable[[Tensor], Tensor]) -> _Data:
     def raw() -> Iterator[Tensor]:
         for batch in loader:
             rows = batch[0] if isinstance(batch, list | tuple) else batch
@@ -318,6 +331,7 @@ def _loader_data(loader: DataLoader, place: Callable[[Tensor], Tensor]) -> _Data
         raise ValueError("x: expected at least one batch; the DataLoader is empty.")
     return _Data(
         lambda: map(place, raw()),
+        draw,
         seen if size is None else size,
         steps,
         torch.cat(sample).to(place(sample[0])),
@@ -341,6 +355,7 @@ class _Run:
         schedule: str,
         epochs: int,
         initialize: bool,
+        backend: str,
     ) -> None:
         self.pair, self.data, self.lr, self.factor = pair, data, lr, SCHEDULES[schedule]
         self.total_steps = epochs * data.steps_per_epoch
@@ -349,14 +364,23 @@ class _Run:
         parameters: list[Tensor] = [p for p in pair.parameters() if p.requires_grad]
         if not parameters:
             raise ValueError(f"pair: {type(pair).__name__} has no parameters to train.")
-        make = optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=lr, fused=True))
-        self.optimizer = make(parameters)
+        self.optimizer = (optimizer or self._adam)(parameters)
         self.base_lrs = [
-            lr * group["lr"] / self.optimizer.param_groups[0]["lr"] for group in self.optimizer.param_groups
+            lr * float(group["lr"] / self.optimizer.param_groups[0]["lr"]) for group in self.optimizer.param_groups
         ]
-        self.svi = SVI(pair.model, pair.guide, self.optimizer, loss)
+        self.svi = SVI(
+            pair.model,
+            pair.guide,
+            self.optimizer,
+            loss,
+            backend=backend,
+            num_steps=self.total_steps,
+            prepare=data.batch,
+            dataset_size=data.size,
+        )
+        self.scorer = SVI(pair.model, pair.guide, self.optimizer, loss, backend="eager", dataset_size=data.size)
         with _seeded(0, self.device):  # a loss that cannot take this pair says so here
-            self.svi.evaluate_loss(data.sample[:2])
+            self.scorer.evaluate_loss(data.sample[:2])
         self.options: dict[str, Any] = {
             "pair": type(pair).__name__,
             "data": [data.size, data.sample.shape[1]],
@@ -374,6 +398,11 @@ class _Run:
         self.seconds = 0.0
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] | None = None
+
+    def _adam(self, parameters: list[Tensor]) -> Optimizer:
+        on_gpu = self.device.type == "cuda"
+        lr = torch.tensor(self.lr, device=self.device) if on_gpu else self.lr
+        return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=on_gpu)
 
     def state(self) -> dict[str, Any]:
         return {
@@ -428,23 +457,28 @@ class _Run:
     def device(self) -> torch.device:
         return self.data.sample.device
 
-    def take_step(self, batch: Tensor) -> Tensor:
+    def take_step(self, argument: Tensor) -> Tensor:
         """One update; returns the bound before it, nats per datum."""
         factor = self.factor(self.step / self.total_steps)
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-            group["lr"] = base * factor
-        with DatasetSize(self.data.size), poutine.scale(scale=1 / self.data.size):
-            loss = self.svi.step(batch)
+            if isinstance(group["lr"], Tensor):  # a CUDA graph reads it
+                group["lr"].fill_(base * factor)
+            else:
+                group["lr"] = base * factor
+        bound = -self.svi.step(argument)
         self.step += 1
-        return -loss
+        return bound
 
     def validation_bound(self) -> float:
         """The bound on the held-out data, nats per datum, with the same noise at every call."""
         size = sum(map(len, self.data.validation))
         total = torch.zeros((), device=self.device)
-        with _seeded(0, self.device), DatasetSize(size), poutine.scale(scale=1 / size):
+        scorer = SVI(
+            self.pair.model, self.pair.guide, self.optimizer, self.scorer.loss, backend="eager", dataset_size=size
+        )
+        with _seeded(0, self.device):
             for batch in self.data.validation:
-                total -= self.svi.evaluate_loss(batch) * (len(batch) / size)
+                total -= scorer.evaluate_loss(batch) * (len(batch) / size)
         return float(total)
 
     def go(self, epochs: int, patience: int | None, progress: bool | None, checkpoint: Path | None) -> FitResult:
@@ -490,27 +524,31 @@ class _Run:
     def _one_epoch(self, good: dict[str, Any]) -> dict[str, float]:
         total = torch.zeros((), device=self.device)
         weight = 0
-        for batch in self.data.batches():
-            bound = self.take_step(batch)
-            total += bound * len(batch)
-            weight += len(batch)
+        for argument in self.data.arguments():
+            bound = self.take_step(argument)
+            total += bound * len(argument)
+            weight += len(argument)
             # Reading the bound waits for a GPU: there, look once an epoch.
             if self.device.type == "cpu" and not math.isfinite(bound):
                 self._explain_divergence(good)
         train_bound = float(total) / weight
         self.epoch += 1
         row = {"epoch": self.epoch, "step": self.step, "train_bound": train_bound}
-        if not math.isfinite(train_bound) or not self._weights_are_finite():
+        if not math.isfinite(train_bound) or not self._weights_are_good(argument):
             self._explain_divergence(good)
         if self.data.validation:
             row["validation_bound"] = bound_now = self.validation_bound()
             if self.best is None or bound_now > self.best["bound"]:
                 self.best = {"bound": bound_now, "epoch": self.epoch, "pair": _copy(self.pair.state_dict())}
-        row["lr"] = self.optimizer.param_groups[0]["lr"]
+        row["lr"] = float(self.optimizer.param_groups[0]["lr"])
         return row
 
-    def _weights_are_finite(self) -> bool:
-        return not self._bad_weights()
+    def _weights_are_good(self, argument: Tensor) -> bool:
+        """They are finite, and so is the loss that they give."""
+        if self._bad_weights():
+            return False
+        with _seeded(0, self.device):
+            return math.isfinite(self.svi.evaluate_loss(argument))
 
     def _bad_weights(self) -> list[str]:
         return [name for name, p in self.pair.named_parameters() if not bool(torch.isfinite(p).all())]
@@ -518,23 +556,31 @@ class _Run:
     def _explain_divergence(self, good: dict[str, Any]) -> None:
         """Go back to the last good state and repeat the steps one by one, to stop before the bad one and name it."""
         self.restore(good)
-        for batch in self.data.batches():
+        before = _copy(self.pair.state_dict())
+        for argument in self.data.arguments():
             weights, random = _copy(self.pair.state_dict()), self.random_state()
-            bound = self.take_step(batch)
-            bad = self._bad_weights()
-            if math.isfinite(bound) and not bad:
+            bound = self.take_step(argument)
+            if math.isfinite(bound) and self._weights_are_good(argument):
+                before = weights
                 continue
+            what, where, step = "the loss", "", self.step
+            if not math.isfinite(bound):  # the weights before this step already gave it
+                self.pair.load_state_dict(weights)
+                self.set_random_state(random)
+                weights = before
+            elif bad := self._bad_weights():
+                what, where = "a gradient", f" in parameter '{bad[0]}'"
+                self.pair.load_state_dict(weights)
+                self.set_random_state(random)
+            else:  # the weights after it do
+                step += 1
+            if site := first_nonfinite_site(self.svi, self.data.batch(argument)):
+                where = f" at site '{site}'{where}"
             self.pair.load_state_dict(weights)
-            self.set_random_state(random)
-            site = first_nonfinite_site(self.svi, batch)
-            where = f" at site '{site}'" if site else ""
-            what = "the loss"
-            if math.isfinite(bound):
-                what, where = "a gradient", f"{where} in parameter '{bad[0]}'"
             raise TrainingDiverged(
-                f"{what} turned NaN or infinite at step {self.step} (epoch {self.epoch + 1}){where}. The pair keeps "
-                f"the weights before it. Try a lower lr (now {self.lr:g}), or look at that site's distribution for a "
-                "scale near 0 or a log of 0."
+                f"{what} turned NaN or infinite at step {step} (epoch {self.epoch + 1}){where}. The pair keeps the "
+                f"last weights that gave a finite loss. Try a lower lr (now {self.lr:g}), or look at that site's "
+                "distribution for a scale near 0 or a log of 0."
             )
         raise TrainingDiverged(
             f"the loss turned NaN or infinite in epoch {self.epoch + 1}; it did not when that was repeated."

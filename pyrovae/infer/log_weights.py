@@ -29,6 +29,7 @@ __all__ = [
     "log_weight_terms",
     "log_weights",
     "log_weights_of_traces",
+    "same_random_state",
     "trace_pair",
 ]
 
@@ -49,7 +50,7 @@ class Structure:
         Raises:
             ValueError: the guide misses a latent site of the model, or samples one that the model lacks.
         """
-        with _same_random_state(), poutine.block(), torch.no_grad():
+        with same_random_state(), poutine.block(), torch.no_grad():
             guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
             model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
         guide_trace, model_trace = prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
@@ -65,7 +66,7 @@ class Structure:
 
 
 @contextmanager
-def _same_random_state() -> Iterator[None]:
+def same_random_state() -> Iterator[None]:
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):
         yield

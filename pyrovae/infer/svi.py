@@ -2,30 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO
 from pyro.optim import PyroOptim
 from pyro.poutine.messenger import Messenger
-from torch import Tensor
+from pyro.poutine.runtime import _PYRO_STACK
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["SVI", "DatasetSize"]
+from pyrovae.checks import check_choice
+from pyrovae.infer.program import Program, Untraceable, say_once
+from pyrovae.infer.update import Update
+
+__all__ = ["BACKENDS", "SVI", "DatasetSize"]
+
+BACKENDS = ("auto", "eager", "compiled", "cudagraph")
+WORTH_COMPILING = 2000
+"""Steps after which ``auto`` compiles: compiling takes about as long as a few thousand eager steps of a small pair."""
 
 
 class SVI:
-    """A drop-in for ``pyro.infer.SVI`` that also takes the optimizers of ``torch.optim``.
+    """A drop-in for ``pyro.infer.SVI`` that also takes the optimizers of ``torch.optim``, and compiles.
 
     Args:
         model, guide: a pair's two functions, or any two Pyro functions.
         optim: a ``torch.optim`` optimizer of the pair's parameters; a function that makes one of a list of parameters
             (called at the first step, with the parameters that the first run named); or a ``pyro.optim`` optimizer.
         loss: a loss of :mod:`pyrovae.infer`, or one of Pyro's.
+        backend: ``eager``; ``compiled`` (loss and gradient recorded once below Pyro and compiled, then one fused
+            update); ``cudagraph`` (that, captured as a CUDA graph); or ``auto``, which starts eagerly and changes over
+            to the fastest that works after 2,000 steps, or at once where ``num_steps`` is that many.
+        num_steps: how many steps will be asked for, if that is known.
+        prepare: makes the batch that model and guide take of the arguments of ``step``; part of the compiled step.
+        dataset_size: N. The loss is then divided by N, and sites inside the plate ``data`` count as a subsample of N
+            data (:class:`DatasetSize`).
 
     ``step`` returns the loss as a scalar tensor, not a float: reading it is what would wait for the device.
+
+    The first step always runs eagerly, with Pyro's validation on. What changes between steps must be a tensor: a
+    recorded step reads parameters, buffers and other tensors anew, and a learning rate too, but a Python number is
+    fixed at the first look. What cannot be recorded is named in one warning, and runs eagerly with the same numbers.
     """
 
     def __init__(
@@ -34,6 +56,11 @@ class SVI:
         guide: Callable,
         optim: Optimizer | PyroOptim | Callable[[list[Tensor]], Optimizer],
         loss: ELBO,
+        *,
+        backend: str = "auto",
+        num_steps: int | None = None,
+        prepare: Callable[..., Any] | None = None,
+        dataset_size: int | None = None,
     ) -> None:
         if not (isinstance(optim, Optimizer) or callable(optim)):
             raise TypeError(
@@ -42,13 +69,65 @@ class SVI:
             )
         if isinstance(loss, type) or not hasattr(loss, "loss_and_grads"):
             raise TypeError(f"loss: expected a loss such as Trace_ELBO(); got {loss!r}.")
+        check_choice("backend", backend, BACKENDS)
+        if backend == "cudagraph" and not torch.cuda.is_available():
+            raise ValueError("backend: 'cudagraph' was asked for, and torch sees no CUDA device. Use backend='auto'.")
         self.model, self.guide, self.optim = model, guide, optim
         self.loss: Any = loss
+        self.backend = backend
+        self.num_steps, self.dataset_size, self.prepare = num_steps, dataset_size, prepare
+        self._steps = 0
+        self._params: list[Tensor] = []
+        self._update: Update | None = None
+        self._programs: dict[Any, Callable[..., Tensor] | None] = {}
+
+    # Steps ------------------------------------------------------------------------------------------------------
 
     def step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One update on one batch. Returns the loss before it, nats, a scalar tensor without gradient."""
+        self._steps += 1
+        if self._steps == 1 and self.backend != "eager" and not self._programs:
+            with pyro.validation_enabled(True):
+                return self._eager_step(*args, **kwargs)
+        program = self._program(args, kwargs) if self._wants_program() else None
+        return self._eager_step(*args, **kwargs) if program is None else program(*args)
+
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss on one batch, without an update."""
+        with torch.no_grad(), self._handlers():
+            return torch.as_tensor(self.loss.loss(self.model, self.guide, *self._prepared(args), **kwargs))
+
+    def compile(self, *args: Tensor) -> bool:
+        """Record and compile the step for arguments like these now, without taking it. False where it stays eager."""
+        if self.backend == "eager" or not isinstance(self.optim, Optimizer):
+            return False
+        self._params = [p for group in self.optim.param_groups for p in group["params"]]
+        return self._program(args, {}) is not None
+
+    def _wants_program(self) -> bool:
+        if self.backend != "auto":
+            return self.backend != "eager"
+        return bool(self._programs) or (self.num_steps or self._steps) >= WORTH_COMPILING
+
+    @contextmanager
+    def _handlers(self) -> Iterator[None]:
+        if self.dataset_size is None:
+            yield
+        else:
+            with DatasetSize(self.dataset_size), poutine.scale(scale=1 / self.dataset_size):
+                yield
+
+    def _prepared(self, args: tuple) -> tuple:
+        return args if self.prepare is None else (self.prepare(*args),)
+
+    def _eager_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        with self._handlers():
+            return self._update_eagerly(*self._prepared(args), **kwargs)
+
+    def _update_eagerly(self, *args: Any, **kwargs: Any) -> Tensor:
         if isinstance(self.optim, Optimizer):
             self.optim.zero_grad(set_to_none=True)
+            self._params = self._params or [p for group in self.optim.param_groups for p in group["params"]]
         if isinstance(self.optim, Optimizer) and hasattr(self.loss, "_bound"):
             loss = self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
             self.optim.step()
@@ -67,12 +146,79 @@ class SVI:
             self.optim.step()
         for param in params:
             param.grad = None
+        self._params = params
         return torch.as_tensor(loss)
 
-    def evaluate_loss(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss on one batch, without an update."""
-        with torch.no_grad():
-            return torch.as_tensor(self.loss.loss(self.model, self.guide, *args, **kwargs))
+    # Programs ---------------------------------------------------------------------------------------------------
+
+    def _program(self, args: tuple, kwargs: dict) -> Callable[..., Tensor] | None:
+        """The recorded step for arguments like these; None where there is none."""
+        if kwargs or _PYRO_STACK or not all(isinstance(arg, Tensor) for arg in args):
+            self._say("arguments that are no tensors, or handlers around the step, are not recorded")
+            return None
+        signature = tuple((arg.shape, arg.dtype, arg.device) for arg in args)
+        if signature not in self._programs:
+            first = not self._programs
+            self._programs[signature] = self._record(args, compile_it=first)
+        return self._programs[signature]
+
+    def _record(self, args: tuple[Tensor, ...], *, compile_it: bool) -> Callable[..., Tensor] | None:
+        if not hasattr(self.loss, "_bound"):
+            self._say(f"{type(self.loss).__module__}.{type(self.loss).__name__} reads tensors; use pyrovae.infer's")
+            return None
+        params = [p for p in self._params if p.requires_grad]
+        used: list[Tensor] = []
+
+        def loss_and_gradients(*args: Tensor) -> tuple[Tensor, ...]:
+            with self._handlers():
+                loss = self.loss.differentiable_loss(self.model, self.guide, *self._prepared(args))
+            gradients = torch.autograd.grad(loss, params, allow_unused=True)
+            used[:] = [p for p, g in zip(params, gradients, strict=True) if g is not None]
+            return (loss.detach(), *(g for g in gradients if g is not None))
+
+        try:
+            program = Program(loss_and_gradients, args, _buffers(self.model, self.guide))
+        except Untraceable as error:
+            self._say(str(error))
+            return None
+        # Another shape, a short last batch say, is recorded too, but is not worth a compiler's time.
+        if compile_it:
+            program.compile(args)
+        update = self._update = self._update or Update(self.optim, self._params)
+
+        def step(*args: Tensor) -> Tensor:
+            loss, *gradients = program(*args)
+            update(used, gradients)
+            return loss
+
+        if args and args[0].is_cuda and self.backend in ("auto", "cudagraph") and update.is_capturable:
+            return captured(step, args)
+        return step
+
+    def _say(self, reason: str) -> None:
+        say_once(f"pyrovae: this step runs eagerly: {reason}.")
+
+
+def _buffers(*functions: Callable) -> list[Tensor]:
+    """Of the modules whose methods these are."""
+    owners = {id(owner): owner for f in functions if isinstance(owner := getattr(f, "__self__", None), nn.Module)}
+    return [buffer for owner in owners.values() for buffer in owner.buffers()]
+
+
+def captured(step: Callable[..., Tensor], args: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+    """``step`` as a CUDA graph: its arguments are copied in, its loss is copied out, and nothing waits."""
+    inputs = [arg.clone() for arg in args]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step(*inputs)
+
+    def replay(*args: Tensor) -> Tensor:
+        for held, arg in zip(inputs, args, strict=True):
+            held.copy_(arg, non_blocking=True)
+        graph.replay()
+        return loss.clone()
+
+    return replay
 
 
 class DatasetSize(Messenger):
