@@ -456,6 +456,43 @@ def compare(
 
 
 @app.command()
+def bench(
+    cases: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="CASE", help="Which; every case by default. Names: pyrovae bench --list."),
+    ] = None,
+    list_cases: Annotated[bool, typer.Option("--list", help="Show the names of the cases.")] = False,
+    repeats: Annotated[int, typer.Option(help="Times that each contender is timed, in turn with the others.")] = 7,
+    threads: Annotated[int | None, typer.Option(help="Threads of torch; by default, its own choice.")] = None,
+    device: Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu or cuda.")] = "auto",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="A .json file for the figures.")] = None,
+) -> None:
+    """Time the project and its peers side by side on this machine: SVI steps and EM iterations.
+
+    Takes minutes. Ratios below 1 say that pyrovae is faster.
+    """
+    import torch
+
+    from pyrovae.bench import CASES, run_cases
+    from pyrovae.checks import check_choice, check_positive
+    from pyrovae.train import pick_device
+
+    if list_cases:
+        print("\n".join(CASES))
+        return
+    check_positive("--repeats", repeats, integer=True)
+    for case in cases or []:
+        check_choice("CASE", case, CASES)
+    if out is not None and out.suffix != ".json":
+        raise ValueError(f"--out: expected a .json file; got {out}.")
+    if threads is not None:
+        check_positive("--threads", threads, integer=True)
+        torch.set_num_threads(threads)
+    for result in run_cases(cases, repeats=repeats, device=pick_device(device).type, out=out):
+        print(f"{result}\n", flush=True)
+
+
+@app.command()
 def new(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The Python file to write, e.g. mypair.py.")],
 ) -> None:
