@@ -132,7 +132,7 @@ def fit(
         initialize: call ``pair.initialize`` with the training data first, where the pair has it.
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``.
         seed: of everything random here. The caller's random state is left as it was.
-        backend: of the step: ``auto`` compiles runs of 2,000 steps or more, see :class:`pyrovae.infer.SVI`; ``eager``,
+        backend: of the step: ``auto`` compiles runs of 5,000 steps or more, see :class:`pyrovae.infer.SVI`; ``eager``,
             ``compiled`` or ``cudagraph``.
         progress: show a bar; None shows it on a terminal.
         checkpoint: a file to keep the whole training state in, written every few seconds and at the end of it all.

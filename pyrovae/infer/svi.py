@@ -23,8 +23,8 @@ from pyrovae.infer.update import Update
 __all__ = ["BACKENDS", "SVI", "DatasetSize"]
 
 BACKENDS = ("auto", "eager", "compiled", "cudagraph")
-WORTH_COMPILING = 2000
-"""Steps after which ``auto`` compiles: compiling takes about as long as a few thousand eager steps of a small pair."""
+WORTH_COMPILING = 5000
+"""Steps after which ``auto`` compiles: compiling takes about as long as they save in a small pair."""
 
 
 class SVI:
@@ -37,7 +37,7 @@ class SVI:
         loss: a loss of :mod:`pyrovae.infer`, or one of Pyro's.
         backend: ``eager``; ``compiled`` (loss and gradient recorded once below Pyro and compiled, then one fused
             update); ``cudagraph`` (that, captured as a CUDA graph); or ``auto``, which starts eagerly and changes over
-            to the fastest that works after 2,000 steps, or at once where ``num_steps`` is that many.
+            to the fastest that works after 5,000 steps, or at once where ``num_steps`` is that many.
         num_steps: how many steps will be asked for, if that is known.
         prepare: makes the batch that model and guide take of the arguments of ``step``; part of the compiled step.
         dataset_size: N. The loss is then divided by N, and sites inside the plate ``data`` count as a subsample of N
