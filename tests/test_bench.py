@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def test_bench_prints_ratios_and_writes_json(tmp_path, capsys):
     assert "of scikit-learn" in shown
     record = json.loads(out.read_text())
     assert [result["case"] for result in record["results"]] == cases
-    assert record["machine"]["torch"] == torch.__version__
+    assert record["machine"]["torch"] == version("torch")
     for result in record["results"]:
         for peer, ratio in result["ratios"].items():
             assert ratio == result["milliseconds"]["pyrovae"] / result["milliseconds"][peer]
