@@ -117,9 +117,9 @@ def _time(
     steps = {}
     for name, run in runs.items():
         unit = getattr(run, "unit", 1)  # a scan runs whole epochs
-        few = 20 if unit == 1 else unit
+        few = 5 if unit == 1 else unit
         run(few)
-        steps[name] = unit * max(1, min(2000, int(seconds / elapsed(run, few))) // unit)
+        steps[name] = unit * max(1, max(10, min(2000, int(seconds / elapsed(run, few)))) // unit)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
@@ -158,7 +158,7 @@ def _pairs(make: Callable[[], Pair], x: Tensor, loss: Callable[[], Any], stock: 
 
     def pyro_itself() -> Run:
         pair = make().to(x.device)
-        program = pyro.infer.SVI(pair.model, pair.guide, pyro.optim.Adam({"lr": 1e-3}), stock())
+        program = pyro.infer.SVI(pair.model, pair.guide, pyro.optim.Adam({"lr": 1e-3}), stock())  # type: ignore[attr-defined]
 
         def step() -> None:
             with pyro.validation_enabled(False):
@@ -213,7 +213,8 @@ def _torch_by_hand(pair: Any, x: Tensor, num_particles: int, compiled: bool) -> 
 
     def loss(x: Tensor) -> Tensor:
         log_w: Any = 0.0
-        below, zs = x, []
+        zs: list[Tensor] = []
+        below = x
         for encoder in pair.encoders:
             loc, log_scale = encoder.network(below).chunk(2, -1)
             shape = (num_particles, *loc.shape) if not zs and num_particles > 1 else loc.shape

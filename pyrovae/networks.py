@@ -109,8 +109,10 @@ class NormalSharedScaleNetwork(nn.Module):
 class BernoulliNetwork(MLP):
     """z ↦ Bernoulli over each feature, by its logits."""
 
+    likelihood: Callable[..., dist.TorchDistribution] = dist.Bernoulli
+
     def forward(self, z: Tensor) -> dist.Distribution:
-        return dist.Bernoulli(logits=super().forward(z)).to_event(1)
+        return self.likelihood(logits=super().forward(z)).to_event(1)
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
@@ -118,12 +120,7 @@ class BernoulliNetwork(MLP):
         self.output.bias.copy_(torch.logit(x.mean(0), eps=1e-3))
 
 
-class ContinuousBernoulliNetwork(MLP):
+class ContinuousBernoulliNetwork(BernoulliNetwork):
     """z ↦ continuous Bernoulli over each feature in [0, 1], by its logits (Loaiza-Ganem and Cunningham 2019)."""
 
-    def forward(self, z: Tensor) -> dist.Distribution:
-        return dist.ContinuousBernoulli(logits=super().forward(z)).to_event(1)
-
-    @torch.no_grad()
-    def initialize(self, x: Tensor) -> None:
-        self.output.bias.copy_(torch.logit(x.mean(0), eps=1e-3))
+    likelihood = dist.ContinuousBernoulli

@@ -377,6 +377,7 @@ class _Run:
             num_steps=self.total_steps,
             prepare=data.batch,
             dataset_size=data.size,
+            checked=True,  # so that a resumed run records its first step too
         )
         self.scorer = SVI(pair.model, pair.guide, self.optimizer, loss, backend="eager", dataset_size=data.size)
         with _seeded(0, self.device):  # a loss that cannot take this pair says so here

@@ -16,6 +16,7 @@ from torch import nn
 import pyrovae as pv
 from pyrovae.evaluate import decode, evaluate, latents, reconstruct, sample, scores
 from pyrovae.infer import log_weight_terms, log_weights
+from pyrovae.infer.program import Program
 
 NUM_SE = 5  # standard errors allowed in statistical tests
 
@@ -544,3 +545,44 @@ def test_size_of_a_pair_that_does_not_say():
     with pytest.raises(ValueError, match="data_dim: NoSize does not say its data_dim; pass data_dim="):
         sample(NoSize(), 3)
     assert sample(NoSize(), 3, data_dim=4).shape == (3, 4)
+
+
+# The compiled inner loop
+
+
+@pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["vae", "iwae", "ppca"])
+def test_compiled_scores_are_the_eager_ones(name, compiles, monkeypatch):
+    """At equal noise, with chunks of data and particles that do not fill up: those stay eager."""
+    monkeypatch.setattr(scores, "FLOATS_PER_CHUNK", 400)
+    if not compiles:
+        monkeypatch.setattr(Program, "compile", lambda self, args: None)
+    options = {"iwae": {"latent_dims": (3, 2), "hidden_dims": ((5,), (4,))}, "ppca": {"latent_dim": 2}}
+    torch.manual_seed(0)
+    pair = pv.models.REGISTRY[name](6, **options.get(name, {"latent_dim": 3, "hidden_dims": (5,)}))
+    x = (torch.rand(11, 6) < 0.5).float()
+    eager = pv.evaluate(pair, x, num_samples=47).to_dict()
+    monkeypatch.setattr(scores, "CALLS_WORTH_COMPILING", 1)
+    made = []
+    monkeypatch.setattr(scores, "Program", lambda *args: made.append(Program(*args)) or made[-1])
+    compiled = pv.evaluate(pair, x, num_samples=47).to_dict()
+    assert len(made) == 1
+    assert made[0].is_compiled == compiles
+    assert compiled.keys() == eager.keys()
+    for quantity, value in eager.items():
+        torch.testing.assert_close(compiled[quantity], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_pair_that_cannot_be_recorded_is_scored_eagerly(monkeypatch):
+    class Reads(pv.models.VAE):
+        def model(self, x):
+            float(x.sum())
+            super().model(x)
+
+    x = (torch.rand(11, 6) < 0.5).float()
+    torch.manual_seed(0)
+    pair = Reads(6, 2, hidden_dims=(4,))
+    eager = pv.evaluate(pair, x, num_samples=20)
+    monkeypatch.setattr(scores, "CALLS_WORTH_COMPILING", 1)
+    with pytest.warns(RuntimeWarning, match=r"evaluate runs eagerly: it reads the value of a tensor.*test_evaluate.py"):
+        assert pv.evaluate(pair, x, num_samples=20) == eager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,13 +16,19 @@ from tqdm.auto import tqdm
 from pyrovae.checks import check_data, check_positive
 from pyrovae.checks_pair import check_pair
 from pyrovae.infer.log_weights import LogWeightTerms, Structure, log_weight_terms
+from pyrovae.infer.program import Program, Untraceable, say_once
+from pyrovae.infer.surroundings import Surroundings
 from pyrovae.pair import Pair
 from pyrovae.train import pick_device
 
 __all__ = ["ACTIVE_UNIT_VARIANCE", "Scores", "evaluate"]
 
 ACTIVE_UNIT_VARIANCE = 0.01  # Burda et al. 2016, section 5.2
+CALLS_WORTH_COMPILING = 3000
 FLOATS_PER_CHUNK = 2**21  # of the widest tensor: small enough for caches, large enough for the dispatch to vanish
+
+
+Summary = dict[tuple[str, str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -150,15 +157,23 @@ def _evaluate(pair: Pair, x: Tensor, num_samples: int, progress: bool | None) ->
         num_samples = 1
     data_chunk, particle_chunk = _chunks(pair, probe, len(x), num_samples)
 
-    parts = _Parts()
+    def summarise(rows: Tensor, particles: int) -> Summary:
+        return _summary(
+            log_weight_terms(pair.model, pair.guide, rows, num_particles=particles, structure=structure), particles
+        )
+
     chunks = x.split(data_chunk)
+    rounds = num_samples // particle_chunk
+    summarise_full = _compiled(summarise, pair, chunks[0], particle_chunk, calls=rounds * len(chunks))
+    parts = _Parts()
     for rows in tqdm(
         chunks, unit="chunk", disable=None if progress is None else not progress, leave=False, desc="evaluate"
     ):
         parts.start()
-        for start in range(0, num_samples, particle_chunk):
-            particles = min(particle_chunk, num_samples - start)
-            parts.add(log_weight_terms(pair.model, pair.guide, rows, num_particles=particles, structure=structure))
+        for _ in range(rounds):
+            parts.add(summarise_full(rows) if len(rows) == data_chunk else summarise(rows, particle_chunk))
+        if rest := num_samples - rounds * particle_chunk:
+            parts.add(summarise(rows, rest))
         parts.finish()
     exact = None
     if pair.log_prob is not None:
@@ -177,51 +192,76 @@ def _chunks(pair: Pair, probe: LogWeightTerms, num_data: int, num_samples: int) 
     return data_chunk, max(1, min(num_samples, rows // data_chunk))
 
 
-class _Parts:
-    """Sums over particles and data, chunk by chunk."""
+def _compiled(
+    summarise: Callable[[Tensor, int], Summary], pair: Pair, rows: Tensor, particles: int, *, calls: int
+) -> Callable[[Tensor], Summary]:
+    """``summarise`` for chunks of one size: compiled, where there are enough of them to pay for it."""
+    if calls < CALLS_WORTH_COMPILING:
+        return lambda rows: summarise(rows, particles)
+    names: list[tuple[str, str]] = []
 
-    def __init__(self) -> None:
-        self.evidence: list[Tensor] = []  # per unit
-        self.relative_variance: list[Tensor] = []
-        self.elbo: list[Tensor] = []
-        self.reconstruction = 0.0
-        self.kl: dict[str, float] = defaultdict(float)
-        self.kl_per_dimension: dict[str, Tensor | None] = {}
-        self.means: dict[str, list[Tensor]] = defaultdict(list)
+    def flat(rows: Tensor) -> tuple[Tensor, ...]:
+        summary = summarise(rows, particles)
+        names[:] = summary
+        return tuple(summary.values())
 
-    def start(self) -> None:
-        self._log_w: list[Tensor] = []
-        self._means: dict[str, Tensor] = {}
+    try:
+        program = Program(flat, (rows,), Surroundings(pair.model, pair.guide))
+    except Untraceable as error:
+        say_once(f"pyrovae: evaluate runs eagerly: {error}.")
+        return lambda rows: summarise(rows, particles)
+    program.compile((rows,))
+    return lambda rows: dict(zip(names, program(rows), strict=True))
 
-    def add(self, terms: LogWeightTerms) -> None:
-        log_w = terms.log_weights
-        self._log_w.append(log_w.reshape(len(log_w), -1).double())
-        observed = [s for s in terms.model_trace.nodes.values() if s["type"] == "sample" and s["is_observed"]]
-        names = {site["name"] for site in observed}
-        self.reconstruction += float(sum(v.double().sum() for n, v in terms.model.items() if n in names))
-        for name, log_q in terms.guide.items():
-            log_p = terms.model.get(name, torch.zeros_like(log_q))
-            self.kl[name] += float((log_q.double() - log_p.double()).sum())
-            self._add_dimensions(name, terms, particles=len(log_w))
 
-    def _add_dimensions(self, name: str, terms: LogWeightTerms, particles: int) -> None:
+def _summary(terms: LogWeightTerms, particles: int) -> Summary:
+    """What :class:`_Parts` sums: ``("log_w", "")``, (K, units); ``("reconstruction", "")``, (); and of each guide site
+    ``("kl", name)``, (); ``("dims", name)``, the KL by dimension; ``("mean", name)``, (data, dimensions), if any.
+    """
+    sites: list[Any] = [s for s in terms.model_trace.nodes.values() if s["type"] == "sample" and s["is_observed"]]
+    observed = [terms.model[site["name"]].double().sum() for site in sites if site["name"] in terms.model]
+    summary = {
+        ("log_w", ""): terms.log_weights.reshape(particles, -1).double(),
+        ("reconstruction", ""): torch.stack(observed).sum() if observed else terms.log_weights.new_zeros(()).double(),
+    }
+    for name, log_q in terms.guide.items():
+        log_p = terms.model.get(name, torch.zeros_like(log_q))
+        summary["kl", name] = (log_q.double() - log_p.double()).sum()
         guide_site: Any = terms.guide_trace.nodes[name]
         model_site: Any = terms.model_trace.nodes.get(name)
         value, fn = guide_site["value"], guide_site["fn"]
         if value.is_floating_point() and not fn.support.is_discrete:
             mean = _mean(fn, value).expand(value.shape)
-            mean = (
-                mean.reshape(particles, -1, *fn.event_shape).flatten(2)
-                if fn.event_shape
-                else mean.reshape(particles, -1, 1)
-            )
-            self._means[name] = self._means.get(name, 0) + mean.sum(0)  # (data, dimensions)
+            mean = mean.reshape(particles, -1, *(fn.event_shape or (1,))).flatten(2)
+            summary["mean", name] = mean.sum(0)
         own = _log_prob_per_dimension(fn, value)
         prior = None if model_site is None else _log_prob_per_dimension(model_site["fn"], value)
-        if own is None or prior is None:
-            self.kl_per_dimension[name] = None
-        elif (total := self.kl_per_dimension.get(name, torch.zeros(()))) is not None:
-            self.kl_per_dimension[name] = total + (own - prior).double().flatten(0, -2).sum(0).cpu()
+        if own is not None and prior is not None:
+            summary["dims", name] = (own - prior).double().flatten(0, -2).sum(0)
+    return summary
+
+
+class _Parts:
+    """Sums over particles and data, chunk by chunk. Nothing is read from the device before ``scores``."""
+
+    def __init__(self) -> None:
+        self.evidence: list[Tensor] = []  # per unit
+        self.relative_variance: list[Tensor] = []
+        self.elbo: list[Tensor] = []
+        self.sums: Summary = {}
+        self.means: dict[str, list[Tensor]] = defaultdict(list)
+
+    def start(self) -> None:
+        self._log_w: list[Tensor] = []
+        self._means: Summary = {}
+
+    def add(self, summary: Summary) -> None:
+        for key, value in summary.items():
+            if key[0] == "log_w":
+                self._log_w.append(value)
+            else:
+                sums = self._means if key[0] == "mean" else self.sums
+                sums[key] = sums[key] + value if key in sums else value
 
     def finish(self) -> None:
         log_w = torch.cat(self._log_w)
@@ -231,7 +271,7 @@ class _Parts:
         self.elbo.append(log_w.mean(0))
         relative = torch.exp(log_w - evidence)
         self.relative_variance.append(relative.var(0) / count if count > 1 else torch.zeros_like(evidence))
-        for name, total in self._means.items():
+        for (_, name), total in self._means.items():
             self.means[name].append(total / count)
 
     def scores(self, x: Tensor, num_samples: int, exact: float | None, *, sampled: bool, split: bool) -> Scores:
@@ -243,6 +283,8 @@ class _Parts:
             if len(mean := torch.cat(means)) > 1:
                 active[name] = int((mean.var(0) > ACTIVE_UNIT_VARIANCE).sum())
                 units[name] = mean.shape[1]
+        kl = {name: float(value) / total for (kind, name), value in self.sums.items() if kind == "kl"}
+        dims = {name: (value / total).tolist() for (kind, name), value in self.sums.items() if kind == "dims"}
         # One weight a datum is the rule; with a global latent there is one for all of them.
         per_datum = 1 / num_data
         log_evidence = float(evidence.sum()) * per_datum
@@ -255,10 +297,10 @@ class _Parts:
             if len(evidence) == num_data > 1
             else None,
             elbo=float(torch.cat(self.elbo).sum()) * per_datum,
-            reconstruction=self.reconstruction / total if split else None,
-            kl=sum(self.kl.values()) / total if split else None,
-            kl_per_latent={name: kl / total for name, kl in self.kl.items()} if split else {},
-            kl_per_dimension={n: (kl / total).tolist() for n, kl in self.kl_per_dimension.items() if kl is not None},
+            reconstruction=float(self.sums["reconstruction", ""]) / total if split else None,
+            kl=sum(kl.values()) if split else None,
+            kl_per_latent=kl if split else {},
+            kl_per_dimension=dims,
             active_units=sum(active.values()) if active else None,
             active_units_per_latent=active,
             units_per_latent=units,

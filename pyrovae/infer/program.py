@@ -7,22 +7,26 @@ out, and the caller goes on without one.
 
 from __future__ import annotations
 
+import linecache
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 
 from pyrovae.infer.log_weights import same_random_state
+from pyrovae.infer.surroundings import Surroundings
 
 __all__ = ["Program", "Untraceable", "say_once"]
 
@@ -35,30 +39,41 @@ class Program:
     """``function`` of tensors, recorded at ``args`` and good for arguments of the same shapes, dtypes and devices.
 
     Every other tensor that it touches (parameters, buffers, data) is read anew at each call, so in-place changes count.
-    Random numbers are drawn anew at each call, in the order and from the generator of the original. ``buffers`` are
-    those that ``function`` may change: looking at it does not.
+    Random numbers are drawn anew at each call, in the order and from the generator of the original. ``surroundings``
+    are those of ``function``: looking at it leaves them as they were.
 
     Raises:
-        Untraceable: it reads a tensor's value into Python, or two records of it differ.
+        Untraceable: it reads a tensor's value into Python, changes Python values, or two records of it differ.
     """
 
-    def __init__(self, function: Callable[..., Any], args: tuple[Tensor, ...], buffers: Sequence[Tensor] = ()) -> None:
-        self._buffers = list(buffers)
-        with _unchanged(self._buffers):
-            self.graph, self.inputs = _record(function, args)
-            again, inputs = _record(function, args)
-        _check_same(self.graph, self.inputs, again, inputs)
+    def __init__(
+        self, function: Callable[..., Any], args: tuple[Tensor, ...], surroundings: Surroundings | None = None
+    ) -> None:
+        surroundings = self._surroundings = surroundings or Surroundings(function)
+        with surroundings.unchanged():
+            _settle(function, args)
+            first = _Record(function, args)
+            before = surroundings.key()
+            second = _Record(function, args)
+            after = surroundings.key()
+        if before != after:
+            raise Untraceable(f"it changes {surroundings.difference(before, after)} as it runs")
+        first.check_same(second)
+        self.graph, self.inputs = first.graph, first.inputs
+        # Those that a record makes are constants; the others may change.
+        self.outside = [a for a, b in zip(first.inputs, second.inputs, strict=True) if a is b]
         self._run: Callable[..., Any] = self.graph
         self.is_compiled = False
 
     def compile(self, args: tuple[Tensor, ...]) -> None:
         """Compile with TorchInductor; without a compiler, say so once and go on with the record as it is."""
         try:
-            import torch._inductor
+            with warnings.catch_warnings(), torch.no_grad(), self._surroundings.unchanged():
+                warnings.simplefilter("ignore")  # torch's, about itself
+                from torch import _inductor
 
-            with torch.no_grad(), same_random_state(), _unchanged(self._buffers):
                 # Random operations stay torch's own, so that compiled and recorded noise are equal.
-                run = torch._inductor.compile(self.graph, [*self.inputs, *args], options={"fallback_random": True})
+                run = _inductor.compile(self.graph, [*self.inputs, *args], options={"fallback_random": True})
                 run(*self.inputs, *args)
         except Exception as error:  # whatever stops a compiler, the record still runs
             reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -69,17 +84,6 @@ class Program:
     def __call__(self, *args: Tensor) -> Any:
         with torch.no_grad():
             return self._run(*self.inputs, *args)
-
-
-@contextmanager
-def _unchanged(buffers: list[Tensor]) -> Iterator[None]:
-    """Put buffers (running means, say) back to what they were: looking at a computation runs it."""
-    copies = [buffer.detach().clone() for buffer in buffers]
-    try:
-        yield
-    finally:
-        for buffer, value in zip(buffers, copies, strict=True):
-            buffer.data.copy_(value)
 
 
 _said: set[str] = set()
@@ -95,14 +99,60 @@ def say_once(message: str) -> None:
 # Recording ------------------------------------------------------------------------------------------------------
 
 
-def _record(function: Callable[..., Any], args: tuple[Tensor, ...]) -> tuple[GraphModule, list[Tensor]]:
-    """The graph of ``function``, and the tensors besides ``args`` that are its first inputs."""
+def _settle(function: Callable[..., Any], args: tuple[Tensor, ...]) -> None:
+    """Run once: what is looked at or set up at the first use is no part of a record."""
     try:
         with same_random_state(), pyro.validation_enabled(False):
-            graph = make_fx(function)(*args)
+            function(*args)
     except Exception as error:
         raise Untraceable(f"{_reason(error)}{_where(error.__traceback__)}") from error
-    return _lift_constants(graph)
+
+
+class _Record:
+    """One look at ``function``: its graph, and the tensors besides ``args`` that are the graph's first inputs."""
+
+    def __init__(self, function: Callable[..., Any], args: tuple[Tensor, ...]) -> None:
+        witness = _Witness()
+
+        def watched(*args: Tensor) -> Any:
+            with witness:
+                return function(*args)
+
+        try:
+            with same_random_state(), pyro.validation_enabled(False):
+                graph = make_fx(watched)(*args)
+        except Exception as error:
+            raise Untraceable(f"{_reason(error)}{_where(error.__traceback__)}") from error
+        self.graph, self.inputs = _lift_constants(graph)
+        self._calls = witness.calls
+
+    def check_same(self, other: _Record) -> None:
+        """Python-side state (a counter, a schedule, NumPy's random numbers) shows as a difference between two looks."""
+        for (call, line), (again, _) in zip(self._calls, other._calls, strict=False):
+            if call != again:
+                raise Untraceable(f"it does something else each time it runs{line}")
+        for a, b in zip_longest(_lines(self.graph), _lines(other.graph)):
+            if a != b:
+                raise Untraceable(f"it does something else each time it runs: first `{a}`, then `{b}`")
+        for x, y in zip(self.inputs, other.inputs, strict=True):
+            if x is not y and not (x.shape == y.shape and x.dtype == y.dtype and bool(torch.equal(x, y))):
+                raise Untraceable("it makes a tensor of other numbers each time it runs")
+
+
+class _Witness(TorchFunctionMode):
+    """Notes what torch is asked for with which numbers, and at which line; refuses what recording would not notice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[tuple, str]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.numpy, Tensor.tolist, Tensor.__array__):
+            raise Untraceable(f"it reads the values of a tensor into Python (.{func.__name__}())")
+        plain = [x for x in (*args, *(kwargs or {}).values()) if isinstance(x, bool | int | float | str | np.ndarray)]
+        numbers = [x.tobytes() if isinstance(x, np.ndarray) else x for x in plain]
+        self.calls.append(((func, *numbers), _where(sys._getframe(1))))
+        return func(*args, **(kwargs or {}))
 
 
 def _lift_constants(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:
@@ -116,23 +166,9 @@ def _lift_constants(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:
                 with graph.graph.inserting_before(nodes[0]):
                     lifted[id(tensor)] = (graph.graph.placeholder(f"captured_{len(lifted)}"), tensor)
             node.replace_all_uses_with(lifted[id(tensor)][0])
-            graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph, [tensor for _, tensor in lifted.values()]
-
-
-def _check_same(first: GraphModule, inputs: list[Tensor], second: GraphModule, again: list[Tensor]) -> None:
-    """Python-side state (a counter, a schedule) shows as a difference between two records."""
-    for a, b in zip(_lines(first), _lines(second), strict=False):
-        if a != b:
-            raise Untraceable(f"it does something else each time it runs: first `{a}`, then `{b}`")
-    same_inputs = len(inputs) == len(again) and all(
-        a is b or (a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b)))
-        for a, b in zip(inputs, again, strict=True)
-    )
-    if len(_lines(first)) != len(_lines(second)) or not same_inputs:
-        raise Untraceable("it does something else each time it runs")
 
 
 def _lines(graph: GraphModule) -> list[str]:
@@ -151,7 +187,14 @@ _LIBRARIES = tuple(
 )
 
 
-def _where(trace: TracebackType | None) -> str:
-    """The last line of the user's own in a traceback."""
-    frames = [f for f in traceback.extract_tb(trace) if not f.filename.startswith((*_LIBRARIES, "<"))]
-    return f", at {Path(frames[-1].filename).name}:{frames[-1].lineno}: `{frames[-1].line}`" if frames else ""
+def _where(place: TracebackType | FrameType | None) -> str:
+    """The last line of the user's own in a traceback, or in the stack of a frame."""
+    if isinstance(place, TracebackType):
+        lines = [(frame, number) for frame, number in traceback.walk_tb(place)][::-1]
+    else:
+        lines = list(traceback.walk_stack(place))
+    for frame, number in lines:
+        file = frame.f_code.co_filename
+        if not file.startswith((*_LIBRARIES, "<")):
+            return f", at {Path(file).name}:{number}: `{linecache.getline(file, number).strip()}`"
+    return ""

@@ -13,11 +13,13 @@ from pyro.infer import ELBO
 from pyro.optim import PyroOptim
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from pyrovae.checks import check_choice
+from pyrovae.infer.cudagraph import Captured, why_not
 from pyrovae.infer.program import Program, Untraceable, say_once
+from pyrovae.infer.surroundings import Surroundings
 from pyrovae.infer.update import Update
 
 __all__ = ["BACKENDS", "SVI", "DatasetSize"]
@@ -25,6 +27,8 @@ __all__ = ["BACKENDS", "SVI", "DatasetSize"]
 BACKENDS = ("auto", "eager", "compiled", "cudagraph")
 WORTH_COMPILING = 5000
 """Steps after which ``auto`` compiles: compiling takes about as long as they save in a small pair."""
+MAX_PROGRAMS = 8
+"""Of one step, for different shapes; and of different Python numbers that it reads."""
 
 
 class SVI:
@@ -40,14 +44,18 @@ class SVI:
             to the fastest that works after 5,000 steps, or at once where ``num_steps`` is that many.
         num_steps: how many steps will be asked for, if that is known.
         prepare: makes the batch that model and guide take of the arguments of ``step``; part of the compiled step.
+        checked: the pair has been run with validation on, so the first step may be a recorded one.
         dataset_size: N. The loss is then divided by N, and sites inside the plate ``data`` count as a subsample of N
             data (:class:`DatasetSize`).
 
     ``step`` returns the loss as a scalar tensor, not a float: reading it is what would wait for the device.
 
-    The first step always runs eagerly, with Pyro's validation on. What changes between steps must be a tensor: a
-    recorded step reads parameters, buffers and other tensors anew, and a learning rate too, but a Python number is
-    fixed at the first look. What cannot be recorded is named in one warning, and runs eagerly with the same numbers.
+    The first step runs eagerly, with Pyro's validation on; recorded steps do not validate values. They read parameters,
+    buffers and other tensors anew, and a learning rate too, but hold Python numbers fixed. When an attribute of one of
+    the pair's modules changes (a KL weight, a switch such as ``training``), or a global or a closure variable that a
+    plain function names, the step is recorded again; what keeps changing belongs in a tensor. Numbers that lie deeper,
+    in a list say, are not watched. What cannot be recorded is named in one warning, and runs eagerly with the same
+    numbers.
     """
 
     def __init__(
@@ -61,6 +69,7 @@ class SVI:
         num_steps: int | None = None,
         prepare: Callable[..., Any] | None = None,
         dataset_size: int | None = None,
+        checked: bool = False,
     ) -> None:
         if not (isinstance(optim, Optimizer) or callable(optim)):
             raise TypeError(
@@ -76,21 +85,30 @@ class SVI:
         self.loss: Any = loss
         self.backend = backend
         self.num_steps, self.dataset_size, self.prepare = num_steps, dataset_size, prepare
+        self._checked = checked
         self._steps = 0
         self._params: list[Tensor] = []
         self._update: Update | None = None
+        self._surroundings: Surroundings | None = None
+        self._states: list[int] = []
         self._programs: dict[Any, Callable[..., Tensor] | None] = {}
+        self._unsaid = ""
+        self._gave_up = False
 
     # Steps ------------------------------------------------------------------------------------------------------
 
     def step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One update on one batch. Returns the loss before it, nats, a scalar tensor without gradient."""
         self._steps += 1
-        if self._steps == 1 and self.backend != "eager" and not self._programs:
+        if self._steps == 1 and self.backend != "eager" and not self._checked:
             with pyro.validation_enabled(True):
                 return self._eager_step(*args, **kwargs)
+        self._unsaid = ""
         program = self._program(args, kwargs) if self._wants_program() else None
-        return self._eager_step(*args, **kwargs) if program is None else program(*args)
+        loss = self._eager_step(*args, **kwargs) if program is None else program(*args)
+        if self._unsaid:  # an error of the step itself comes first
+            say_once(f"pyrovae: this step runs eagerly: {self._unsaid}.")
+        return loss
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Tensor:
         """The loss on one batch, without an update."""
@@ -101,12 +119,14 @@ class SVI:
         """Record and compile the step for arguments like these now, without taking it. False where it stays eager."""
         if self.backend == "eager" or not isinstance(self.optim, Optimizer):
             return False
-        self._params = [p for group in self.optim.param_groups for p in group["params"]]
+        self._checked = True
         return self._program(args, {}) is not None
 
     def _wants_program(self) -> bool:
+        if self.backend == "eager" or self._gave_up:
+            return False
         if self.backend != "auto":
-            return self.backend != "eager"
+            return True
         return bool(self._programs) or (self.num_steps or self._steps) >= WORTH_COMPILING
 
     @contextmanager
@@ -127,7 +147,6 @@ class SVI:
     def _update_eagerly(self, *args: Any, **kwargs: Any) -> Tensor:
         if isinstance(self.optim, Optimizer):
             self.optim.zero_grad(set_to_none=True)
-            self._params = self._params or [p for group in self.optim.param_groups for p in group["params"]]
         if isinstance(self.optim, Optimizer) and hasattr(self.loss, "_bound"):
             loss = self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
             self.optim.step()
@@ -154,17 +173,42 @@ class SVI:
     def _program(self, args: tuple, kwargs: dict) -> Callable[..., Tensor] | None:
         """The recorded step for arguments like these; None where there is none."""
         if kwargs or _PYRO_STACK or not all(isinstance(arg, Tensor) for arg in args):
-            self._say("arguments that are no tensors, or handlers around the step, are not recorded")
+            self._unsaid = "arguments that are no tensors, or handlers around the step, are not recorded"
             return None
-        signature = tuple((arg.shape, arg.dtype, arg.device) for arg in args)
+        if self._surroundings is None:
+            self._surroundings = Surroundings(self.model, self.guide, self.prepare, self.loss.loss_and_grads)
+        state = self._surroundings.state()
+        if state not in self._states and not self._meets(self._surroundings, state):
+            return None
+        if isinstance(self.optim, Optimizer):
+            self._params = self._params or [p for group in self.optim.param_groups for p in group["params"]]
+        trained = tuple([p.requires_grad for p in self._params])
+        signature = (state, trained, *((arg.shape, arg.stride(), arg.dtype, arg.device) for arg in args))
         if signature not in self._programs:
-            first = not self._programs
+            if len(self._programs) == MAX_PROGRAMS:
+                self._unsaid = f"its arguments' shapes keep changing; {MAX_PROGRAMS} of them are recorded"
+                return None
+            # Another shape, a short last batch say, is recorded too, but is not worth a compiler's time.
+            first = all(known[:2] != signature[:2] for known in self._programs)
             self._programs[signature] = self._record(args, compile_it=first)
         return self._programs[signature]
 
+    def _meets(self, surroundings: Surroundings, state: int) -> bool:
+        """Whether to record in a state of the surroundings that no step has seen."""
+        if len(self._states) == MAX_PROGRAMS:
+            names = surroundings.difference(surroundings.key(self._states[-1]), surroundings.key(state))
+            self._unsaid = f"{names} changes from step to step; a tensor (a buffer of the pair, say) may"
+            self._gave_up = True
+            return False
+        self._states.append(state)
+        if len(self._states) > 1:  # One eager step: it may name other parameters, and the state may change again.
+            self._params, self._update = [], None
+        return len(self._states) == 1
+
     def _record(self, args: tuple[Tensor, ...], *, compile_it: bool) -> Callable[..., Tensor] | None:
+        assert self._surroundings is not None
         if not hasattr(self.loss, "_bound"):
-            self._say(f"{type(self.loss).__module__}.{type(self.loss).__name__} reads tensors; use pyrovae.infer's")
+            self._unsaid = f"{type(self.loss).__module__}.{type(self.loss).__name__} reads tensors; use pyrovae.infer's"
             return None
         params = [p for p in self._params if p.requires_grad]
         used: list[Tensor] = []
@@ -174,14 +218,13 @@ class SVI:
                 loss = self.loss.differentiable_loss(self.model, self.guide, *self._prepared(args))
             gradients = torch.autograd.grad(loss, params, allow_unused=True)
             used[:] = [p for p, g in zip(params, gradients, strict=True) if g is not None]
-            return (loss.detach(), *(g for g in gradients if g is not None))
+            return (loss.detach(), *_owned([g for g in gradients if g is not None], used))
 
         try:
-            program = Program(loss_and_gradients, args, _buffers(self.model, self.guide))
+            program = Program(loss_and_gradients, args, self._surroundings)
         except Untraceable as error:
-            self._say(str(error))
+            self._unsaid = str(error)
             return None
-        # Another shape, a short last batch say, is recorded too, but is not worth a compiler's time.
         if compile_it:
             program.compile(args)
         update = self._update = self._update or Update(self.optim, self._params)
@@ -191,34 +234,24 @@ class SVI:
             update(used, gradients)
             return loss
 
-        if args and args[0].is_cuda and self.backend in ("auto", "cudagraph") and update.is_capturable:
-            return captured(step, args)
-        return step
-
-    def _say(self, reason: str) -> None:
-        say_once(f"pyrovae: this step runs eagerly: {reason}.")
-
-
-def _buffers(*functions: Callable) -> list[Tensor]:
-    """Of the modules whose methods these are."""
-    owners = {id(owner): owner for f in functions if isinstance(owner := getattr(f, "__self__", None), nn.Module)}
-    return [buffer for owner in owners.values() for buffer in owner.buffers()]
+        if self.backend == "compiled" or not any(tensor.is_cuda for tensor in [*args, *program.outside]):
+            return step
+        if reason := why_not([*args, *program.outside], update):
+            if self.backend == "cudagraph":
+                say_once(f"pyrovae: this step runs without a CUDA graph: {reason}.")
+            return step
+        return Captured(step, update)
 
 
-def captured(step: Callable[..., Tensor], args: tuple[Tensor, ...]) -> Callable[..., Tensor]:
-    """``step`` as a CUDA graph: its arguments are copied in, its loss is copied out, and nothing waits."""
-    inputs = [arg.clone() for arg in args]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = step(*inputs)
-
-    def replay(*args: Tensor) -> Tensor:
-        for held, arg in zip(inputs, args, strict=True):
-            held.copy_(arg, non_blocking=True)
-        graph.replay()
-        return loss.clone()
-
-    return replay
+def _owned(gradients: list[Tensor], params: list[Tensor]) -> list[Tensor]:
+    """As ``backward`` leaves gradients and fused kernels need them: strides of the parameters, memory of their own."""
+    owned: list[Tensor] = []
+    for gradient, param in zip(gradients, params, strict=True):
+        shared = any(gradient.untyped_storage()._cdata == other.untyped_storage()._cdata for other in owned)
+        if shared or gradient.stride() != param.stride():
+            gradient = torch.empty_like(param).copy_(gradient)
+        owned.append(gradient)
+    return owned
 
 
 class DatasetSize(Messenger):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -24,21 +25,34 @@ class Update:
 
     def __init__(self, optim: Any, params: Sequence[Tensor]) -> None:
         self._params = list(params)
-        self._pyro = None
-        if isinstance(optim, PyroOptim):
-            merged = _merged(optim, self._params)
-            self._pyro, optim = (optim, None) if merged is None else (None, merged)
-        self._optimizer: Optimizer | None = optim
-        self._lists: tuple[list[Tensor], ...] | None = None
+        self._pyro = optim if isinstance(optim, PyroOptim) else None
+        self._optimizer: Optimizer | None = optim if self._pyro is None else _merged(optim, self._params)
+        self._lists: tuple[list[Tensor], ...] = ()
+        self._lists_of: Sequence[Tensor] = ()
 
     @property
     def is_capturable(self) -> bool:
-        """Whether it can become part of a CUDA graph."""
+        """Whether it can become part of a CUDA graph, learning rate included."""
         groups = [] if self._optimizer is None else self._optimizer.param_groups
-        return bool(groups) and all(group.get("capturable") for group in groups)
+        return bool(groups) and all(
+            group.get("capturable") and isinstance(group["lr"], Tensor) and group["lr"].is_cuda for group in groups
+        )
+
+    def fixed(self) -> list[Any]:
+        """The objects that a CUDA graph of it goes on using: state, tensors, Python numbers."""
+        assert self._optimizer is not None
+        groups = self._optimizer.param_groups
+        return [self._optimizer.state, *groups, *(value for group in groups for value in group.values())]
+
+    def is_fixed(self, fixed: list[Any]) -> bool:
+        """Whether they are still the same."""
+        now = self.fixed()
+        return len(now) == len(fixed) and all(map(is_, now, fixed))
 
     def __call__(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        if self._is_fused_adam() and self._fused_adam(params, gradients):
+        if self._pyro is not None and self._optimizer is not None:
+            self._follow_rate(self._pyro, self._optimizer)
+        if params and self._is_fused_adam() and self._fused_adam(params, gradients):
             return
         for param, gradient in zip(params, gradients, strict=True):
             param.grad = gradient
@@ -48,6 +62,14 @@ class Update:
             self._pyro(self._params)
         for param in params:
             param.grad = None
+
+    def _follow_rate(self, many: PyroOptim, merged: Optimizer) -> None:
+        """Read the learning rate of the many; where they have come to differ, they go on as they are."""
+        group = merged.param_groups[0]
+        rates = [many.optim_objs[param].param_groups[0]["lr"] for param in group["params"]]
+        group["lr"] = rates[0]
+        if any(rate != rates[0] for rate in rates):
+            self._optimizer = None
 
     def _is_fused_adam(self) -> bool:
         optimizer = self._optimizer
@@ -62,12 +84,16 @@ class Update:
         """False where the optimizer has no state yet: its own first step makes it."""
         assert self._optimizer is not None
         state, group = self._optimizer.state, self._optimizer.param_groups[0]
-        if any(param not in state for param in params[:1]) or len(state) < len(params):
-            return False
-        # Loading a state dict replaces the tensors.
-        if self._lists is None or self._lists[0][0] is not state[params[0]]["exp_avg"]:
+        # Another program may use other parameters, and loading a state dict replaces the tensors.
+        if self._lists_of is not params or self._lists[0][0] is not state[params[0]]["exp_avg"]:
+            of_one_kind = len({(param.dtype, param.device) for param in params}) == 1
+            if not of_one_kind or not all("exp_avg" in state.get(param, {}) for param in params):
+                return False
             self._lists = tuple([state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq", "step"))
+            self._lists_of = params
         means, squares, steps = self._lists
+        # Learning-rate schedulers warn unless the optimizer's own step was called.
+        self._optimizer._opt_called = True  # type: ignore[attr-defined]
         with torch.no_grad():
             torch._foreach_add_(steps, 1)
             (torch._fused_adamw_ if _decouples(self._optimizer) else torch._fused_adam_)(
@@ -93,15 +119,20 @@ def _decouples(optimizer: Optimizer) -> bool:
 
 
 def _merged(optim: PyroOptim, params: list[Tensor]) -> Optimizer | None:
-    """One optimizer with the constructor, arguments and state of the many; None where they differ or clip gradients."""
-    if type(optim) is not PyroOptim or callable(optim.pt_optim_args) or optim.pt_clip_args:
-        return None
+    """One optimizer with the constructor, arguments and state of the many; None where they differ, clip gradients or
+    change their own options."""
     constructor: Any = optim.pt_optim_constructor
+    plain = type(optim) is PyroOptim and constructor.__module__.startswith("torch.optim")
+    if not plain or callable(optim.pt_optim_args) or optim.pt_clip_args:
+        return None
+    if not all(param in optim.optim_objs for param in params):
+        return None
     options = dict(optim.pt_optim_args)
-    if constructor in (Adam, AdamW) and not options.get("amsgrad"):
-        options.setdefault("fused", True)
+    if constructor in (Adam, AdamW) and options.keys() <= {"lr", "betas", "eps", "weight_decay", "maximize"}:
+        options["fused"] = True
     merged = constructor(params, **options)
     for param in params:
-        if param in optim.optim_objs:
-            merged.state[param] = optim.optim_objs[param].state[param]
+        merged.state[param] = state = optim.optim_objs[param].state[param]
+        if options.get("fused") and "step" in state:  # which fused kernels want beside the parameter
+            state["step"] = state["step"].to(param.device)
     return merged

@@ -1,0 +1,82 @@
+"""A step as a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from pyrovae.infer.program import say_once
+from pyrovae.infer.update import Update
+
+__all__ = ["Captured", "why_not"]
+
+WARM_UP = 3
+
+
+class Captured:
+    """``step``, captured once and replayed: arguments are copied in, the loss is copied out, and nothing waits.
+
+    The first three steps run as they are, on the stream that is captured then: libraries set themselves up there, and
+    the optimizer makes its state. A graph reads and writes fixed addresses, so it is captured again when ``update`` has
+    other tensors or options. Random numbers are fresh at each replay, as if the step had run.
+    """
+
+    def __init__(self, step: Callable[..., Tensor], update: Update) -> None:
+        self._step, self._update = step, update
+        self._stream = torch.cuda.Stream()
+        self._steps = 0
+        self._fixed: list = []
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: list[Tensor] = []
+        self._loss = torch.empty(())
+        self._failed = False
+
+    def __call__(self, *args: Tensor) -> Tensor:
+        self._steps += 1
+        if self._failed or self._steps <= WARM_UP:
+            return self._warm_up(*args)
+        if self._graph is None or not self._update.is_fixed(self._fixed):
+            self._capture(*args)
+            if self._graph is None:
+                return self._warm_up(*args)
+        for held, arg in zip(self._inputs, args, strict=True):
+            held.copy_(arg)
+        self._graph.replay()
+        return self._loss.clone()
+
+    def _warm_up(self, *args: Tensor) -> Tensor:
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            loss = self._step(*args)
+        current.wait_stream(self._stream)
+        return loss.clone()
+
+    def _capture(self, *args: Tensor) -> None:
+        current = torch.cuda.current_stream()
+        self._graph = None  # its memory is free for the next
+        self._inputs = [arg.clone() for arg in args]
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self._stream):
+                self._loss = self._step(*self._inputs)
+        except RuntimeError as error:
+            torch.cuda.set_stream(current)  # a capture that fails leaves its own
+            self._failed = True
+            say_once(f"pyrovae: this step runs without a CUDA graph: {str(error).strip().splitlines()[0]}")
+            return
+        self._graph, self._fixed = graph, self._update.fixed()
+
+
+def why_not(tensors: Sequence[Tensor], update: Update) -> str:
+    """Why a step that reads these tensors cannot be captured; empty where it can."""
+    if not all(tensor.is_cuda for tensor in tensors):
+        return "it reads a tensor that does not lie on the GPU"
+    if not update.is_capturable:
+        return (
+            "the optimizer reads Python numbers; make it as torch.optim.Adam(parameters, "
+            "lr=torch.tensor(1e-3, device='cuda'), capturable=True)"
+        )
+    return ""

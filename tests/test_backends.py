@@ -1,0 +1,1213 @@
+"""The recorded, compiled and captured step: the numbers of the eager one, or the eager one itself and the reason why.
+
+Compiling takes seconds, so most tests run the program that the compiler would be given; the ``slow`` ones compile it.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pyro.optim
+import pytest
+import torch
+from pyro import poutine
+from test_pairs import CASES, build
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+import pyrovae as pv
+from pyrovae import FunctionPair, Pair
+from pyrovae.infer import SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyrovae.infer import program as program_module
+from pyrovae.infer import svi as svi_module
+from pyrovae.infer.program import Program
+from pyrovae.models import VAE
+from pyrovae.train import TrainingDiverged
+
+ADAM = {"lr": 0.01}
+
+
+@pytest.fixture(autouse=True)
+def said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program_module, "_said", set())
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs run as they were recorded."""
+    monkeypatch.setattr(Program, "compile", lambda self, args: None)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """The shapes of the arguments that programs were called with."""
+    seen: list[tuple] = []
+    call = Program.__call__
+
+    def spy(self: Program, *args: Tensor) -> Any:
+        seen.append(tuple(arg.shape for arg in args))
+        return call(self, *args)
+
+    monkeypatch.setattr(Program, "__call__", spy)
+    return seen
+
+
+def batches(number: int = 6, size: int = 8) -> Tensor:
+    return torch.rand(number, size, 4, generator=torch.Generator().manual_seed(1)).round()
+
+
+def vae() -> VAE:
+    torch.manual_seed(0)
+    return VAE(4, 2, hidden_dims=(5,))
+
+
+def run(
+    setup: Callable[[], tuple[Pair, Any]], backend: str, xs: Any = None, *, loss: Any = None, **options: Any
+) -> tuple[Tensor, dict, SVI]:
+    """Losses of steps at fixed noise, and the state that they lead to."""
+    pair, optim = setup()
+    loss = loss() if loss is not None else Trace_ELBO()
+    svi = SVI(pair.model, pair.guide, optim, loss, backend=backend, **options)
+    torch.manual_seed(7)
+    losses = torch.stack([svi.step(x) for x in (batches() if xs is None else xs)])
+    return losses, {name: value.clone() for name, value in pair.state_dict().items()}, svi
+
+
+def assert_same_run(
+    setup: Callable[[], tuple[Pair, Any]], xs: Any = None, *, backend: str = "compiled", **options: Any
+):
+    """A recorded run equals an eager one to rounding. Returns the recorded one."""
+    eager, mine = run(setup, "eager", xs, **options), run(setup, backend, xs, **options)
+    torch.testing.assert_close(mine[:2], eager[:2], rtol=2e-5, atol=2e-6)
+    return mine[2]
+
+
+def sgd(pair: Pair, lr: float = 1e-3) -> torch.optim.Optimizer:
+    return torch.optim.SGD(pair.parameters(), lr=lr)
+
+
+# --- values, gradients and weights: every pair, every loss ---------------------------------------
+
+LOSSES: dict[str, Callable[[], Any]] = {
+    "Trace": Trace_ELBO,
+    "Trace-4": lambda: Trace_ELBO(num_particles=4),
+    "Trace-2-in-turn": lambda: Trace_ELBO(num_particles=2, vectorize_particles=False),
+    "MeanField-4": lambda: TraceMeanField_ELBO(num_particles=4),
+    "Enum": lambda: TraceEnum_ELBO(strict_enumeration_warning=False),
+    "Enum-4": lambda: TraceEnum_ELBO(num_particles=4, strict_enumeration_warning=False),
+    "Renyi-1": lambda: RenyiELBO(num_particles=1),
+    "Renyi-4": lambda: RenyiELBO(num_particles=4),
+    "Renyi-half": lambda: RenyiELBO(alpha=0.5, num_particles=4),
+    "Renyi-max": lambda: RenyiELBO(alpha=-math.inf, num_particles=4),
+    "Renyi-in-turn": lambda: RenyiELBO(num_particles=2, vectorize_particles=False),
+}
+
+
+def applies(case: str, loss: str) -> bool:
+    if loss in ("Trace-2-in-turn", "Renyi-1", "Renyi-half", "Renyi-max", "Renyi-in-turn"):
+        return case in ("gmm-amortized", "vae-normal") or (case == "gmm-full" and loss == "Renyi-1")
+    if case == "gmm-amortized":  # a discrete guide has no pathwise gradient
+        return not loss.startswith("MeanField")
+    return loss.startswith(("Enum", "Renyi")) if case.startswith("gmm") else True
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize(("case", "loss"), [(c, name) for c in CASES for name in LOSSES if applies(c, name)])
+def test_a_recorded_step_is_the_eager_one(case: str, loss: str, calls: list) -> None:
+    def setup() -> tuple[Pair, Any]:
+        pair, _ = build(case)
+        return pair, sgd(pair)
+
+    _, x = build(case)
+    assert_same_run(setup, [x, x, x], loss=LOSSES[loss])  # without Adam, weights show gradients
+    assert len(calls) == 2
+
+
+class Global(Pair):
+    """A global latent beside local ones, and a discrete one among these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(4))
+        self.rate = nn.Linear(4, 3)
+        self.logits = nn.Linear(4, 2)
+
+    def model(self, x: Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(logits=torch.zeros(2)))
+            u = pyro.sample("u", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            loc = mean + k.unsqueeze(-1) + u.sum(-1, keepdim=True)
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        pyro.sample("mean", dist.Normal(self.loc, 0.1).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("k", dist.Categorical(logits=self.logits(x)))
+            pyro.sample("u", dist.Normal(self.rate(x), 1.0).to_event(1))
+
+
+class Subsampled(Pair):
+    """Draws rows of its own data at every step; ``step`` takes no arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(4))
+        self.rows = batches(1, 20)[0]
+
+    def model(self) -> None:
+        with pyro.plate("data", 20, subsample_size=5) as index:
+            z = pyro.sample("z", dist.Normal(self.loc, 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=self.rows[index])
+
+    def guide(self) -> None:
+        with pyro.plate("data", 20, subsample_size=5) as index:
+            pyro.sample("z", dist.Normal(self.rows[index] + self.loc, 1.0).to_event(1))
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize("loss", ["Trace", "Trace-4", "Trace-2-in-turn", "Renyi-4", "Renyi-in-turn"])
+def test_global_and_discrete_latents_and_a_dataset_size(loss: str, calls: list) -> None:
+    def setup() -> tuple[Pair, Any]:
+        torch.manual_seed(0)
+        pair = Global()
+        return pair, sgd(pair)
+
+    assert_same_run(setup, batches(3), loss=LOSSES[loss], dataset_size=100)
+    assert len(calls) == 2
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize("loss", ["Trace", "Trace-2-in-turn", "Renyi-4", "Renyi-in-turn"])
+def test_a_subsampled_plate_draws_other_rows_at_each_step(loss: str, calls: list) -> None:
+    results = []
+    for backend in ("eager", "compiled"):
+        pair = Subsampled()
+        svi = SVI(pair.model, pair.guide, sgd(pair), LOSSES[loss](), backend=backend)
+        torch.manual_seed(0)
+        results.append(torch.stack([*(svi.step() for _ in range(5)), pair.loc.detach().sum()]))
+    torch.testing.assert_close(*results)
+    assert len(set(results[0].tolist())) == 6
+    assert len(calls) == 4
+
+
+COMPILED = {"vae-bernoulli": "Trace", "iwae-2": "Renyi-4", "gmm-full": "Enum"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", COMPILED)
+def test_a_compiled_step_is_the_eager_one(case: str) -> None:
+    def setup() -> tuple[Pair, Any]:
+        pair, _ = build(case)
+        return pair, torch.optim.Adam(pair.parameters(), lr=1e-3, fused=True)
+
+    _, x = build(case)
+    loss = LOSSES[COMPILED[case]]
+    xs = [x, x.flip(0), x[:7], x]
+    eager, compiled = (run(setup, backend, xs, loss=loss) for backend in ("eager", "compiled"))
+    torch.testing.assert_close(compiled[:2], eager[:2], rtol=2e-4, atol=2e-5)
+
+
+# --- optimizers ----------------------------------------------------------------------------------
+
+
+class Strided(VAE):
+    """Beside a VAE's: gradients of other strides than their parameters', one shared by two, and an unused parameter."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 2, hidden_dims=(5,))
+        self.expanded, self.also, self.unused = (nn.Parameter(torch.randn(3)) for _ in range(3))
+        self.transposed = nn.Parameter(torch.randn(3, 4))
+
+    def model(self, x: Tensor) -> None:
+        super().model(x)
+        weight = (self.transposed.t() * torch.arange(12.0).view(4, 3)).sum()
+        pyro.factor("f", -(weight + (self.expanded + self.also).sum()) * x.sum())
+
+
+OPTIMIZERS: dict[str, Callable[[list], Any]] = {
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "adam-fused": lambda p: torch.optim.Adam(p, lr=0.01, fused=True),
+    "adam-fused-tensor-lr": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.01), fused=True),
+    "adam-fused-options": lambda p: torch.optim.Adam(
+        p, lr=0.01, betas=(0.5, 0.9), eps=1e-3, weight_decay=0.1, fused=True
+    ),
+    "adam-fused-maximize": lambda p: torch.optim.Adam(p, lr=0.01, maximize=True, fused=True),
+    "adam-fused-amsgrad": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True, fused=True),
+    "adam-fused-groups": lambda p: torch.optim.Adam(
+        [{"params": p[:1], "lr": 0.1}, {"params": p[1:]}], lr=0.01, fused=True
+    ),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, fused=True),
+    "adam-fused-decoupled": lambda p: torch.optim.Adam(
+        p, lr=0.01, weight_decay=0.1, decoupled_weight_decay=True, fused=True
+    ),
+    "sgd-momentum": lambda p: torch.optim.SGD(p, lr=0.001, momentum=0.9, nesterov=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, centered=True, momentum=0.5),
+    "factory": lambda p: lambda params: torch.optim.Adam(params, lr=0.01, fused=True),
+    "pyro-adam": lambda p: pyro.optim.Adam({"lr": 0.01}),
+    "pyro-adam-foreach": lambda p: pyro.optim.Adam({"lr": 0.01, "foreach": True}),
+    "pyro-adam-options": lambda p: pyro.optim.Adam({"lr": 0.01, "betas": (0.5, 0.9), "weight_decay": 0.1}),
+    "pyro-adamw": lambda p: pyro.optim.AdamW({"lr": 0.01}),
+    "pyro-clipped-adam": lambda p: pyro.optim.ClippedAdam(
+        {"lr": 0.01, "clip_norm": 0.5, "lrd": 0.9, "weight_decay": 0.1}
+    ),
+    "pyro-clip-args": lambda p: pyro.optim.Adam({"lr": 0.01}, {"clip_norm": 0.1}),
+    "pyro-per-parameter": lambda p: pyro.optim.Adam(lambda name: {"lr": 0.1 if "bias" in name else 0.01}),
+    "pyro-scheduler": lambda p: pyro.optim.ExponentialLR(
+        {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.01}, "gamma": 0.5}
+    ),
+}
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "pyro-per-parameter"])
+def test_every_optimizer_updates_as_it_does_eagerly(name: str, calls: list) -> None:
+    def setup() -> tuple[Pair, Any]:
+        torch.manual_seed(0)
+        pair = Strided()
+        return pair, OPTIMIZERS[name](list(pair.parameters()))
+
+    assert_same_run(setup)
+    assert len(calls) == 5
+
+
+@pytest.mark.slow
+def test_strided_gradients_of_a_compiled_step() -> None:
+    def setup() -> tuple[Pair, Any]:
+        torch.manual_seed(0)
+        pair = Strided()
+        return pair, torch.optim.Adam(pair.parameters(), lr=0.01, fused=True)
+
+    assert_same_run(setup)
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize("fused", [False, True])
+def test_parameters_of_two_dtypes(fused: bool) -> None:
+    class Mixed(Pair):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+        def model(self, x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                pyro.factor("f", -(self.a**2 + self.b**2).sum() * x.sum(-1))
+
+    def setup() -> tuple[Pair, Any]:
+        pair = Mixed()
+        return pair, torch.optim.Adam(pair.parameters(), lr=0.01, fused=fused)
+
+    assert_same_run(setup)
+
+
+def in_the_middle(act: Callable[[Pair, Any], None], optim: Callable[[Pair], Any], backend: str) -> tuple:
+    """Weights and optimizer state of a run in whose middle something is done to pair and optimizer."""
+    pair = vae()
+    optimizer = optim(pair)
+    svi = SVI(pair.model, pair.guide, optimizer, Trace_ELBO(), backend=backend)
+    torch.manual_seed(7)
+    for step, x in enumerate(batches()):
+        if step == 3:
+            act(pair, optimizer)
+        svi.step(x)
+    state = optimizer.state_dict()["state"] if isinstance(optimizer, torch.optim.Optimizer) else {}
+    return pair.state_dict(), state
+
+
+def fused_adam(pair: Pair) -> torch.optim.Optimizer:
+    return torch.optim.Adam(pair.parameters(), lr=0.01, fused=True)
+
+
+def set_rate(pair: Pair, optim: Any) -> None:
+    optim.param_groups[0]["lr"] = 0.1
+
+
+def load_state(pair: Pair, optim: Any) -> None:
+    state = copy.deepcopy(optim.state_dict())
+    state["param_groups"][0]["lr"] = 0.1
+    for each in state["state"].values():
+        each["exp_avg"].mul_(3)
+    optim.load_state_dict(state)
+
+
+def load_weights(pair: Pair, optim: Any) -> None:
+    pair.load_state_dict({name: value + 0.5 for name, value in pair.state_dict().items()})
+
+
+def freeze(pair: Any, optim: Any) -> None:
+    pair.encoder.requires_grad_(False)
+
+
+def set_pyro_rates(pair: Pair, optim: Any) -> None:
+    for each in optim.optim_objs.values():
+        each.param_groups[0]["lr"] = 0.1
+
+
+def set_one_pyro_rate(pair: Any, optim: Any) -> None:
+    optim.optim_objs[next(iter(pair.decoder.parameters()))].param_groups[0]["lr"] = 0.1
+
+
+def pyro_adam(pair: Pair) -> Any:
+    return pyro.optim.Adam({"lr": 0.01})
+
+
+ACTS: dict[str, tuple[Callable, Callable]] = {
+    "nothing": (lambda pair, optim: None, fused_adam),
+    "learning rate": (set_rate, fused_adam),
+    "optimizer state": (load_state, fused_adam),
+    "weights": (load_weights, fused_adam),
+    "frozen": (freeze, fused_adam),
+    "frozen, not fused": (freeze, sgd),
+    "learning rate, pyro": (set_pyro_rates, pyro_adam),
+    "one learning rate, pyro": (set_one_pyro_rate, pyro_adam),
+}
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize(("act", "optim"), ACTS.values(), ids=ACTS)
+def test_what_is_done_between_steps_counts(act: Callable, optim: Callable, calls: list) -> None:
+    eager, mine = (in_the_middle(act, optim, backend) for backend in ("eager", "compiled"))
+    torch.testing.assert_close(mine, eager, rtol=2e-5, atol=2e-6)
+    assert len(calls) == 5
+
+
+@pytest.mark.usefixtures("recorded")
+def test_a_scheduler_of_torch(calls: list) -> None:
+    def train(backend: str) -> dict:
+        pair = vae()
+        optim = fused_adam(pair)
+        svi = SVI(pair.model, pair.guide, optim, Trace_ELBO(), backend=backend, checked=True)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optim, 0.5)
+        torch.manual_seed(7)
+        for x in batches():
+            svi.step(x)
+            schedule.step()
+        return pair.state_dict()
+
+    torch.testing.assert_close(train("compiled"), train("eager"), rtol=2e-5, atol=2e-6)
+    assert len(calls) == 6
+
+
+@pytest.mark.usefixtures("recorded")
+def test_hooks_of_the_optimizer_run() -> None:
+    pair = vae()
+    optim = fused_adam(pair)
+    ran = []
+    optim.register_step_post_hook(lambda *_: ran.append(1))
+    svi = SVI(pair.model, pair.guide, optim, Trace_ELBO(), backend="compiled")
+    for x in batches():
+        svi.step(x)
+    assert len(ran) == 6
+
+
+@pytest.mark.usefixtures("recorded")
+def test_no_gradients_are_left_behind() -> None:
+    for make in OPTIMIZERS["adam"], OPTIMIZERS["adam-fused"], OPTIMIZERS["pyro-adam"]:
+        pair = vae()
+        svi = SVI(pair.model, pair.guide, make(list(pair.parameters())), Trace_ELBO(), backend="compiled")
+        for x in batches():
+            assert not svi.step(x).requires_grad
+        assert all(p.grad is None for p in pair.parameters())
+
+
+# --- plain functions, buffers --------------------------------------------------------------------
+
+
+def plain_model(x: Tensor) -> None:
+    scale = pyro.param("model.scale", torch.ones(4), constraint=constraints.positive)
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, scale).to_event(1), obs=x)
+
+
+def plain_guide(x: Tensor) -> None:
+    loc = pyro.param("guide.loc", torch.zeros(4))
+    bias = pyro.param("guide.bias", lambda: torch.ones(4))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(loc * x + bias, 0.5).to_event(1))
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize("name", ["factory", "pyro-adam", "pyro-clipped-adam", "pyro-per-parameter", "pyro-scheduler"])
+def test_plain_functions(name: str, calls: list) -> None:
+    results = []
+    for backend in ("eager", "compiled"):
+        pyro.clear_param_store()
+        optim = OPTIMIZERS[name]([])
+        svi = SVI(plain_model, plain_guide, optim, Trace_ELBO(), backend=backend)
+        torch.manual_seed(0)
+        losses = []
+        for step, x in enumerate(batches()):
+            losses.append(svi.step(x))
+            if name == "pyro-scheduler" and step % 2:
+                optim.step()
+        params = {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
+        results.append((losses, params, optim.get_state() if name.startswith("pyro") else {}))
+    torch.testing.assert_close(results[1][:2], results[0][:2], rtol=2e-5, atol=2e-6)
+    assert results[0][2].keys() == results[1][2].keys()
+    if name == "pyro-adam":
+        torch.testing.assert_close(results[1][2], results[0][2], rtol=2e-5, atol=2e-6)
+    assert len(calls) == 5
+
+
+@pytest.mark.usefixtures("recorded")
+def test_a_param_store_that_is_loaded_between_steps(calls: list) -> None:
+    results = []
+    for backend in ("eager", "compiled"):
+        pyro.clear_param_store()
+        svi = SVI(plain_model, plain_guide, pyro.optim.Adam(ADAM), Trace_ELBO(), backend=backend)
+        torch.manual_seed(0)
+        for step, x in enumerate(batches()):
+            svi.step(x)
+            if step == 1:
+                saved = copy.deepcopy(pyro.get_param_store().get_state())
+            if step == 3:
+                pyro.get_param_store().set_state(saved)
+        results.append({name: value.detach().clone() for name, value in pyro.get_param_store().items()})
+    torch.testing.assert_close(*results, rtol=2e-5, atol=2e-6)
+    assert len(calls) == 3 + 1
+
+
+@pytest.mark.usefixtures("recorded")
+def test_function_pair(calls: list) -> None:
+    def setup() -> tuple[Pair, Any]:
+        return FunctionPair(plain_model, plain_guide), lambda params: torch.optim.Adam(params, lr=0.01, fused=True)
+
+    assert_same_run(setup)
+    assert len(calls) == 5
+
+
+def normed(encoder: nn.Module) -> tuple[Callable, Callable]:
+    def guide(x: Tensor) -> None:
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(encoder(x), 1.0).to_event(1))
+
+    return plain_model, guide
+
+
+class Normed(Pair):
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self._functions = normed(encoder)
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.encoder(x), 1.0).to_event(1))
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize("kind", ["pair", "functions", "function pair"])
+def test_running_statistics_move_as_they_do_eagerly(kind: str, calls: list) -> None:
+    results = []
+    for backend in ("eager", "compiled"):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        encoder = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        pair = Normed(encoder) if kind == "pair" else FunctionPair(*normed(encoder))
+        model, guide = normed(encoder) if kind == "functions" else (pair.model, pair.guide)
+        svi = SVI(model, guide, lambda params: torch.optim.Adam(params, **ADAM), Trace_ELBO(), backend=backend)
+        for x in batches():
+            svi.step(x)
+        encoder.eval()  # and a switch is noticed
+        for x in batches():
+            svi.step(x)
+        results.append(encoder.state_dict())
+    torch.testing.assert_close(*results, rtol=2e-5, atol=2e-6)
+    assert results[0]["1.num_batches_tracked"] == results[1]["1.num_batches_tracked"] == 7  # one is the first look
+    assert len(calls) == 5 + 5
+
+
+# --- what cannot be recorded ---------------------------------------------------------------------
+
+
+class Odd(Pair):
+    """A VAE of its own kind of oddness."""
+
+    def __init__(self, odd: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.odd, self.count, self.log = (odd,), 0, []
+        self.loc = nn.Parameter(torch.zeros(4))
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        scale = self.odd[0](self, x)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.loc + x, scale).to_event(1))
+
+
+def annealed(pair: Odd, x: Tensor) -> float:
+    pair.count += 1
+    return 1 / pair.count
+
+
+def branching(pair: Odd, x: Tensor) -> float:
+    return 0.5 if pair.loc.sum() > 0.1 else 1.0
+
+
+def growing(pair: Odd, x: Tensor) -> float:
+    pair.log.append(len(x))
+    return 1 + len(pair.log)
+
+
+ODDITIES = {
+    "item": (lambda pair, x: x.mean().item(), r"reads the value of a tensor.*, at test_backends.py:\d+: `.*item"),
+    "if": (branching, r"reads the value of a tensor.*, at test_backends.py:\d+: `return 0.5 if pair"),
+    "numpy": (lambda pair, x: float(x.numpy().mean()), r"reads the values of a tensor.*, at test_backends.py:\d+"),
+    "annealing": (annealed, r"it changes Odd\.count as it runs"),
+    "a list": (growing, r"it changes Odd\.log as it runs"),
+    "numpy noise": (lambda pair, x: 1 + np.random.rand(), r"each time it runs, at test_backends.py:\d+: `pyro.sample"),  # noqa: NPY002
+}
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize(("odd", "match"), ODDITIES.values(), ids=ODDITIES)
+def test_oddities_run_eagerly_and_are_named_once(odd: Callable, match: str, calls: list) -> None:
+    def setup() -> tuple[Pair, Any]:
+        np.random.seed(0)  # noqa: NPY002
+        pair = Odd(odd)
+        return pair, sgd(pair, 0.01)
+
+    expected = run(setup, "eager")
+    with pytest.warns(RuntimeWarning, match=f"this step runs eagerly: .*{match}") as warned:
+        actual = run(setup, "compiled")
+    assert len(warned) == 1
+    torch.testing.assert_close(actual[:2], expected[:2], rtol=0, atol=0)
+    assert not calls
+
+
+class Weighted(Pair):
+    """A VAE with a KL weight, as a Python number and as a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beta = 1.0
+        self.register_buffer("weight", torch.ones(()))
+        self.loc = nn.Parameter(torch.zeros(4))
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0 / (self.beta * self.weight)).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.loc + x, 1.0).to_event(1))
+
+
+def anneal(change: Callable[[Weighted, int], None], backend: str, steps: int) -> tuple[Tensor, Tensor]:
+    pair = Weighted()
+    svi = SVI(pair.model, pair.guide, sgd(pair, 0.01), Trace_ELBO(), backend=backend)
+    torch.manual_seed(0)
+    losses = []
+    for step in range(steps):
+        change(pair, step)
+        losses.append(svi.step(batches()[step % 6]))
+    return torch.stack(losses), pair.loc.detach()
+
+
+def in_two_stages(pair: Weighted, step: int) -> None:
+    pair.beta = 0.25 if step < 5 else 1.0
+
+
+def at_every_step(pair: Weighted, step: int) -> None:
+    pair.beta = min(1.0, (step + 1) / 1000)
+
+
+def buffer_at_every_step(pair: Weighted, step: int) -> None:
+    pair.weight.fill_((step + 1) / 1000)
+
+
+def new_buffer(pair: Weighted, step: int) -> None:
+    if step == 4:
+        pair.weight = torch.tensor(0.5)
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize(("change", "number"), [(in_two_stages, 8), (buffer_at_every_step, 9), (new_buffer, 8)])
+def test_numbers_that_the_user_changes_count(change: Callable, number: int, calls: list) -> None:
+    torch.testing.assert_close(anneal(change, "compiled", 10), anneal(change, "eager", 10))
+    assert len(calls) == number
+
+
+@pytest.mark.usefixtures("recorded")
+def test_a_number_that_changes_at_every_step_runs_eagerly(calls: list) -> None:
+    expected = anneal(at_every_step, "eager", 20)
+    with pytest.warns(
+        RuntimeWarning, match=r"eagerly: Weighted\.beta changes from step to step; a tensor.* may"
+    ) as warned:
+        actual = anneal(at_every_step, "compiled", 20)
+    assert len(warned) == 1
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    assert len(calls) <= 1
+
+
+class Arguments(Pair):
+    def __init__(self) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(4))
+
+    def model(self, x: Tensor, scale: Any = 1.0) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(self.loc, scale).to_event(1), obs=x)
+
+    def guide(self, x: Tensor, scale: Any = 1.0) -> None: ...
+
+
+CALLS: dict[str, Callable[[SVI, Tensor, int], Tensor]] = {
+    "keyword": lambda svi, x, step: svi.step(x, scale=1.0 + step),
+    "number": lambda svi, x, step: svi.step(x, 1.0 + step),
+    "handler": lambda svi, x, step: poutine.scale(svi.step, scale=0.5 + step)(x),
+}
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_other_arguments_and_handlers_run_eagerly(call: Callable, calls: list) -> None:
+    results = []
+    for backend in ("eager", "compiled"):
+        pair = Arguments()
+        svi = SVI(pair.model, pair.guide, sgd(pair, 0.01), Trace_ELBO(), backend=backend)
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            results.append(torch.stack([call(svi, x, step) for step, x in enumerate(batches())]))
+        assert [str(w.message) for w in warned] == (
+            []
+            if backend == "eager"
+            else [
+                "pyrovae: this step runs eagerly: arguments that are no tensors, or handlers "
+                "around the step, are not recorded."
+            ]
+        )
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    assert not calls
+
+
+@pytest.mark.usefixtures("recorded")
+def test_a_tensor_in_place_of_a_number_is_recorded(calls: list) -> None:
+    results = []
+    for backend in ("eager", "compiled"):
+        pair = Arguments()
+        svi = SVI(pair.model, pair.guide, sgd(pair, 0.01), Trace_ELBO(), backend=backend)
+        results.append([svi.step(x, torch.tensor(1.0 + step)) for step, x in enumerate(batches())])
+    torch.testing.assert_close(*results)
+    assert len(calls) == 5
+
+
+@pytest.mark.usefixtures("recorded")
+def test_pyros_losses_run_eagerly(calls: list) -> None:
+    def setup() -> tuple[Pair, Any]:
+        pair = vae()
+        return pair, sgd(pair)
+
+    loss = lambda: pyro.infer.Trace_ELBO(max_plate_nesting=1)  # noqa: E731
+    expected = run(setup, "eager", loss=loss)
+    with pytest.warns(
+        RuntimeWarning, match=r"runs eagerly: pyro.*Trace_ELBO reads tensors; use pyrovae.infer's"
+    ) as warned:
+        actual = run(setup, "compiled", loss=loss)
+    assert len(warned) == 1
+    torch.testing.assert_close(actual[:2], expected[:2], rtol=0, atol=0)
+    assert not calls
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+class WrongShape(Arguments):
+    def model(self, x: Tensor, scale: Any = 1.0) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(self.loc, scale), obs=x)
+
+
+def test_the_first_step_is_validated() -> None:
+    for make, x in ((WrongShape, batches()[0]), (Arguments, torch.full((8, 4), math.nan))):
+        pair = make()
+        svi = SVI(pair.model, pair.guide, sgd(pair), Trace_ELBO(), backend="compiled")
+        with pyro.validation_enabled(False), pytest.raises(ValueError, match=r"[Ss]hape|constraint|support"):
+            svi.step(x)
+
+
+@pytest.mark.usefixtures("recorded")
+def test_a_later_error_is_the_eager_one() -> None:
+    bad = {"features": torch.zeros(8, 3), "dtype": torch.zeros(8, 4, dtype=torch.float64)}
+    for name, x in bad.items():
+        messages = []
+        for backend in ("eager", "compiled"):
+            pair = vae()
+            svi = SVI(pair.model, pair.guide, sgd(pair), Trace_ELBO(), backend=backend)
+            for good in batches():
+                svi.step(good)
+            weights = copy.deepcopy(pair.state_dict())
+            with pytest.raises((RuntimeError, ValueError)) as error:  # warnings are errors here too
+                svi.step(x)
+            messages.append((error.type, str(error.value)))
+            torch.testing.assert_close(pair.state_dict(), weights, rtol=0, atol=0)
+            svi.step(batches()[0])
+        assert messages[0] == messages[1], name
+
+
+def test_cudagraph_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    pair = vae()
+    with pytest.raises(ValueError, match=r"backend: 'cudagraph' was asked for, and torch sees no CUDA device"):
+        SVI(pair.model, pair.guide, sgd(pair), Trace_ELBO(), backend="cudagraph")
+    with pytest.raises(ValueError, match=r"backend: expected .*'jit'"):
+        SVI(pair.model, pair.guide, sgd(pair), Trace_ELBO(), backend="jit")
+
+
+# --- shapes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("recorded")
+def test_a_short_batch_has_its_own_record_and_the_right_scale(calls: list) -> None:
+    def setup() -> tuple[Pair, Any]:
+        torch.manual_seed(0)
+        pair = Global()
+        return pair, sgd(pair, 0.01)
+
+    xs = [x[:size] for x, size in zip(batches(8), (8, 8, 3, 8, 3, 5, 8, 1), strict=True)]
+    svi = assert_same_run(setup, xs, dataset_size=60)
+    assert [shapes[0][0] for shapes in calls] == [8, 3, 8, 3, 5, 8, 1]
+    assert len(svi._programs) == 4
+
+
+@pytest.mark.usefixtures("recorded")
+def test_strides_of_a_batch_do_not_matter() -> None:
+    def setup() -> tuple[Pair, Any]:
+        pair = vae()
+        return pair, sgd(pair)
+
+    x = batches()[0]
+    assert_same_run(setup, [x, x, x.t().contiguous().t(), x[:1].expand(8, 4), x])
+
+
+@pytest.mark.usefixtures("recorded")
+def test_too_many_shapes_run_eagerly(calls: list) -> None:
+    def setup() -> tuple[Pair, Any]:
+        pair = Arguments()
+        return pair, sgd(pair)
+
+    xs = [torch.ones(size, 4) for size in range(1, 14)]
+    with pytest.warns(RuntimeWarning, match=r"its arguments' shapes keep changing") as warned:
+        assert_same_run(setup, xs)
+    assert len(warned) == 1
+    assert len(calls) == svi_module.MAX_PROGRAMS
+
+
+def test_only_the_first_shape_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    monkeypatch.setattr(Program, "compile", lambda self, args: compiled.append(args[0].shape[0]))
+    pair = vae()
+    svi = SVI(pair.model, pair.guide, sgd(pair), Trace_ELBO(), backend="compiled")
+    for x in (batches()[0], batches()[0], batches()[0][:3], batches()[1]):
+        svi.step(x)
+    assert compiled == [8]
+
+
+# --- when ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("recorded")
+def test_auto_changes_over(monkeypatch: pytest.MonkeyPatch, calls: list) -> None:
+    monkeypatch.setattr(svi_module, "WORTH_COMPILING", 4)
+
+    def setup() -> tuple[Pair, Any]:
+        pair = vae()
+        return pair, sgd(pair)
+
+    counts = {}
+    for num_steps in (None, 3, 4):
+        calls.clear()
+        assert_same_run(setup, backend="auto", num_steps=num_steps)
+        counts[num_steps] = len(calls)
+    assert counts == {None: 3, 3: 0, 4: 5}
+
+
+@pytest.mark.usefixtures("recorded")
+def test_compile_takes_no_step(calls: list) -> None:
+    pair = vae()
+    svi = SVI(pair.model, pair.guide, fused_adam(pair), Trace_ELBO(), backend="compiled")
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    assert svi.compile(batches()[0])
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(pair.state_dict(), vae().state_dict(), rtol=0, atol=0)
+    torch.manual_seed(7)
+    for x in batches():
+        svi.step(x)
+    assert len(calls) == 6
+
+    def setup() -> tuple[Pair, Any]:
+        other = vae()
+        return other, fused_adam(other)
+
+    torch.testing.assert_close(pair.state_dict(), run(setup, "eager")[1], rtol=2e-5, atol=2e-6)
+    assert not SVI(pair.model, pair.guide, fused_adam(pair), Trace_ELBO(), backend="eager").compile(batches()[0])
+
+
+@pytest.mark.usefixtures("recorded")
+def test_without_recording_steps_are_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: object) -> None:
+        raise ImportError("no tracer here")
+
+    monkeypatch.setattr(program_module, "make_fx", fails)
+
+    def setup() -> tuple[Pair, Any]:
+        pair = vae()
+        return pair, sgd(pair)
+
+    with pytest.warns(RuntimeWarning, match="this step runs eagerly: no tracer here"):
+        assert_same_run(setup)
+
+
+def test_without_a_compiler_steps_are_recorded(monkeypatch: pytest.MonkeyPatch, calls: list) -> None:
+    import torch._inductor
+
+    def fails(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch._inductor, "compile", fails)
+
+    def setup() -> tuple[Pair, Any]:
+        pair = vae()
+        return pair, sgd(pair)
+
+    with pytest.warns(RuntimeWarning, match=r"cannot compile the step here \(no C\+\+ compiler\)") as warned:
+        assert_same_run(setup)
+    assert len(warned) == 1
+    assert len(calls) == 5
+
+
+@pytest.mark.usefixtures("recorded")
+def test_evaluate_loss_between_recorded_steps(calls: list) -> None:
+    pair = vae()
+    svi = SVI(pair.model, pair.guide, sgd(pair), Trace_ELBO(), backend="compiled")
+    for x in batches():
+        svi.step(x)
+        pair.eval()
+        state = torch.get_rng_state()
+        before = svi.evaluate_loss(x)
+        torch.set_rng_state(state)
+        pair.train()
+        assert svi.step(x) == pytest.approx(float(before), rel=1e-5)
+    assert len(calls) == 11
+
+
+# --- fit -----------------------------------------------------------------------------------------
+
+GREY = torch.rand(50, 4, generator=torch.Generator().manual_seed(2))
+FIT = {"epochs": 4, "batch_size": 16, "seed": 3, "backend": "compiled"}
+
+
+def fit_in_two(
+    file: Any, monkeypatch: pytest.MonkeyPatch, rows: Tensor, after: int, **options: Any
+) -> tuple[Pair, Any]:
+    """A fit that is interrupted after some steps, and resumed with a fresh pair."""
+    step, seen = SVI.step, []
+
+    def stopping(self: SVI, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append(1)
+        if len(seen) > after:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(SVI, "step", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        pv.fit(vae(), rows, checkpoint=file, **FIT, **options)
+    monkeypatch.setattr(SVI, "step", step)
+    pair = vae()
+    return pair, pv.fit(pair, rows, checkpoint=file, resume=True, **FIT, **options)
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize(("after", "binarize"), [(2, False), (6, True), (13, False)])
+def test_a_resumed_fit_is_bit_identical(
+    tmp_path: Any, monkeypatch: Any, after: int, binarize: bool, calls: list
+) -> None:
+    rows = GREY if binarize else GREY.round()
+    whole = vae()
+    history = pv.fit(whole, rows, binarize=binarize, **FIT).history
+    assert len(calls) == 4 * 4  # every step is a recorded one
+    pair, resumed = fit_in_two(tmp_path / "run", monkeypatch, rows, after, binarize=binarize)
+    torch.testing.assert_close(pair.state_dict(), whole.state_dict(), rtol=0, atol=0)
+    assert [row["train_bound"] for row in resumed.history] == [row["train_bound"] for row in history]
+
+
+@pytest.mark.slow
+def test_a_resumed_compiled_fit_is_bit_identical(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = vae()
+    pv.fit(whole, GREY, binarize=True, **FIT)
+    pair, _ = fit_in_two(tmp_path / "run", monkeypatch, GREY, 6, binarize=True)
+    torch.testing.assert_close(pair.state_dict(), whole.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("recorded")
+def test_fit_equals_the_eager_fit(calls: list) -> None:
+    eager, mine, again = vae(), vae(), vae()
+    options = FIT | {"validation": 10, "binarize": True}
+    histories = [
+        pv.fit(pair, GREY, **(options | {"backend": backend})).history
+        for pair, backend in ((eager, "eager"), (mine, "compiled"), (again, "compiled"))
+    ]
+    torch.testing.assert_close(mine.state_dict(), eager.state_dict(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mine.state_dict(), again.state_dict(), rtol=0, atol=0)
+    for a, b in zip(histories[0], histories[1], strict=True):
+        assert a["train_bound"] == pytest.approx(b["train_bound"], rel=1e-4)
+        assert a["validation_bound"] == pytest.approx(b["validation_bound"], rel=1e-4)
+    assert {shapes[0] for shapes in calls} == {(16,), (8,)}  # indices: gathering and drawing pixels are in the step
+
+
+@pytest.mark.usefixtures("recorded")
+def test_fit_auto(monkeypatch: pytest.MonkeyPatch, calls: list) -> None:
+    pv.fit(vae(), GREY.round(), **(FIT | {"backend": "auto"}))
+    assert not calls
+    monkeypatch.setattr(svi_module, "WORTH_COMPILING", 16)
+    pv.fit(vae(), GREY.round(), **(FIT | {"backend": "auto"}))
+    assert len(calls) == 16
+
+
+class Bursting(VAE):
+    """Its loss turns NaN when a clock, a buffer, reaches 7."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 2, hidden_dims=(5,))
+        self.register_buffer("clock", torch.zeros(()))
+
+    def model(self, x: Tensor) -> None:
+        super().model(x)
+        self.clock.add_(1)
+        pyro.factor("late", torch.where(self.clock > 12, math.nan, 0.0).expand(()))
+
+
+@pytest.mark.usefixtures("recorded")
+def test_divergence_is_explained_as_it_is_eagerly() -> None:
+    messages = []
+    for backend in ("eager", "compiled"):
+        torch.manual_seed(0)
+        pair = Bursting()
+        with pytest.raises(TrainingDiverged) as error:
+            pv.fit(pair, GREY.round(), loss=Trace_ELBO(), **(FIT | {"backend": backend}))
+        messages.append(str(error.value))
+        assert all(torch.isfinite(p).all() for p in pair.parameters())
+    assert "site 'late'" in messages[0]
+    assert messages[0] == messages[1]
+
+
+@pytest.mark.slow
+def test_compiled_and_eager_fits_reach_the_same_evidence() -> None:
+    rows = pv.data.load("digits").train[:600]
+    scores = []
+    for backend in ("eager", "compiled"):
+        torch.manual_seed(0)
+        pair = VAE(64, 4, hidden_dims=(30,))
+        pv.fit(pair, rows, epochs=30, batch_size=50, binarize=True, backend=backend)  # the same noise, but for rounding
+        scores.append(pv.evaluate(pair, rows.round(), num_samples=200))
+    error = math.hypot(scores[0].log_evidence_stderr, scores[1].log_evidence_stderr)
+    assert abs(scores[0].log_evidence - scores[1].log_evidence) <= 2 * error
+
+
+# --- CUDA ----------------------------------------------------------------------------------------
+
+
+def on_gpu(lr: float = 0.01) -> tuple[VAE, torch.optim.Optimizer, Tensor]:
+    pair = vae().cuda()
+    rate = torch.tensor(lr, device="cuda")
+    return pair, torch.optim.Adam(pair.parameters(), lr=rate, fused=True, capturable=True), batches(12).cuda()
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list:
+    seen: list = []
+    replay = torch.cuda.CUDAGraph.replay
+
+    def spy(self: torch.cuda.CUDAGraph) -> None:
+        seen.append(self)
+        replay(self)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", spy)
+    return seen
+
+
+def step_through(svi: SVI, xs: Tensor) -> None:
+    for x in xs:
+        svi.step(x)
+
+
+def equal_on_gpu(act: Callable, replays: list, loss: Callable = Trace_ELBO) -> None:
+    """A captured run, with something done in the middle, equals an eager one at equal noise."""
+    results = []
+    for backend in ("eager", "cudagraph"):
+        pair, optim, xs = on_gpu()
+        svi = SVI(pair.model, pair.guide, optim, loss(), backend=backend)
+        torch.manual_seed(7)
+        losses = []
+        for step, x in enumerate(xs):
+            if step == 8:
+                act(pair, optim)
+            losses.append(svi.step(x))
+        results.append((torch.stack(losses), pair.state_dict(), optim.state_dict()["state"]))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+    assert len(replays) == 12 - 1 - 3  # the first step is eager, three warm up
+
+
+def fill_rate(pair: Pair, optim: Any) -> None:
+    optim.param_groups[0]["lr"].fill_(0.1)
+
+
+def replace_rate(pair: Pair, optim: Any) -> None:
+    optim.param_groups[0]["lr"] = torch.tensor(0.1, device="cuda")
+
+
+def other_betas(pair: Pair, optim: Any) -> None:
+    optim.param_groups[0]["betas"] = (0.1, 0.5)
+
+
+def load_on_gpu(pair: Pair, optim: Any) -> None:
+    state = copy.deepcopy(optim.state_dict())
+    for each in state["state"].values():
+        each["exp_avg"].mul_(3)
+    optim.load_state_dict(state)
+
+
+GPU_ACTS = {
+    "nothing": lambda pair, optim: None,
+    "rate": fill_rate,
+    "another rate": replace_rate,
+    "betas": other_betas,
+    "state": load_on_gpu,
+    "weights": load_weights,
+}
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize("act", GPU_ACTS.values(), ids=GPU_ACTS)
+def test_a_captured_step_is_the_eager_one(act: Callable, replays: list) -> None:
+    equal_on_gpu(act, replays)
+
+
+@pytest.mark.cuda
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["Trace", "MeanField-4", "Enum-4", "Renyi-4"])
+def test_a_compiled_and_captured_step_is_the_eager_one(loss: str, replays: list) -> None:
+    equal_on_gpu(GPU_ACTS["nothing"], replays, LOSSES[loss])
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("recorded")
+def test_noise_is_fresh_at_every_replay_and_follows_the_seed(replays: list) -> None:
+    pair, optim, xs = on_gpu(lr=0.0)
+    svi = SVI(pair.model, pair.guide, optim, Trace_ELBO(), backend="cudagraph")
+    for x in xs[:6]:
+        svi.step(x)
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        runs.append([float(svi.step(xs[0])) for _ in range(10)])
+    assert runs[0] == runs[1]
+    assert len(set(runs[0])) == 10
+    assert len(replays) == 2 + 20
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("recorded")
+def test_a_captured_step_never_waits(replays: list) -> None:
+    pair, optim, xs = on_gpu()
+    svi = SVI(pair.model, pair.guide, optim, Trace_ELBO(), backend="cudagraph")
+    for x in xs[:6]:
+        svi.step(x)
+    total = torch.zeros((), device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for x in xs[6:]:
+            total += svi.step(x)
+            optim.param_groups[0]["lr"].fill_(0.001)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert math.isfinite(total)
+    assert len(replays) == 2 + 6
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("recorded")
+def test_losses_of_captured_steps_are_kept_apart() -> None:
+    pair, optim, xs = on_gpu()
+    svi = SVI(pair.model, pair.guide, optim, Trace_ELBO(), backend="cudagraph")
+    losses = [svi.step(x) for x in xs]
+    assert len({float(loss) for loss in losses}) == len(xs)
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("recorded")
+def test_short_batches_are_captured_too(replays: list) -> None:
+    results = []
+    for backend in ("eager", "cudagraph"):
+        pair, optim, xs = on_gpu()
+        svi = SVI(pair.model, pair.guide, optim, Trace_ELBO(), backend=backend, dataset_size=50)
+        torch.manual_seed(7)
+        losses = [svi.step(rows) for x in xs for rows in (x, x[:3])]
+        results.append((torch.stack(losses), pair.state_dict()))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    assert len(set(map(id, replays))) == 2
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("recorded")
+def test_what_cannot_be_captured_is_named_and_runs(replays: list) -> None:
+    pair, _, xs = on_gpu()
+    optim = torch.optim.Adam(pair.parameters(), lr=0.01, fused=True)
+    svi = SVI(pair.model, pair.guide, optim, Trace_ELBO(), backend="cudagraph")
+    with pytest.warns(RuntimeWarning, match=r"without a CUDA graph: the optimizer reads Python numbers") as warned:
+        step_through(svi, xs)
+    assert len(warned) == 1
+    pair, optim, xs = on_gpu()
+    pair.weight = torch.tensor(1.0)  # a scalar on the CPU, which a graph would hold fixed
+    model = lambda x: poutine.scale(pair.model, scale=pair.weight)(x)  # noqa: E731
+    svi = SVI(model, pair.guide, optim, Trace_ELBO(), backend="cudagraph")
+    with pytest.warns(RuntimeWarning, match=r"without a CUDA graph: it reads a tensor that does not lie on the GPU"):
+        step_through(svi, xs)
+    assert not replays
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize("name", ["pyro-adam", "pyro-clipped-adam", "sgd-momentum", "rmsprop"])
+def test_other_optimizers_on_a_gpu(name: str) -> None:
+    results = []
+    for backend in ("eager", "auto"):
+        pair, _, xs = on_gpu()
+        optim = OPTIMIZERS[name](list(pair.parameters()))
+        svi = SVI(pair.model, pair.guide, optim, Trace_ELBO(), backend=backend, num_steps=svi_module.WORTH_COMPILING)
+        torch.manual_seed(7)
+        results.append((torch.stack([svi.step(x) for x in xs]), pair.state_dict()))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("recorded")
+def test_a_resumed_captured_fit_is_bit_identical(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, replays: list) -> None:
+    monkeypatch.setitem(FIT, "backend", "cudagraph")
+    whole = vae()
+    pv.fit(whole, GREY, binarize=True, device="cuda", **FIT)
+    assert replays
+    pair, _ = fit_in_two(tmp_path / "run", monkeypatch, GREY, 6, binarize=True, device="cuda")
+    torch.testing.assert_close(pair.state_dict(), whole.state_dict(), rtol=0, atol=0)

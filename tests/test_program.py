@@ -1,0 +1,294 @@
+"""Recording below Pyro: a record repeats the computation, reads every tensor anew, and refuses what it cannot hold."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pyrovae import FunctionPair, Pair
+from pyrovae.infer import program as program_module
+from pyrovae.infer.program import Program, Untraceable, say_once
+from pyrovae.infer.surroundings import Surroundings
+
+X = torch.arange(1.0, 4.0)
+
+
+def record(function: Callable, *args: Tensor) -> Program:
+    return Program(function, args, Surroundings(function))
+
+
+# --- what a record is ----------------------------------------------------------------------------
+
+
+def test_it_repeats_the_computation_and_draws_anew() -> None:
+    def function(x: Tensor) -> Tensor:
+        return x + torch.randn(3) + pyro.sample("z", dist.Normal(x, 1.0))
+
+    program = record(function, X)
+    pyro.set_rng_seed(3)
+    expected = [function(X), function(2 * X)]
+    pyro.set_rng_seed(3)
+    actual = [program(X), program(2 * X)]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_it_reads_tensors_anew() -> None:
+    weight, table = nn.Parameter(torch.ones(3)), torch.ones(3)
+    program = record(lambda x: (x * weight + table).sum(), X)
+    with torch.no_grad():
+        weight.fill_(2.0)
+        table.fill_(10.0)
+    assert program(X) == 2 * 6 + 30
+
+
+def test_recording_draws_no_random_numbers() -> None:
+    def function(x: Tensor) -> Tensor:
+        return x * torch.rand(())
+
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1]  # noqa: NPY002
+    record(function, X)
+    with pytest.raises(Untraceable):
+        record(lambda x: x * np.random.rand() * random.random(), X)  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    np.testing.assert_array_equal(np.random.get_state()[1], states[2])  # noqa: NPY002
+
+
+def test_recording_leaves_buffers_and_attributes_alone() -> None:
+    class Module(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(2)
+            self.calls = 0
+            self.log: list[float] = []
+
+        def counted(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.log.append(1.0)
+            return self.norm(x).sum()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x).sum()
+
+    module = Module()
+    record(module.forward, torch.randn(4, 2))
+    with pytest.raises(Untraceable, match=r"it changes Module\.calls, Module\.log as it runs"):
+        record(module.counted, torch.randn(4, 2))
+    assert torch.equal(module.norm.running_mean, torch.zeros(2))
+    assert torch.equal(module.norm.running_var, torch.ones(2))
+    assert module.norm.num_batches_tracked == 0
+    assert module.calls == 0
+    assert module.log == []
+
+
+def test_what_is_made_once_at_first_use_may_be_recorded() -> None:
+    class Lazy(nn.Module):
+        table: Tensor | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.table is None:
+                self.table = torch.ones(3)
+            return x + self.table
+
+    assert torch.equal(record(Lazy().forward, X)(X), X + 1)
+
+
+def test_a_function_of_no_arguments() -> None:
+    weights = [torch.ones(3), torch.full((3,), 2.0)]
+    program = record(lambda: weights[0] + weights[1])
+    weights[1].fill_(5.0)
+    assert torch.equal(program(), torch.full((3,), 6.0))
+
+
+# --- what no record can hold ---------------------------------------------------------------------
+
+
+class Counter:
+    value = 0
+
+
+def count(x: Tensor) -> Tensor:
+    Counter.value += 1
+    return x * Counter.value  # the line to name
+
+
+def grow(x: Tensor) -> Tensor:
+    Counter.value += 1
+    for _ in range(Counter.value):
+        x = x.sin()
+    return x
+
+
+REFUSED = {
+    "item": (
+        lambda x: x * x.sum().item(),
+        r"the value of a tensor into Python.*, at test_program.py:\d+: `.*item",
+    ),
+    "float": (lambda x: x * float(x.sum()), r"reads the value of a tensor.*, at test_program.py:\d+: `.*float"),
+    "if": (lambda x: x if x.sum() > 0 else -x, r"reads the value of a tensor.*, at test_program.py:\d+: `.*if"),
+    "numpy": (lambda x: x * float(x.numpy().sum()), r"reads the values of a tensor.*numpy.*, at test_program.py:\d+"),
+    "asarray": (lambda x: x * np.asarray(x).sum(), r"reads the values of a tensor.*, at test_program.py:\d+"),
+    "tolist": (lambda x: x * sum(x.tolist()), r"reads the values of a tensor.*tolist.*, at test_program.py:\d+"),
+    "counter": (count, r"something else each time it runs, at test_program.py:\d+: `return x \* Counter.value  # the"),
+    "numpy noise": (lambda x: x * np.random.rand(), r"something else each time.*, at test_program.py:\d+"),  # noqa: NPY002
+    "numpy tensor": (lambda x: x * torch.from_numpy(np.random.rand(3)), "other numbers each time it runs"),  # noqa: NPY002
+    "random list": (lambda x: x * torch.tensor([random.random()]), "other numbers each time it runs"),
+    "more and more": (grow, "something else each time it runs: first `.*`, then `"),
+    "an error": (lambda x: x @ torch.ones(4), r"size.*, at test_program.py:\d+"),
+}
+
+
+@pytest.mark.parametrize(("function", "match"), REFUSED.values(), ids=REFUSED)
+def test_it_refuses(function: Callable, match: str) -> None:
+    with pytest.raises(Untraceable, match=match):
+        record(function, X)
+
+
+def test_make_fx_may_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object) -> None:
+        raise ImportError("no tracer here")
+
+    monkeypatch.setattr(program_module, "make_fx", broken)
+    with pytest.raises(Untraceable, match="no tracer here"):
+        record(torch.sin, X)
+
+
+# --- compiling -----------------------------------------------------------------------------------
+
+
+def test_without_a_compiler_the_record_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._inductor
+
+    def missing(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no C++ compiler\nand more")
+
+    monkeypatch.setattr(torch._inductor, "compile", missing)
+    monkeypatch.setattr(program_module, "_said", set())
+    program = record(torch.sin, X)
+    with pytest.warns(RuntimeWarning, match=r"cannot compile the step here \(no C\+\+ compiler\); it runs recorded"):
+        program.compile((X,))
+    record(torch.cos, X).compile((X,))  # said once
+    assert not program.is_compiled
+    assert torch.equal(program(X), X.sin())
+
+
+@pytest.mark.slow
+def test_compiled_equals_recorded() -> None:
+    weight, norm = nn.Parameter(torch.ones(3)), nn.BatchNorm1d(3)
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        loss = (norm(x) * weight * torch.randn(8, 3)).sum()
+        return loss, *torch.autograd.grad(loss, [weight])
+
+    x = torch.randn(8, 3)
+    program = record(function, x)
+    state = torch.get_rng_state()
+    expected = program(x), norm.running_mean.clone()
+    norm.reset_running_stats()
+    program.compile((x,))
+    assert program.is_compiled
+    assert not norm.running_mean.any()  # compiling is a look too
+    torch.set_rng_state(state)
+    torch.testing.assert_close((program(x), norm.running_mean), expected)
+
+
+def test_say_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program_module, "_said", set())
+    with pytest.warns(RuntimeWarning, match="hello"):
+        say_once("hello")
+    say_once("hello")  # warnings are errors here
+
+
+# --- surroundings --------------------------------------------------------------------------------
+
+LEVEL = 1.0
+
+
+def plain(x: Tensor) -> Tensor:
+    return x * LEVEL
+
+
+class Annealed(Pair):
+    beta = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+        self.temperature = 0.5
+        self.register_buffer("weight", torch.ones(()))
+
+    def model(self, x: Tensor) -> None: ...
+
+
+def changes(surroundings: Surroundings, change: Callable[[], object]) -> str:
+    """What is seen of a change; empty where nothing is."""
+    before = surroundings.state()
+    change()
+    after = surroundings.state()
+    return surroundings.difference(surroundings.key(before), surroundings.key(after)) if after != before else ""
+
+
+def test_attributes_of_a_pair_are_watched() -> None:
+    pair = Annealed()
+    surroundings = Surroundings(pair.model, pair.guide)
+    see = partial(changes, surroundings)
+    assert see(lambda: None) == ""
+    assert see(lambda: setattr(pair, "temperature", 0.25)) == "Annealed.temperature"
+    assert see(lambda: setattr(pair, "temperature", 1 / 4)) == ""
+    assert see(lambda: setattr(pair, "temperature", float("0.25"))) == ""
+    assert see(lambda: setattr(pair, "beta", 0.5)) == "an attribute"  # a new one, of the instance
+    assert see(lambda: setattr(pair.net[1], "p", 0.1)) == "Dropout.p"
+    assert "Sequential.training" in see(pair.net.eval)
+    assert see(lambda: pair.weight.fill_(0.5)) == ""  # a record reads it
+    assert see(lambda: setattr(pair, "weight", torch.ones(()))) == "Annealed.weight"
+    assert see(lambda: pair.load_state_dict(pair.state_dict())) == ""
+
+
+def test_a_state_that_comes_back_is_known() -> None:
+    pair = Annealed()
+    surroundings = Surroundings(pair.model)
+    states = []
+    for mode in (True, False, True, False):
+        pair.train(mode)
+        states.append(surroundings.state())
+    assert states == [0, 1, 0, 1]
+
+
+def test_globals_closures_and_functions_of_a_pair_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    rate, net = 1.0, nn.Dropout()
+
+    def guide(x: Tensor) -> Tensor:
+        return net(x) * rate
+
+    def slow_down() -> None:
+        nonlocal rate
+        rate = 0.5
+
+    pair = FunctionPair(plain, guide)
+    for surroundings in (Surroundings(plain, guide), Surroundings(pair.model, pair.guide)):
+        monkeypatch.setitem(globals(), "LEVEL", 1.0)
+        rate = 1.0
+        net.train()
+        see = partial(changes, surroundings)
+        assert see(lambda: monkeypatch.setitem(globals(), "LEVEL", 2.0)) == "LEVEL"
+        assert see(slow_down) == "rate"
+        assert see(net.eval) == "Dropout.training"
+
+
+def test_the_param_store_is_watched() -> None:
+    surroundings = Surroundings(plain)
+    pyro.param("a", torch.ones(()))
+    see = partial(changes, surroundings)
+    state = copy.deepcopy(pyro.get_param_store().get_state())
+    assert see(lambda: None) == ""
+    assert see(lambda: pyro.get_param_store().set_state(state)) == "a"
+    assert see(pyro.clear_param_store) == "an attribute"
