@@ -12,6 +12,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import zip_longest
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -73,7 +74,8 @@ class Program:
                 from torch import _inductor
 
                 # Random operations stay torch's own, so that compiled and recorded noise are equal.
-                run = _inductor.compile(self.graph, [*self.inputs, *args], options={"fallback_random": True})
+                with _cached_on_disk():
+                    run = _inductor.compile(self.graph, [*self.inputs, *args], options={"fallback_random": True})
                 run(*self.inputs, *args)
         except Exception as error:  # whatever stops a compiler, the record still runs
             reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -84,6 +86,18 @@ class Program:
     def __call__(self, *args: Tensor) -> Any:
         with torch.no_grad():
             return self._run(*self.inputs, *args)
+
+
+def _cached_on_disk() -> AbstractContextManager:
+    """torch keeps what it compiles for later processes, but only for callers that say where shapes come from."""
+    try:
+        from torch._guards import TracingContext, tracing
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+        return tracing(TracingContext(FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())))
+    except (ImportError, TypeError):  # torch's own business: without it every process compiles anew
+        return nullcontext()
 
 
 _said: set[str] = set()
