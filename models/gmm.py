@@ -57,6 +57,9 @@ class GMM(Pair):
         Dempster, Laird and Rubin (1977), Maximum likelihood from incomplete data via the EM algorithm.
     """
 
+    default_lr = 0.02
+    """Few parameters and no deep network: large steps."""
+
     batched_em = True
     """The EM methods take parameters with leading dimensions, one row a restart: see ``fit_em``."""
 

@@ -46,6 +46,9 @@ class PPCA(Pair):
     noise_variance: Any  # reads as a Tensor, and so does guide_scale_tril
     guide_scale_tril: Any
 
+    default_lr = 0.02
+    """Few parameters and no deep network: large steps."""
+
     def __init__(self, data_dim: int, latent_dim: int) -> None:
         super().__init__()
         check_positive("data_dim", data_dim, integer=True)

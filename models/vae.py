@@ -51,12 +51,13 @@ class VAE(Pair):
         data_dim: int,
         latent_dim: int = 50,
         *,
-        hidden_dims: Sequence[int] = (200, 200),
+        hidden_dims: int | Sequence[int] = (200, 200),
         likelihood: Literal["bernoulli", "normal", "continuous-bernoulli"] = "bernoulli",
     ) -> None:
         super().__init__()
         check_positive("data_dim", data_dim, integer=True)
         check_positive("latent_dim", latent_dim, integer=True)
+        hidden_dims = (hidden_dims,) if isinstance(hidden_dims, int) else tuple(hidden_dims)
         for width in hidden_dims:
             check_positive("hidden_dims", width, integer=True)
         check_choice("likelihood", likelihood, DECODERS)
@@ -64,7 +65,7 @@ class VAE(Pair):
         self.encoder = NormalNetwork(data_dim, hidden_dims, latent_dim)
         self.register_buffer("feature_loc", torch.zeros(data_dim))
         self.register_buffer("feature_scale", torch.ones(data_dim))
-        self.decoder = DECODERS[likelihood](latent_dim, tuple(reversed(hidden_dims)), data_dim)
+        self.decoder = DECODERS[likelihood](latent_dim, hidden_dims[::-1], data_dim)
 
     def model(self, x: Tensor) -> None:  # x: (batch, data_dim)
         with pyro.plate("data", len(x)):

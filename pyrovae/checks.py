@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_choice", "check_data", "check_positive"]
+__all__ = ["check_choice", "check_data", "check_positive", "not_a_pair"]
 
 
 def check_choice(argument: str, value: str, choices: Iterable[str]) -> None:
@@ -26,9 +27,9 @@ def check_choice(argument: str, value: str, choices: Iterable[str]) -> None:
 def check_positive(argument: str, value: Any, *, integer: bool = False) -> None:
     """Raise unless ``value`` is a number above zero (a whole number, where ``integer``)."""
     kind = "a whole number, 1 or more" if integer else "a number above 0"
-    if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Integral if integer else Real):
         raise TypeError(f"{argument}: expected {kind}; got {value!r}.")
-    if not 0 < value < math.inf:
+    if not 0 < float(value) < math.inf:
         raise ValueError(f"{argument}: expected {kind}; got {value}.")
 
 
@@ -45,6 +46,8 @@ def check_data(x: Any, argument: str = "x", *, data_dim: int | None = None, at_l
         TypeError: not a tensor or an array of floating-point numbers.
         ValueError: empty, not of rank 2, a wrong D, too few rows, NaN or infinite entries.
     """
+    if hasattr(x, "train") and hasattr(x, "convention"):
+        raise TypeError(f"{argument}: expected a tensor of rows; got a data set. Pass its rows: {argument}.train.")
     if not isinstance(x, Tensor):
         try:
             x = torch.as_tensor(x)
@@ -79,3 +82,10 @@ def check_data(x: Any, argument: str = "x", *, data_dim: int | None = None, at_l
             f"({x[row, column].item()}) in row {row}, column {column}. Remove or impute these rows."
         )
     return x
+
+
+def not_a_pair(thing: Any) -> str:
+    """What to say when ``thing`` was passed for a pair."""
+    if isinstance(thing, type):
+        return f"pair: expected an instance; got the class {thing.__name__}. Call it: {thing.__name__}(...)."
+    return f"pair: expected a pyrovae.Pair; got {type(thing).__name__}. Wrap two functions: FunctionPair(model, guide)."

@@ -48,12 +48,23 @@ def check_pair(pair: Pair, x: Tensor, argument: str = "x", *, binarize: bool = F
                     "state_dict would hold it. Make it an nn.Parameter or a PyroParam, or wrap the functions in "
                     "FunctionPair."
                 )
+    _check_plate(model_trace, len(few))
     if not binarize:
         for name, site in model_trace.nodes.items():
             if site["type"] == "sample" and site["is_observed"] and site["value"] is few:
                 _check_support(x, few, argument, name, site["fn"].support)
     with pyro.validation_enabled(True):
         Structure.of(pair.model, pair.guide, (few,), {})
+
+
+def _check_plate(model_trace: Any, batch: int) -> None:
+    frames = [f for s in model_trace.nodes.values() if s["type"] == "sample" for f in s["cond_indep_stack"]]
+    names = {frame.name for frame in frames if frame.vectorized and frame.size == batch}
+    if names and "data" not in {frame.name for frame in frames}:
+        raise ValueError(
+            f"model: expected a plate named 'data' over the batch, by which objectives weigh mini-batches; found "
+            f"{', '.join(map(repr, sorted(names)))}. Write pyro.plate('data', len(x)), in the model and in the guide."
+        )
 
 
 def observed_support(pair: Pair, few: Tensor) -> constraints.Constraint | None:

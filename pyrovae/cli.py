@@ -41,7 +41,15 @@ SetOption = Annotated[
 LR_HELP = "First learning rate of Adam. By default 0.02 for gmm and ppca, 0.003 for the others."
 EPOCHS_HELP = "Passes over the data. By default 50, or as many as make 2,000 steps."
 DeviceOption = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu or cuda.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
+
+
+def _check_seed(seed: int) -> int:
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"--seed: expected a whole number from 0 to 2^63 − 1; got {seed}.")
+    return seed
+
+
+SeedOption = Annotated[int, typer.Option(help="Seed of everything random.", callback=_check_seed)]
 BinarizeOption = Annotated[
     str,
     typer.Option(
@@ -237,6 +245,8 @@ def _numbered(path: Path) -> Path:
 
 
 def _train(folder: Any, config: Any, pair: Any, dataset: Any, device: str, *, resume: bool) -> None:
+    import torch
+
     import pyrovae
     from pyrovae.checks import check_positive
     from pyrovae.runs import build_loss
@@ -282,9 +292,12 @@ def _train(folder: Any, config: Any, pair: Any, dataset: Any, device: str, *, re
     pair.save(folder.weights)
     folder.write_history(result.history)
     scores = _score(folder, config, pair, dataset, device, config.num_samples, seconds=result.seconds)
+    print(f"\n{scores}\n", flush=True)  # before the pictures, of which one may fail
     rows, labels = _scored_rows(dataset)
+    if anew:  # the guide is shown what it was trained and scored on
+        rows = torch.bernoulli(rows, generator=torch.Generator().manual_seed(config.seed))
     pictures = folder.draw(pair, dataset, rows, labels, result.history)
-    print(f"\n{scores}\n\nIn {folder.path}: config.json, weights.safetensors, history.csv, scores.json and pictures")
+    print(f"In {folder.path}: config.json, weights.safetensors, history.csv, scores.json and pictures")
     print("\n".join(f"  {path}" for path in pictures))
 
 
@@ -313,7 +326,8 @@ def _score(
     if seconds is not None:
         record["training_seconds"] = seconds
     folder.write_scores(record)
-    return f"Scores on {_file_name(config.data)} ({which} rows)\n{scores}"
+    held_out = ", held-out ones among them" if which == "train" and config.fit.get("validation") else ""
+    return f"Scores on {_file_name(config.data)} ({which} rows{held_out})\n{scores}"
 
 
 def _file_name(data: str) -> str:
@@ -380,7 +394,7 @@ def sample(
         if dataset.image_shape is not None:
             figure = plots.plot_images(rows, dataset.image_shape, title="Drawn from the model")
         else:
-            figure = plots.plot_samples(pair, dataset.train, seed=seed)
+            figure = plots.plot_samples(pair, dataset.train, feature_names=dataset.feature_names, drawn=rows)
         figure.savefig(out, dpi=150)
     print(f"Wrote {out}")
 
@@ -438,7 +452,7 @@ def compare(
     built = build_pair(pair_class, given, dataset.data_dim, seed)
     check_positive("--batch-size", batch_size, integer=True)
     folder = out or _numbered(Path("runs") / f"compare-{_short(pair)}-{Path(data).stem}")
-    comparison = compare_methods(
+    compare_methods(
         lambda **more: build_pair(pair_class, given | more, dataset.data_dim, seed),
         dataset,
         title=f"{_short(pair)} on {_file_name(data)}",
@@ -452,7 +466,7 @@ def compare(
         folder=folder,
         overwrite=overwrite,
     )
-    print(f"{comparison}\n\nIn {folder}: " + ", ".join(sorted(path.name for path in folder.iterdir())))
+    print(f"\nIn {folder}: " + ", ".join(sorted(path.name for path in folder.iterdir())))
 
 
 @app.command()
@@ -503,6 +517,8 @@ def new(
         raise ValueError(f"FILE: expected a Python file such as mypair.py; got {file}.")
     if file.exists():
         raise FileExistsError(f"FILE: {file} exists. Choose another name.")
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"FILE: expected a folder that exists; found none at {file.parent}. Make it first.")
     file.write_text(TEMPLATE, encoding="utf-8")
     print(f"Wrote {file}. Train it with: pyrovae fit {file}:MyPair --data digits")
 

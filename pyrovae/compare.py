@@ -126,6 +126,7 @@ def compare_methods(
 
     results: list[MethodResult] = []
     fitted: dict[str, Pair] = {}
+    notes: list[str] = []
 
     def add(method: str, pair: Pair, run: Callable[[Pair], Ran], *, trains_guide: bool = False) -> None:
         _copy_shared(start, pair)
@@ -158,6 +159,8 @@ def compare_methods(
 
     def em(pair: Pair) -> Ran:
         result = pyrovae.fit_em(pair, x, initialize=False, device=device, max_iter=10_000)
+        if not result.converged:
+            notes.append(f"EM: NOT converged after {result.iterations} iterations")
         times = [result.seconds * i / max(1, len(result.trace) - 1) for i in range(len(result.trace))]
         return result.seconds, result.iterations, times, list(result.trace)
 
@@ -176,13 +179,14 @@ def compare_methods(
     if amortizes or not enumerated:
         add("SVI, amortized guide", make(amortized=True) if amortizes else make(), svi, trains_guide=True)
 
-    notes = []
     if enumerated:
         notes.append("Enumeration and EM sum the latents out exactly: their ELBO is the log likelihood.")
     if len(results) == 1:
         notes.append("This pair has no closed form, EM or enumeration to compare with.")
     comparison = Comparison(title, len(x), start.log_prob is not None, results, notes)
-    _write(folder, comparison, fitted, data)
+    _write(folder, comparison)
+    print(comparison, flush=True)
+    _draw(folder, comparison, fitted, data)
     return comparison
 
 
@@ -196,6 +200,8 @@ def _copy_shared(source: Pair, target: Pair) -> None:
 def _check_folder(folder: Path, overwrite: bool) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
+    if not folder.is_dir():
+        raise FileExistsError(f"--out: expected a folder for the comparison; {folder} is a file. Pass another name.")
     if not overwrite:
         raise FileExistsError(
             f"--out: {folder} exists. Pass --overwrite to replace the comparison in it, or another folder."
@@ -204,7 +210,7 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
         raise FileExistsError(f"--out: {folder} exists and holds no comparison, so --overwrite leaves it alone.")
 
 
-def _write(folder: Path, comparison: Comparison, fitted: dict[str, Pair], data: DataSet) -> None:
+def _write(folder: Path, comparison: Comparison) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
@@ -216,11 +222,15 @@ def _write(folder: Path, comparison: Comparison, fitted: dict[str, Pair], data: 
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
-    plot_comparison(comparison).savefig(folder / "comparison.png", dpi=150)
-    if data.data_dim == 2:
-        from pyrovae.evaluate.plots import plot_densities
 
-        plot_densities(fitted, data.train).savefig(folder / "densities.png", dpi=150)
+
+def _draw(folder: Path, comparison: Comparison, fitted: dict[str, Pair], data: DataSet) -> None:
+    from pyrovae.evaluate import plots
+
+    figures: dict[str, Callable[[], Figure]] = {"comparison": lambda: plot_comparison(comparison)}
+    if data.data_dim == 2 and all(plots.has_density(pair, data.train) for pair in fitted.values()):
+        figures["densities"] = lambda: plots.plot_densities(fitted, data.train, feature_names=data.feature_names)
+    plots.save_figures(figures, folder)
 
 
 def plot_comparison(comparison: Comparison) -> Figure:

@@ -74,6 +74,9 @@ class Pair(PyroModule):
     data_dim: int
     """Features of a datum. Where a pair sets it, data are checked against it."""
 
+    default_lr: ClassVar[float] = 3e-3
+    """Adam's first learning rate, where :func:`pyrovae.fit` is given none."""
+
     initialize: ClassVar[Callable[..., None] | None] = None
     log_prob: ClassVar[Callable[..., Tensor] | None] = None
     posterior: ClassVar[Callable[..., Distribution] | None] = None
@@ -155,6 +158,12 @@ class FunctionPair(Pair):
 
     def __init__(self, model_function: Callable, guide_function: Callable) -> None:
         super().__init__()
+        for name, function in (("model_function", model_function), ("guide_function", guide_function)):
+            if isinstance(function, PyroModule):
+                raise TypeError(
+                    f"{name}: expected a plain function; got the module {type(function).__name__}, whose parameters "
+                    "FunctionPair cannot own. Make it an attribute of a Pair, and call it in the pair's model or guide."
+                )
         self._functions = (model_function, guide_function)
         self._own_params = _OwnParams(self)
         self.params = nn.ParameterDict()

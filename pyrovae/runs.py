@@ -11,9 +11,11 @@ import math
 import os
 import sys
 from ast import literal_eval
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,6 +29,9 @@ from pyrovae.data import DataSet
 from pyrovae.infer import LOSSES
 from pyrovae.models import DEFAULT_DATA, DEFAULT_LR, DEFAULT_OPTIONS, REGISTRY
 from pyrovae.pair import Pair
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = [
     "Config",
@@ -203,8 +208,12 @@ def build_pair(pair_class: type[Pair], options: dict[str, Any], data_dim: int, s
 def build_loss(pair: Pair, name: str | None, options: dict[str, Any]) -> Any:
     """The loss that ``name`` names, or the pair's own."""
     if name is None:
-        if options:
-            raise ValueError(f"--{next(iter(options)).replace('_', '-')}: name the loss that it is for, with --loss.")
+        for option, value in options.items():
+            own = f" For {type(pair).__name__}'s own loss: --set {option}={value}."
+            raise ValueError(
+                f"--{option.replace('_', '-')}: name the loss that it is for, with --loss."
+                f"{own if option in constructor_options(type(pair)) else ''}"
+            )
         return pair.default_loss()
     check_choice("--loss", name, LOSSES)
     loss = LOSSES[name]
@@ -291,6 +300,8 @@ class RunFolder:
         """Raise FileExistsError where something is there; with ``overwrite``, unless it is a run folder."""
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
             return
+        if not self.path.is_dir():
+            raise FileExistsError(f"--out: expected a folder for the run; {self.path} is a file. Pass another name.")
         if not overwrite:
             raise FileExistsError(
                 f"--out: {self.path} exists. Pass --overwrite to replace it, --resume {self.path} to go on with it, or "
@@ -336,12 +347,25 @@ class RunFolder:
         self._check_file(config.pair, config.pair_sha256)
         self._check_file(config.data, config.data_sha256)
         data = load_data(config.data, config.binarize)
-        pair = build_pair(find_pair(config.pair), config.options, data.data_dim, config.seed)
+        pair = self._build(find_pair(config.pair), config, data.data_dim)
         if with_weights and self.weights.is_file():
             pair.load(self.weights)
         elif with_weights:
             self._load_from_checkpoint(pair)
         return config, pair, data
+
+    def _build(self, pair_class: type[Pair], config: Config, data_dim: int) -> Pair:
+        file, known = self.path / "config.json", constructor_options(pair_class)
+        for name in config.options:
+            if name not in known:
+                raise ValueError(
+                    f"RUN: options in {file}: {pair_class.__name__} has no option {name!r}; it has "
+                    f"{', '.join(known) or 'none'}. Put the run's own config.json back, or fit again."
+                )
+        try:
+            return build_pair(pair_class, config.options, data_dim, config.seed)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"RUN: options in {file} make no {pair_class.__name__} ({error}).") from error
 
     def _check_file(self, spec: str, digest: str | None) -> None:
         path, _ = _split(spec)
@@ -391,27 +415,28 @@ class RunFolder:
     def draw(
         self, pair: Pair, data: DataSet, rows: Tensor, labels: Tensor | None, history: list[dict[str, float]]
     ) -> list[Path]:
-        """The pictures that apply to this pair and these data. Returns the files."""
+        """The pictures that apply to this pair and these data; one that fails is a line on stderr. Returns files."""
         from pyrovae.evaluate import plots  # matplotlib loads when first used
-        from pyrovae.evaluate.predict import latents
+        from pyrovae.evaluate.predict import latents, local_latents
 
-        figures = {"training": plots.plot_history(history)} if len(history) > 1 else {}
-        figures["samples"] = plots.plot_samples(pair, rows, image_shape=data.image_shape)
+        shape, names = data.image_shape, data.feature_names
+        figures: dict[str, Callable[[], Figure]] = {}
+        if len(history) > 1:
+            figures["training"] = lambda: plots.plot_history(history)
+        figures["samples"] = lambda: plots.plot_samples(pair, rows, image_shape=shape, feature_names=names)
         try:
             found = latents(pair, rows[:2], mean=True, seed=0)
+            local = local_latents(pair, rows[:2])
         except (ValueError, NotImplementedError):  # nothing to encode into
-            found = {}
-        continuous = {name: z for name, z in found.items() if z.is_floating_point() and z.dim() == 2}
+            found, local = {}, ()
+        continuous = {name: found[name] for name in local if found[name].is_floating_point() and found[name].dim() == 2}
         if continuous:
-            figures["reconstructions"] = plots.plot_reconstructions(pair, rows, image_shape=data.image_shape)
-        if rows.shape[1] == 2:
-            figures["density"] = plots.plot_density(pair, rows)
+            figures["reconstructions"] = lambda: plots.plot_reconstructions(pair, rows, image_shape=shape)
+        if rows.shape[1] == 2 and plots.has_density(pair, rows):
+            figures["density"] = lambda: plots.plot_density(pair, rows, feature_names=names)
         for name, z in continuous.items():
             if z.shape[1] == 2:
-                figures["latents"] = plots.plot_latents(pair, rows, name, labels=labels)
-                if data.image_shape is not None and len(found) == 1:
-                    figures["manifold"] = plots.plot_manifold(pair, name, data.image_shape, data_dim=rows.shape[1])
-        self.pictures.mkdir(exist_ok=True)
-        for name, figure in figures.items():
-            figure.savefig(self.pictures / f"{name}.png", dpi=150)
-        return [self.pictures / f"{name}.png" for name in figures]
+                figures["latents"] = partial(plots.plot_latents, pair, rows, name, labels=labels)
+                if shape is not None and len(found) == 1:
+                    figures["manifold"] = partial(plots.plot_manifold, pair, name, shape, data_dim=rows.shape[1])
+        return plots.save_figures(figures, self.pictures)

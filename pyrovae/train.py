@@ -15,13 +15,14 @@ from typing import Any
 import pyro
 import torch
 from pyro.infer import ELBO
+from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
 from pyrovae.checkpoint import load_state, save_state
-from pyrovae.checks import check_choice, check_data, check_positive
+from pyrovae.checks import check_choice, check_data, check_positive, not_a_pair
 from pyrovae.checks_pair import check_pair, first_nonfinite_site
 from pyrovae.infer import LOSSES, SVI
 from pyrovae.infer.svi import BACKENDS
@@ -48,11 +49,19 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 times as long as the one before, at 10^(−i/7) (Burda et al. 2016)."""
 
 
+DEFAULT_STEPS = 2_000
+
+
+def default_epochs(steps_per_epoch: int) -> int:
+    """50, or as many as make 2,000 steps: a small data set needs more."""
+    return max(50, math.ceil(DEFAULT_STEPS / steps_per_epoch))
+
+
 class TrainingDiverged(FloatingPointError):
     """The loss or a weight turned NaN or infinite. The pair holds the last good weights."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FitResult:
     """What :func:`fit` did."""
 
@@ -63,7 +72,7 @@ class FitResult:
     stopped_early: bool
     device: str
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         last = self.history[-1]
         parts = [f"{int(last['epoch'])} epochs, {self.steps} steps in {self.seconds:.1f} s on {self.device}"]
         parts += [
@@ -94,9 +103,9 @@ def fit(
     x: Tensor | DataLoader,
     *,
     loss: ELBO | str | None = None,
-    epochs: int = 50,
+    epochs: int | None = None,
     batch_size: int = 128,
-    lr: float = 3e-3,
+    lr: float | None = None,
     schedule: str = "cosine",
     optimizer: Callable[[list[Tensor]], Optimizer] | None = None,
     validation: float | int | Tensor = 0,
@@ -121,11 +130,12 @@ def fit(
         x: data, shape (N, D), kept on the device; or a ``DataLoader`` that yields batches (or tuples that start with
             one), whose own batch size and order are used.
         loss: a loss, its name, or None for ``pair.default_loss()``.
-        epochs: passes over the data.
+        epochs: passes over the data. None: 50, or as many as make 2,000 steps, as a small data set needs more.
         batch_size: data a step.
-        lr: the first learning rate.
+        lr: the first learning rate. None: the optimizer's own, or ``pair.default_lr`` for Adam.
         schedule: ``constant``, ``cosine`` or ``burda``, over all the epochs.
-        optimizer: makes the optimizer of a list of parameters; None is Adam.
+        optimizer: makes the optimizer of a list of parameters, as ``lambda p: torch.optim.SGD(p, lr=0.1)`` does; None
+            is Adam. With ``lr``, its groups are scaled so that the first starts there.
         validation: data held out to watch the bound: a share below 1, a count (both drawn by ``seed``), or a tensor.
         patience: stop after this many epochs without a better validation bound, and keep the best weights. None: never.
         binarize: draw pixels in [0, 1] anew at every use, as Bernoulli samples (held-out pixels, once).
@@ -145,13 +155,18 @@ def fit(
     """
     device = pick_device(device)
     objective = _make_loss(pair, loss)
-    for name, value, integer in (("epochs", epochs, True), ("batch_size", batch_size, True), ("lr", lr, False)):
-        check_positive(name, value, integer=integer)
+    check_positive("batch_size", batch_size, integer=True)
+    batch_size = int(batch_size)
+    if epochs is not None:
+        check_positive("epochs", epochs, integer=True)
+    if lr is not None:
+        check_positive("lr", lr)
+        lr = float(lr)
     check_choice("schedule", schedule, SCHEDULES)
-    if optimizer is not None and not callable(optimizer):
+    if optimizer is not None and (isinstance(optimizer, Optimizer | PyroOptim) or not callable(optimizer)):
         raise TypeError(
-            "optimizer: expected a function that makes one of a list of parameters, such as "
-            f"lambda parameters: torch.optim.SGD(parameters, lr=1); got {type(optimizer).__name__}."
+            "optimizer: expected a function that makes one (of torch.optim) of a list of parameters, such as "
+            f"lambda parameters: torch.optim.SGD(parameters, lr=0.1); got {type(optimizer).__name__}."
         )
     check_choice("backend", backend, BACKENDS)
     _check_validation(validation, patience)
@@ -162,6 +177,7 @@ def fit(
     home = next((p.device for p in pair.parameters()), torch.device("cpu"))
     with _seeded(seed, device), pyro.validation_enabled(False):
         data = _make_data(pair, x, validation, batch_size, binarize, device, seed)
+        epochs = default_epochs(data.steps_per_epoch) if epochs is None else int(epochs)
         state = load_state(file) if resume and file is not None else None
         start = _copy(pair.state_dict())
         try:
@@ -188,9 +204,7 @@ def fit(
 
 def _make_loss(pair: Pair, loss: ELBO | str | None) -> ELBO:
     if not isinstance(pair, Pair):
-        raise TypeError(
-            f"pair: expected a pyrovae.Pair; got {type(pair).__name__}. Wrap two functions: FunctionPair(model, guide)."
-        )
+        raise TypeError(not_a_pair(pair))
     if loss is None:
         return pair.default_loss()
     if isinstance(loss, str):
@@ -351,13 +365,14 @@ class _Run:
         loss: ELBO,
         data: _Data,
         optimizer: Callable[[list[Tensor]], Optimizer] | None,
-        lr: float,
+        lr: float | None,
         schedule: str,
         epochs: int,
         initialize: bool,
         backend: str,
     ) -> None:
-        self.pair, self.data, self.lr, self.factor = pair, data, lr, SCHEDULES[schedule]
+        self.pair, self.data, self.factor = pair, data, SCHEDULES[schedule]
+        self.lr = float(pair.default_lr if lr is None else lr)
         self.total_steps = epochs * data.steps_per_epoch
         if initialize and pair.initialize is not None:
             pair.initialize(data.sample)
@@ -365,9 +380,9 @@ class _Run:
         if not parameters:
             raise ValueError(f"pair: {type(pair).__name__} has no parameters to train.")
         self.optimizer = (optimizer or self._adam)(parameters)
-        self.base_lrs = [
-            lr * float(group["lr"] / self.optimizer.param_groups[0]["lr"]) for group in self.optimizer.param_groups
-        ]
+        own = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.lr = own[0] if lr is None else self.lr
+        self.base_lrs = [self.lr * rate / own[0] for rate in own]
         self.svi = SVI(
             pair.model,
             pair.guide,
@@ -390,7 +405,7 @@ class _Run:
             "particles": getattr(loss, "num_particles", 1),
             "epochs": epochs,
             "steps": self.total_steps,
-            "lr": lr,
+            "lr": self.lr,
             "schedule": schedule,
             "optimizer": type(self.optimizer).__name__,
             "device": self.device.type,

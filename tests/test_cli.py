@@ -14,10 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import pyrovae
 from pyrovae.cli import main
 from pyrovae.data import load_file, names
+from pyrovae.evaluate import decode, latents, plots, reconstruct
 from pyrovae.infer import LOSSES
 from pyrovae.models import REGISTRY
 from pyrovae.runs import find_pair, parse_options
@@ -147,6 +149,10 @@ TABLE = {
     "compare epochs": (["compare", "gmm", "--epochs", "0"], r"--epochs: expected a whole number, 1 or more; got 0"),
     "compare device": (["compare", "gmm", "--device", "gpu"], r"device: expected 'auto', 'cpu' or 'cuda'; got 'gpu'"),
     "new": (["new", "my-pair.py"], r"FILE: expected a Python file such as mypair.py; got my-pair.py"),
+    "new in no folder": (["new", "nodir/my.py"], r"FILE: expected a folder that exists; found none at nodir"),
+    "own loss's option": (["fit", "iwae", "--num-particles", "50"], r"--num-particles: .*--set num_particles=50"),
+    "negative seed": (["fit", "vae", "--seed", "-1"], r"--seed: expected a whole number from 0 to .*; got -1"),
+    "large seed": (["sample", "no", "--seed", str(2**63)], r"--seed: expected .*; got 9223372036854775808"),
     "command": (["nosuch"], r"No such command 'nosuch'"),
     "number": (["fit", "vae", "--epochs", "many"], r"'--epochs'"),
 }  # fmt: skip
@@ -305,16 +311,147 @@ def test_fit_an_own_npy(folder):
     assert call("fit", "vae", *SMALL, "--set", "likelihood=normal", "--data", "my.npy", "-o", "run") == 0
 
 
+def test_rows_of_the_training_data_are_named_as_such(capsys, table):
+    for options, match in (([], r"\(train rows, held-out ones among them\)"), (["--validation", 0], r"\(train rows\)")):
+        assert call("fit", "gmm", "--data", table, "--epochs", 1, *options) == 0
+        assert re.search(match, capsys.readouterr().out)
+
+
+@pytest.fixture
+def labels_and_points(monkeypatch):
+    """The axes of every figure that is written: labels, and the points of the last scatter."""
+    seen = {}
+    save = Figure.savefig
+
+    def keep(self, file, **options):
+        axes = self.axes[0]
+        offsets = [torch.as_tensor(np.asarray(c.get_offsets())) for c in axes.collections]
+        seen[Path(file).stem] = (axes.get_xlabel(), axes.get_ylabel(), offsets)
+        save(self, file, **options)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return seen
+
+
+def test_a_picture_of_samples_shows_the_very_rows(labels_and_points, table):
+    assert call("fit", "ppca", "--data", table, "--set", "latent_dim=1", "--epochs", 2, "-o", "run") == 0
+    assert labels_and_points["samples"][:2] == labels_and_points["density"][:2] == ("height", "weight")
+    for options in ([], ["--mean"]):
+        assert call("sample", "run", "-n", 7, *options, "-o", "x.csv", "--overwrite") == 0
+        assert call("sample", "run", "-n", 7, *options, "-o", "x.png", "--overwrite") == 0
+        xlabel, ylabel, (_, drawn) = labels_and_points["x"]
+        assert (xlabel, ylabel) == ("height", "weight")
+        torch.testing.assert_close(drawn.float(), load_file("x.csv").train)
+
+
+def test_pictures_encode_the_pixels_that_are_scored(monkeypatch):
+    seen = {}
+    for name in ("plot_reconstructions", "plot_latents"):
+        draw = getattr(plots, name)
+
+        def keep(pair, x, *args, name=name, draw=draw, **options):
+            seen[name] = x
+            return draw(pair, x, *args, **options)
+
+        monkeypatch.setattr(plots, name, keep)
+    for run in ("one", "two"):
+        assert call("fit", "vae", *SMALL, "--epochs", 1, "-o", run) == 0
+        assert all(set(x.unique().tolist()) == {0.0, 1.0} for x in seen.values())
+        assert torch.equal(seen["plot_latents"], first := seen.setdefault("first", seen["plot_latents"]))
+    assert len(first) == 360
+
+
+def test_a_picture_that_fails_is_a_line(capsys, monkeypatch, table):
+    def fail(*args, **options):
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr(plots, "plot_samples", fail)
+    monkeypatch.setattr(plots, "plot_densities", fail)
+    assert call("fit", "gmm", "--data", table, "--epochs", 2, "-o", "run") == 0
+    said = capsys.readouterr()
+    assert said.out.index("log evidence") < said.out.index("run/pictures/training.png")
+    assert "pictures: could not draw samples (no ink)\npictures: could not draw density (no ink)\n" in said.err
+    assert {file.name for file in Path("run/pictures").iterdir()} == {"training.png"}
+    assert Path("run/scores.json").is_file()
+    assert call("compare", "gmm", "--data", table, "--epochs", 2, "-o", "out") == 0
+    said = capsys.readouterr()
+    assert "log likelihood" in said.out
+    assert "pictures: could not draw densities (no ink)" in said.err
+
+
+GLOBAL = """
+import pyro, torch
+import pyro.distributions as dist
+from pyrovae import Pair
+
+class GlobalMean(Pair):
+    local = False
+
+    def __init__(self, data_dim):
+        super().__init__()
+        self.data_dim = data_dim
+        self.loc = torch.nn.Parameter(torch.zeros(data_dim))
+
+    def model(self, x):
+        mu = pyro.sample("mu", dist.Normal(torch.zeros_like(x[0]), 10.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            if self.local:
+                mu = mu + pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(mu, 1.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        mu = pyro.sample("mu", dist.Normal(self.loc, 0.1).to_event(1))
+        with pyro.plate("data", len(x)):
+            if self.local:
+                pyro.sample("z", dist.Normal((x - mu) / 2, 0.7).to_event(1))
+
+class GlobalAndLocal(GlobalMean):
+    local = True
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "data"), [(n, d) for n in ("GlobalMean", "GlobalAndLocal") for d in ("iris", "my.csv")]
+)
+def test_a_pair_with_a_global_latent(capsys, table, name, data):
+    Path("own.py").write_text(GLOBAL)
+    assert call("fit", f"own.py:{name}", "--data", data, "--epochs", 2, "--num-samples", 10, "-o", "run") == 0
+    assert "could not draw" not in capsys.readouterr().err
+    pictures = {file.stem for file in Path("run/pictures").iterdir()}
+    local = {"reconstructions"} | ({"latents"} if data == "my.csv" else set())
+    assert pictures == {"training", "samples"} | (local if name == "GlobalAndLocal" else set())
+    assert call("sample", "run", "-n", 3) == 0
+
+
+def test_decode_with_a_global_latent(folder):
+    Path("own.py").write_text(GLOBAL)
+    x = torch.randn(5, 3)
+    both, one = find_pair("own.py:GlobalAndLocal")(3), find_pair("own.py:GlobalMean")(3)
+    z = latents(both, x, seed=0)
+    assert {name: tuple(value.shape) for name, value in z.items()} == {"mu": (3,), "z": (5, 3)}
+    torch.testing.assert_close(decode(both, z), z["mu"] + z["z"])
+    torch.testing.assert_close(reconstruct(both, x, seed=0), z["mu"] + z["z"])
+    mu = latents(one, x, seed=0)["mu"]
+    torch.testing.assert_close(reconstruct(one, x, seed=0), mu.expand(5, 3))
+    torch.testing.assert_close(decode(one, {"mu": mu}), mu.expand(1, 3))
+    with pytest.raises(ValueError, match="no datum has a density of its own"):
+        plots.plot_density(find_pair("own.py:GlobalMean")(2), x[:, :2])
+
+
 CSV = {
-    "a word": ("a,b\n1,2\n3,x\n", r"line 3: expected numbers, got 'x'"),
-    "a hole": ("a,b\n1,2\n3,\n", r"line 3: expected numbers, got ''"),
+    "a word": ("a,b\n1,2\n3,x\n", r"line 3, column 2 'b': expected a number, got 'x'; leave the column out"),
+    "a hole": ("a,b\n1,2\n3,\n", r"line 3, column 2 'b': expected a number, got ''; remove the row, or fill the cell"),
+    "a row of holes": ("a,b\n1,2\n,\n3,4\n", r"line 3, column 1 'a': expected a number, got ''; remove the row"),
+    "a first row of holes": (",\n1,2\n", r"line 1, column 1: expected a number, got ''"),
+    "latin-1": ("Größe,b\n1,2\n", r"its encoding is not UTF-8: save it as UTF-8"),
+    "infinite": ("1,2\n3,inf\n", r"line 2, column 2: expected a number, got 'inf'"),
     "semicolons": ("a;b\n1;2\n", r"got '1;2'; separate columns by commas"),
     "ragged": ("1,2\n3,4,5\n", r"line 2: expected 2 columns, got 3"),
     "names": ("a,b,c\n1,2\n", r"line 2: expected 3 columns, got 2"),
     "row numbers": (",a,b\n0,1,2\n", r"first column has no name and looks like row numbers"),
     "empty": ("", r"it has no rows"),
     "only names": ("a,b\n", r"it has no rows"),
-    "NaN": ("a,b\n1,2\n3,nan\n", r"finite numbers; got 1 NaN.*row 1, column 1"),
+    "NaN": ("a,b\n1,2\n3,nan\n", r"line 3, column 2 'b': expected a number, got 'nan'; remove the row"),
     "too large": ("a,b\n1,1e300\n", r"finite numbers.*inf"),
     "bytes": ("a,b\n\xff\x00,1\n", r"not a table of numbers"),
 }
@@ -337,7 +474,7 @@ NPY = {
     "infinite": (np.full((5, 2), np.inf), r"finite"),
     "complex": (np.ones((5, 2)) * 1j, r"real numbers; got complex128"),
     "words": (np.array([["a", "b"]]), r"real numbers; got <U1"),
-    "objects": (np.array([[1, "a"]], dtype=object), r"not a table of numbers \(Object arrays"),
+    "objects": (np.array([[1, "a"]], dtype=object), r"not a table of numbers \(it is no .npy file of plain numbers"),
 }
 
 
@@ -348,11 +485,14 @@ def test_bad_npy(capsys, folder, name):
     message = refusal(capsys, "fit", "gmm", "--data", "my.npy")
     assert message.startswith("pyrovae: data: ")
     assert re.search(match, message), message
+    assert "pickle" not in message
 
 
 def test_an_npy_file_that_is_none(capsys, folder):
     Path("my.npy").write_bytes(b"\x80\x04K\x01.")  # a pickle
-    assert "data: my.npy is not a table of numbers" in refusal(capsys, "fit", "gmm", "--data", "my.npy")
+    message = refusal(capsys, "fit", "gmm", "--data", "my.npy")
+    assert "data: my.npy is not a table of numbers" in message
+    assert "pickle" not in message
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from test_cli import call, refusal
 
+import pyrovae
 from pyrovae.compare import Comparison, MethodResult, plot_comparison
 
 FAITHFUL = -1130.26396  # full covariances, two components
@@ -142,6 +143,23 @@ def test_an_own_pair(capsys):
 def test_amortized_set_by_hand_changes_nothing(capsys):
     assert call("compare", "gmm", "--set", "amortized=true", "--epochs", 2, "-o", "out") == 0
     assert list(results("out")) == ["EM", "SVI, enumeration", "SVI, amortized guide"]
+
+
+def test_em_that_did_not_converge_is_marked(capsys, monkeypatch):
+    fit_em = pyrovae.fit_em
+    options = ["compare", "gmm", "--data", "faithful", "--epochs", 1]
+    assert call(*options) == 0
+    assert "converged" not in capsys.readouterr().out
+    monkeypatch.setattr(pyrovae, "fit_em", lambda *args, **more: fit_em(*args, **more | {"max_iter": 2}))
+    assert call(*options) == 0
+    assert "\nEM: NOT converged after 2 iterations\n" in capsys.readouterr().out
+
+
+def test_a_file_is_no_folder(capsys):
+    Path("mine.py").write_text("mine")
+    message = refusal(capsys, "compare", "gmm", "--epochs", 1, "-o", "mine.py")
+    assert "--out: expected a folder for the comparison; mine.py is a file" in message
+    assert "--overwrite" not in message
 
 
 def test_an_existing_folder(capsys):

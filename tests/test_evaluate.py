@@ -291,6 +291,9 @@ def test_chunks_do_not_change_the_numbers(monkeypatch, floats):
     expected = evaluate(pair, x, num_samples=7).to_dict()
     monkeypatch.setattr(scores, "FLOATS_PER_CHUNK", floats)
     found = evaluate(pair, x, num_samples=7).to_dict()
+    (note,) = expected.pop("notes")
+    assert "log joint density, and bounds nothing" in note
+    assert found.pop("notes") == [note]
     assert found.pop("kl_per_dimension")["z"] == pytest.approx(expected.pop("kl_per_dimension")["z"], rel=1e-6)
     for name, value in expected.items():
         exact = value is None or isinstance(value, int)
@@ -586,3 +589,20 @@ def test_a_pair_that_cannot_be_recorded_is_scored_eagerly(monkeypatch):
     monkeypatch.setattr(scores, "CALLS_WORTH_COMPILING", 1)
     with pytest.warns(RuntimeWarning, match=r"evaluate runs eagerly: it reads the value of a tensor.*test_evaluate.py"):
         assert pv.evaluate(pair, x, num_samples=20) == eager
+
+
+def test_a_global_latent_says_how_few_samples_its_one_weight_rests_on():
+    x = torch.randn(30, 1, generator=torch.Generator().manual_seed(0))
+    exact, wide = (evaluate(GlobalMean(x, widen=widen), x, num_samples=400) for widen in (1.0, 3.0))
+    (few,) = wide.notes
+    effective = float(few.split("effectively ")[1].split(";")[0])
+    assert 50 < effective < 350
+    assert "effectively 400.0" in exact.notes[0]  # the guide is the posterior: all weights are equal
+    assert f"NOTE: {few}" in str(wide)
+
+
+def test_nothing_sampled_is_one_number():
+    shown = str(evaluate(pv.models.GMM(2, 2), torch.randn(9, 2)))
+    assert "log evidence, exact" in shown
+    assert "Monte Carlo" not in shown
+    assert "ELBO" not in shown

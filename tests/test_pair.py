@@ -511,3 +511,14 @@ def test_networks_start_finite_at_constant_features() -> None:
         pair.initialize(x)
         rows = x.round() if likelihood == "bernoulli" else x
         assert log_weights(pair.model, pair.guide, rows).isfinite().all()
+
+
+def test_a_function_pair_of_a_module_is_refused():
+    """Its parameters would leak into Pyro's store, or lose their constraints."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0)), 1.0), obs=x)
+
+    with pytest.raises(TypeError, match=r"guide_function: .*AutoNormal.*attribute of a Pair"):
+        FunctionPair(model, pyro.infer.autoguide.AutoNormal(model))

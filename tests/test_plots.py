@@ -182,6 +182,17 @@ def test_density(monkeypatch, make, dtype):
         assert density[0, 0] == 0  # outside the support
 
 
+@pytest.mark.parametrize("names", [None, ("$a", "b ($)")])
+def test_axes_have_the_names_of_the_features(names):
+    pair, x = pv.models.GMM(2, 2), torch.randn(30, 2)
+    expected = names or ("feature 1", "feature 2")
+    for figure in (p.plot_samples(pair, x, feature_names=names), p.plot_density(pair, x, feature_names=names)):
+        axes = saved(figure).axes[0]
+        assert (axes.get_xlabel(), axes.get_ylabel()) == expected
+    line = saved(p.plot_samples(pv.models.GMM(2, 1), x[:, :1], feature_names=names and names[:1])).axes[0]
+    assert (line.get_xlabel(), line.get_ylabel()) == (expected[0], "density")
+
+
 def test_densities_side_by_side():
     x = torch.randn(30, 2)
     figure = saved(p.plot_densities({"one": pv.models.GMM(1, 2), "two": pv.models.GMM(2, 2)}, x))

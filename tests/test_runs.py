@@ -351,7 +351,7 @@ def test_overwrite_leaves_other_folders_alone(capsys, folder, config):
 
 def test_overwrite_leaves_a_file_alone(capsys, folder):
     assert fit("--epochs", 1, "-o", "my.csv", "--overwrite") == 2
-    assert "my.csv exists and is no pyrovae run folder" in capsys.readouterr().err
+    assert "expected a folder for the run; my.csv is a file" in capsys.readouterr().err
 
 
 def test_an_empty_folder_will_do(folder):
@@ -420,6 +420,16 @@ def test_an_absent_device_leaves_the_old_run_untouched(capsys, run):
     assert tree(run) == before
 
 
+@pytest.mark.parametrize("options", [[], ["--overwrite"]])
+def test_a_file_is_no_folder(capsys, folder, options):
+    Path("mine.py").write_text("mine")
+    assert fit("-o", "mine.py", *options) == 2
+    message = capsys.readouterr().err
+    assert "--out: expected a folder for the run; mine.py is a file" in message
+    assert not re.search("--overwrite|--resume", message)
+    assert Path("mine.py").read_text() == "mine"
+
+
 # Damage
 
 
@@ -465,7 +475,8 @@ CONFIG = {
     "pair": ({"pair": "bert"}, r"expected one of gmm"),
     "pair's kind": ({"pair": 3}, r"pair: expected str; got 3"),
     "options": ({"options": [1]}, r"options: expected dict; got \[1\]"),
-    "an option": ({"options": {"latent_dims": 2}}, r"latent_dims"),
+    "an option": ({"options": {"latent_dims": 2}}, r"RUN: options in .*config.json: VAE has no option 'latent_dims'"),
+    "an option's value": ({"options": {"latent_dim": 0}}, r"RUN: options in .*config.json make no VAE \(latent_dim"),
     "data": ({"data": "mnost"}, r"Did you mean 'mnist'"),
     "seed": ({"seed": "a"}, r"seed: expected int; got 'a'"),
     "binarize": ({"binarize": "maybe"}, r"--binarize: expected one of"),

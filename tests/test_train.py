@@ -888,3 +888,55 @@ def test_a_folder_that_is_not_there_for_the_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"checkpoint: .*folder"):
         fit(pair, good + 1, epochs=1, checkpoint=tmp_path / "absent" / "checkpoint")
     assert torch.equal(pair.loc, torch.zeros(2))
+
+
+class OtherPlate(pv.Pair):
+    """Its plate over the batch has another name, so no objective could tell a mini-batch from the data set."""
+
+    def __init__(self):
+        super().__init__()
+        self.loc = torch.nn.Parameter(torch.zeros(2))
+
+    def model(self, x):
+        with pyro.plate("batch", len(x)):
+            pyro.sample("x", dist.Normal(self.loc, 1.0).to_event(1), obs=x)
+
+
+def test_the_plate_over_the_batch_is_named_data(x):
+    with pytest.raises(ValueError, match=r"plate named 'data'.*found 'batch'"):
+        fit(OtherPlate(), x)
+
+
+def test_defaults_suit_the_pair():
+    """50 epochs or 2,000 steps; a pair's own learning rate; an optimizer's own, unless one is given."""
+    rows = torch.randn(300, 2)
+    result = fit(pv.models.GMM(2, 2), rows, batch_size=100, schedule="constant")
+    assert result.steps == 2001
+    assert result.history[-1]["lr"] == pv.models.GMM.default_lr == 0.02
+    assert fit(Location(), rows, batch_size=100, epochs=1).history[-1]["lr"] < pv.Pair.default_lr
+    for lr, used in ((None, 1.0), (0.25, 0.25)):
+        row = fit(Location(), rows, epochs=1, lr=lr, schedule="constant", optimizer=sgd).history[0]
+        assert row["lr"] == used
+
+
+@pytest.mark.parametrize(
+    ("pair", "data", "message"),
+    [
+        (pv.models.VAE, torch.zeros(3, 2), "got the class VAE. Call it"),
+        (pv.models.VAE(64), pv.data.load("digits"), "got a data set. Pass its rows: x.train"),
+    ],
+)
+def test_the_wrong_thing_is_named(pair, data, message):
+    with pytest.raises(TypeError, match=message):
+        fit(pair, data)
+
+
+def test_a_pyro_optimizer_is_refused(x):
+    with pytest.raises(TypeError, match=r"optimizer: .*got PyroOptim"):
+        fit(Location(), x, optimizer=pyro.optim.Adam({"lr": 0.1}))
+
+
+def test_numbers_may_be_numpy_s(x):
+    np = pytest.importorskip("numpy")
+    assert fit(Location(), x, epochs=np.int64(2), batch_size=np.int32(5), lr=np.float32(0.1)).steps > 2
+    assert pv.models.GMM(np.int64(2), 2).num_components == 2

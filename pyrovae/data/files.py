@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,15 @@ def load_file(path: str | Path) -> DataSet:
 
 
 def _read_npy(path: Path) -> np.ndarray:
-    rows = np.load(path, allow_pickle=False)
+    try:
+        rows = np.load(path, allow_pickle=False)
+    except ValueError as error:
+        if "pickle" not in str(error):
+            raise
+        raise ValueError(
+            "it is no .npy file of plain numbers: damaged, or made of Python objects. Write one by "
+            "numpy.save(file, rows.astype(float))"
+        ) from error
     if not isinstance(rows, np.ndarray) or rows.dtype.kind not in "biuf":
         raise ValueError(f"expected an array of real numbers; got {getattr(rows, 'dtype', type(rows).__name__)}")
     return rows
@@ -56,10 +65,14 @@ def _read_npy(path: Path) -> np.ndarray:
 
 def _read_csv(path: Path) -> tuple[list[str], np.ndarray]:
     """The names, where the first line has no number, and the rows."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        lines = [(number, row) for number, row in enumerate(csv.reader(file), start=1) if any(map(str.strip, row))]
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file)
+            lines = [(reader.line_num, row) for row in reader if len(row) > 1 or any(map(str.strip, row))]
+    except UnicodeDecodeError as error:
+        raise ValueError("its encoding is not UTF-8: save it as UTF-8") from error
     names: list[str] = []
-    if lines and not any(map(_is_number, lines[0][1])):
+    if lines and any(map(str.strip, lines[0][1])) and not any(map(_is_number, lines[0][1])):
         names = [name.strip() for name in lines.pop(0)[1]]
         if not names[0]:
             raise ValueError("its first column has no name and looks like row numbers: leave it out")
@@ -68,13 +81,24 @@ def _read_csv(path: Path) -> tuple[list[str], np.ndarray]:
     width = len(names or lines[0][1])
     rows = []
     for number, row in lines:
-        if bad := [cell for cell in row if not _is_number(cell)]:
-            hint = "; separate columns by commas" if ";" in bad[0] or "\t" in bad[0] else ""
-            raise ValueError(f"line {number}: expected numbers, got {bad[0]!r}{hint}")
+        for column, cell in enumerate(row):
+            if not _is_number(cell) or not math.isfinite(float(cell)):
+                named = f" {names[column]!r}" if column < len(names) else ""
+                raise ValueError(
+                    f"line {number}, column {column + 1}{named}: expected a number, got {cell!r}{_fix(cell)}"
+                )
         if len(row) != width:
             raise ValueError(f"line {number}: expected {width} columns, got {len(row)}")
         rows.append([float(cell) for cell in row])
     return names, np.array(rows)
+
+
+def _fix(cell: str) -> str:
+    if ";" in cell or "\t" in cell:
+        return "; separate columns by commas"
+    if not cell.strip() or _is_number(cell):
+        return "; remove the row, or fill the cell"
+    return "; leave the column out, or write it as numbers"
 
 
 def _is_number(text: str) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pyro
@@ -16,6 +18,7 @@ from torch import Tensor
 from pyrovae.checks_pair import observed_support
 from pyrovae.evaluate.predict import decode, latents, reconstruct, sample
 from pyrovae.infer import log_weights
+from pyrovae.infer.log_weights import same_random_state
 from pyrovae.pair import Pair
 
 __all__ = [
@@ -34,6 +37,31 @@ DATA, MODEL = "#33658a", "#d1495b"  # told apart in grey and by colour-blind eye
 
 def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def _axis_names(feature_names: Sequence[str] | None, x: Tensor) -> tuple[str, ...]:
+    return tuple(feature_names or [f"feature {i + 1}" for i in range(x.shape[1])])[:2]
+
+
+def _name_axes(axes: Axes, names: Sequence[str]) -> None:
+    axes.set_xlabel(names[0], parse_math=False)  # a dollar sign is one
+    axes.set_ylabel(names[1], parse_math=False)
+
+
+def save_figures(figures: dict[str, Callable[[], Figure]], folder: Path) -> list[Path]:
+    """Draw each picture into ``folder``, by name; one that fails is a line on stderr. Returns the files."""
+    files = []
+    for name, draw in figures.items():
+        file = folder / f"{name}.png"
+        try:
+            folder.mkdir(exist_ok=True)
+            draw().savefig(file, dpi=150)
+        except Exception as error:  # a person's own pair may do anything, and the numbers are written by now
+            reason = " ".join(str(error).split()) or type(error).__name__
+            print(f"pictures: could not draw {name} ({reason})", file=sys.stderr)
+        else:
+            files.append(file)
+    return files
 
 
 def plot_history(history: Sequence[dict[str, float]]) -> Figure:
@@ -78,14 +106,26 @@ def plot_images(images: Tensor, image_shape: tuple[int, int], *, columns: int = 
     return figure
 
 
-def plot_samples(pair: Pair, x: Tensor, *, image_shape: tuple[int, int] | None = None, seed: int = 0) -> Figure:
-    """New data from the model: images (as pixel means), or beside the data in their first two principal components."""
+def plot_samples(
+    pair: Pair,
+    x: Tensor,
+    *,
+    image_shape: tuple[int, int] | None = None,
+    feature_names: Sequence[str] | None = None,
+    drawn: Tensor | None = None,
+    seed: int = 0,
+) -> Figure:
+    """New data from the model: images (as pixel means), or beside the data in their first two principal components.
+
+    ``drawn`` are rows that were drawn already, to be shown in place of new ones; no images.
+    """
     if image_shape is not None:
         means = sample(pair, 100, mean=True, data_dim=x.shape[1], seed=seed)
         return plot_images(means, image_shape, title="Drawn from the model (pixel means)")
-    drawn = sample(pair, min(len(x), 1000), data_dim=x.shape[1], seed=seed).cpu()
-    shown = x[:1000].cpu()
-    labels = ("feature 1", "feature 2")
+    if drawn is None:
+        drawn = sample(pair, min(len(x), 1000), data_dim=x.shape[1], seed=seed)
+    drawn, shown = drawn.cpu(), x[:1000].cpu()
+    labels = _axis_names(feature_names, x)
     if x.shape[1] != 2:
         from sklearn.decomposition import PCA
 
@@ -99,7 +139,7 @@ def plot_samples(pair: Pair, x: Tensor, *, image_shape: tuple[int, int] | None =
         bins = np.histogram_bin_edges(torch.cat([shown, drawn]).numpy(), bins=40).tolist()
         axes.hist(shown[:, 0].numpy(), bins, density=True, alpha=0.6, color=DATA, label="data")
         axes.hist(drawn[:, 0].numpy(), bins, density=True, histtype="step", color=MODEL, label="drawn from the model")
-        labels = ("feature 1", "density")
+        labels = (labels[0], "density")
     else:
         axes.scatter(shown[:, 0], shown[:, 1], s=12, color=DATA, alpha=0.6, label="data")
         axes.scatter(
@@ -112,7 +152,8 @@ def plot_samples(pair: Pair, x: Tensor, *, image_shape: tuple[int, int] | None =
             linewidth=0.8,
             label="drawn from the model",
         )
-    axes.set(xlabel=labels[0], ylabel=labels[1], title="Data and new data from the model")
+    _name_axes(axes, labels)
+    axes.set_title("Data and new data from the model")
     axes.legend()
     return figure
 
@@ -144,24 +185,52 @@ def plot_reconstructions(pair: Pair, x: Tensor, *, image_shape: tuple[int, int] 
     return figure
 
 
-def plot_density(pair: Pair, x: Tensor) -> Figure:
-    """2-D data and the fitted density: exact where the pair has ``log_prob``, else by importance sampling."""
-    figure = plot_densities({"Data and fitted density": pair}, x, width=6, height=5)
+def plot_density(pair: Pair, x: Tensor, *, feature_names: Sequence[str] | None = None) -> Figure:
+    """2-D data and the fitted density: exact where the pair has ``log_prob``, else by importance sampling.
+
+    Raises:
+        ValueError: the pair has a global latent and no ``log_prob``: no datum has a density of its own.
+    """
+    title = "Data and fitted density"
+    figure = plot_densities({title: pair}, x, feature_names=feature_names, width=6, height=5)
     figure.axes[0].legend()
     return figure
 
 
-def plot_densities(pairs: dict[str, Pair], x: Tensor, *, width: float = 4.5, height: float = 4) -> Figure:
+def plot_densities(
+    pairs: dict[str, Pair],
+    x: Tensor,
+    *,
+    feature_names: Sequence[str] | None = None,
+    width: float = 4.5,
+    height: float = 4,
+) -> Figure:
     """:func:`plot_density` of several pairs by title, side by side."""
     figure = _figure(width * len(pairs), height)
     for axes, (title, pair) in zip(np.atleast_1d(figure.subplots(1, len(pairs))), pairs.items(), strict=True):
         _draw_density(axes, pair, x)
+        _name_axes(axes, _axis_names(feature_names, x))
         axes.set_title(title)
     return figure
 
 
 @torch.no_grad()
+def has_density(pair: Pair, x: Tensor) -> bool:
+    """Whether each datum has a density of its own: with a global latent, only all data together have one."""
+    if pair.log_prob is not None:
+        return True
+    few = x[:2].to(next(pair.parameters(), x))
+    with same_random_state(), pyro.validation_enabled(False):
+        return log_weights(pair.model, pair.guide, few, num_particles=2).dim() == 2
+
+
+@torch.no_grad()
 def _draw_density(axes: Axes, pair: Pair, x: Tensor, num_samples: int = 100, resolution: int = 120) -> None:
+    if not has_density(pair, x):
+        raise ValueError(
+            f"pair: {type(pair).__name__} has a global latent, so no datum has a density of its own to draw. Give the "
+            "pair a log_prob."
+        )
     low, high = x.min(0).values, x.max(0).values
     margin = 0.15 * (high - low).clamp(min=1e-6)
     first, second = (
@@ -185,7 +254,6 @@ def _draw_density(axes: Axes, pair: Pair, x: Tensor, num_samples: int = 100, res
     axes.contourf(first, second, density, levels=20, cmap="Blues")
     axes.contour(first, second, density, levels=8, colors="white", linewidths=0.5)
     axes.scatter(x[:, 0].cpu(), x[:, 1].cpu(), s=10, color=MODEL, alpha=0.7, linewidth=0, label="data")
-    axes.set(xlabel="feature 1", ylabel="feature 2")
 
 
 def plot_manifold(

@@ -10,6 +10,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyrovae.checks import check_data, check_positive
+from pyrovae.infer.log_weights import same_random_state
 from pyrovae.pair import Pair
 
 __all__ = ["decode", "latents", "reconstruct", "sample"]
@@ -31,32 +32,70 @@ def decode(
     data_dim: int | None = None,
     seed: int | None = None,
 ) -> Tensor:
-    """Data that the model gives at the latents ``z`` (name → (N, ...)), (N, D): E[x | z], or draws."""
-    counts = {name: len(value) for name, value in z.items()}
-    if len(set(counts.values())) != 1:
-        raise ValueError(f"z: expected the same number of values of every latent, at least one latent; got {counts}.")
-    blank = _blank(pair, next(iter(counts.values())), data_dim)
-    return _run(pair, {name: _placed(value, blank) for name, value in z.items()}, blank, mean, seed)
+    """Data that the model gives at the latents ``z``, (N, D): E[x | z], or draws.
+
+    ``z`` has a value for each datum, (N, ...), of a local latent, one in the plate ``data``; and one value for all data
+    of a global latent. With global ones alone, N is 1.
+    """
+    local = _local(_model_sites(pair, _blank(pair, 2, data_dim)))
+    counts = {name: len(value) for name, value in z.items() if name in local}
+    if not z or len(set(counts.values())) > 1:
+        raise ValueError(
+            f"z: expected the same number of values of every local latent, at least one latent; got {counts}."
+        )
+    return _decode(pair, z, _blank(pair, next(iter(counts.values()), 1), data_dim), mean, seed)
 
 
 def reconstruct(pair: Pair, x: Tensor, *, mean: bool = True, seed: int | None = None) -> Tensor:
     """Encode and decode: z ~ q(z | x), then E[x | z] or a draw. (N, D) → (N, D)."""
-    return decode(pair, latents(pair, x, seed=seed), mean=mean, data_dim=x.shape[1], seed=seed)
+    return _decode(pair, latents(pair, x, seed=seed), _blank(pair, len(x), x.shape[1]), mean, seed)
 
 
 @torch.no_grad()
 def latents(pair: Pair, x: Tensor, *, mean: bool = False, seed: int | None = None) -> dict[str, Tensor]:
-    """One draw of each latent from the guide, by name; with ``mean``, the guide's mean of each that has one."""
+    """One draw of each latent from the guide, by name; with ``mean``, the guide's mean of each that has one.
+
+    A local latent has a value for each datum, (N, ...), a global one a single value.
+    """
+    found = _guide_sites(pair, x, seed)
+    return {name: _mean(site["fn"], site["value"]) if mean else site["value"] for name, site in found.items()}
+
+
+@torch.no_grad()
+def local_latents(pair: Pair, x: Tensor) -> tuple[str, ...]:
+    """The names of the guide's latents that have a value for each datum."""
+    return _local(_guide_sites(pair, x, seed=0))
+
+
+def _guide_sites(pair: Pair, x: Tensor, seed: int | None) -> dict[str, Any]:
     x = check_data(x, data_dim=getattr(pair, "data_dim", None))
     x = _placed(x, next(pair.parameters(), x))
     with torch.random.fork_rng(enabled=seed is not None), pyro.validation_enabled(False):
         if seed is not None:
             torch.manual_seed(seed)
-        sites: dict[str, Any] = poutine.trace(pair.guide).get_trace(x).nodes
-    found = {name: site for name, site in sites.items() if site["type"] == "sample" and not _is_subsample(site)}
+        found = _sample_sites(poutine.trace(pair.guide).get_trace(x))
     if not found:
         raise ValueError(f"pair: {type(pair).__name__}'s guide samples no latent, so there is nothing to encode into.")
-    return {name: _mean(site["fn"], site["value"]) if mean else site["value"] for name, site in found.items()}
+    return found
+
+
+@torch.no_grad()
+def _model_sites(pair: Pair, x: Tensor) -> dict[str, Any]:
+    with same_random_state(), pyro.validation_enabled(False):
+        return _sample_sites(poutine.trace(poutine.uncondition(pair.model)).get_trace(x))
+
+
+def _sample_sites(trace: Any) -> dict[str, Any]:
+    return {n: site for n, site in trace.nodes.items() if site["type"] == "sample" and not _is_subsample(site)}
+
+
+def _local(sites: dict[str, Any]) -> tuple[str, ...]:
+    """Of these sites, the ones in the plate ``data``."""
+    return tuple(n for n, site in sites.items() if any(f.name == "data" for f in site["cond_indep_stack"]))
+
+
+def _decode(pair: Pair, z: dict[str, Tensor], blank: Tensor, mean: bool, seed: int | None) -> Tensor:
+    return _run(pair, {name: _placed(value, blank) for name, value in z.items()}, blank, mean, seed)
 
 
 def _mean(fn: Any, value: Tensor) -> Tensor:
@@ -93,11 +132,11 @@ def _run(pair: Pair, given: dict[str, Tensor], x: Tensor, mean: bool, seed: int 
         if seed is not None:
             torch.manual_seed(seed)
         trace = poutine.trace(poutine.condition(model, data=given)).get_trace(x)
-    sites: dict[str, Any] = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
+    sites = _sample_sites(trace)
     if unknown := set(given) - set(sites):
         raise ValueError(
             f"z: the model of {type(pair).__name__} has no latent {', '.join(map(repr, sorted(unknown)))}; its sites "
-            f"are {', '.join(name for name, site in sites.items() if not _is_subsample(site))}."
+            f"are {', '.join(sites)}."
         )
     for site in sites.values():
         if site["infer"].get("was_observed"):

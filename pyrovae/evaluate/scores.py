@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyro
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyrovae.checks import check_data, check_positive
+from pyrovae.checks import check_data, check_positive, not_a_pair
 from pyrovae.checks_pair import check_pair
 from pyrovae.infer.log_weights import LogWeightTerms, Structure, log_weight_terms
 from pyrovae.infer.program import Program, Untraceable, say_once
@@ -31,7 +31,7 @@ FLOATS_PER_CHUNK = 2**21  # of the widest tensor: small enough for caches, large
 Summary = dict[tuple[str, str], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scores:
     """What :func:`evaluate` measured. Nats per datum, unless said otherwise; None where a quantity does not apply."""
 
@@ -62,19 +62,24 @@ class Scores:
     """Exact log p(x), where the pair has ``log_prob``."""
     bits_per_dim: float
     """−log_evidence / (D log 2)."""
+    notes: list[str] = field(default_factory=list)
+    """What keeps these numbers from meaning what they usually do."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
         return asdict(self)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         """A table, for reading."""
-        rows = [("log evidence", self.log_evidence, f"± {self.log_evidence_stderr:.3f} Monte Carlo")]
-        if self.log_evidence_stderr_data is not None:
-            rows[0] = (*rows[0][:2], rows[0][2] + f", ± {self.log_evidence_stderr_data:.3f} over data")
-        if self.log_likelihood is not None:
-            rows.append(("log likelihood, exact", self.log_likelihood, ""))
-        rows.append(("ELBO", self.elbo, ""))
+        over_data = self.log_evidence_stderr_data
+        errors = [f"± {self.log_evidence_stderr:.3f} Monte Carlo"] if self.num_samples else []
+        errors += [] if over_data is None else [f"± {over_data:.3f} over data"]
+        # With nothing sampled, evidence, exact likelihood and ELBO are one number.
+        rows = [("log evidence" if self.num_samples else "log evidence, exact", self.log_evidence, ", ".join(errors))]
+        if self.num_samples:
+            if self.log_likelihood is not None:
+                rows.append(("log likelihood, exact", self.log_likelihood, ""))
+            rows.append(("ELBO", self.elbo, ""))
         if self.reconstruction is not None and self.kl is not None:
             rows += [("  reconstruction", self.reconstruction, ""), ("  KL", self.kl, "")]
             if len(self.kl_per_latent) > 1:
@@ -96,8 +101,8 @@ class Scores:
         ]
         sampled = f"{self.num_samples} sample{'s' * (self.num_samples > 1)} each" if self.num_samples else "no sampling"
         head = f"{self.num_data} data, {sampled}; nats per datum"
-        foot = f"\ndoes not apply to this pair: {', '.join(missing)}" if missing else ""
-        return "\n".join([head, *lines]) + foot
+        foot = [f"does not apply to this pair: {', '.join(missing)}"] if missing else []
+        return "\n".join([head, *lines, *foot, *(f"NOTE: {note}" for note in self.notes)])
 
 
 def evaluate(
@@ -127,9 +132,7 @@ def evaluate(
         TypeError, ValueError: bad data or options, before work starts.
     """
     if not isinstance(pair, Pair):
-        raise TypeError(
-            f"pair: expected a pyrovae.Pair; got {type(pair).__name__}. Wrap two functions: FunctionPair(model, guide)."
-        )
+        raise TypeError(not_a_pair(pair))
     device = pick_device(device)
     check_positive("num_samples", num_samples, integer=True)
     x = check_data(x, data_dim=getattr(pair, "data_dim", None))
@@ -178,7 +181,20 @@ def _evaluate(pair: Pair, x: Tensor, num_samples: int, progress: bool | None) ->
     exact = None
     if pair.log_prob is not None:
         exact = float(sum(pair.log_prob(rows).double().sum() for rows in chunks)) / len(x)
-    return parts.scores(x, num_samples, exact, sampled=bool(probe.guide), split=not structure.enumerated)
+    return parts.scores(
+        x, num_samples, exact, sampled=bool(probe.guide), split=not structure.enumerated, notes=_notes(probe)
+    )
+
+
+def _notes(probe: LogWeightTerms) -> list[str]:
+    sites: list[Any] = [s for s in probe.guide_trace.nodes.values() if s["type"] == "sample"]
+    points = [s["name"] for s in sites if type(getattr(s["fn"], "base_dist", s["fn"])).__name__ == "Delta"]
+    if not points:
+        return []
+    return [
+        f"the guide puts all its mass on one value of {', '.join(points)}: what is called ELBO and evidence here is "
+        "a log joint density, and bounds nothing"
+    ]
 
 
 def _chunks(pair: Pair, probe: LogWeightTerms, num_data: int, num_samples: int) -> tuple[int, int]:
@@ -274,7 +290,9 @@ class _Parts:
         for (_, name), total in self._means.items():
             self.means[name].append(total / count)
 
-    def scores(self, x: Tensor, num_samples: int, exact: float | None, *, sampled: bool, split: bool) -> Scores:
+    def scores(
+        self, x: Tensor, num_samples: int, exact: float | None, *, sampled: bool, split: bool, notes: list[str]
+    ) -> Scores:
         evidence, relative_variance = torch.cat(self.evidence), torch.cat(self.relative_variance)
         num_data, total = len(x), len(x) * num_samples
         active: dict[str, int] = {}
@@ -285,6 +303,13 @@ class _Parts:
                 units[name] = mean.shape[1]
         kl = {name: float(value) / total for (kind, name), value in self.sums.items() if kind == "kl"}
         dims = {name: (value / total).tolist() for (kind, name), value in self.sums.items() if kind == "dims"}
+        if sampled and len(evidence) != num_data:
+            effective = float((1 / (relative_variance * (num_samples - 1) / num_samples + 1 / num_samples)).min())
+            notes = [
+                *notes,
+                f"a global latent: one weight for all the data, of {num_samples} samples effectively {effective:.1f}; "
+                "below some 100 the evidence is no more than a lower bound, and its Monte Carlo error too small",
+            ]
         # One weight a datum is the rule; with a global latent there is one for all of them.
         per_datum = 1 / num_data
         log_evidence = float(evidence.sum()) * per_datum
@@ -306,6 +331,7 @@ class _Parts:
             units_per_latent=units,
             log_likelihood=exact,
             bits_per_dim=-log_evidence / (x.shape[1] * math.log(2)),
+            notes=notes,
         )
 
 

@@ -32,7 +32,7 @@ class CovarianceFloor(NamedTuple):
     """Which components of the fitted pair."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EMResult:
     """What :func:`fit_em` did. Log likelihoods are totals over the data, in nats."""
 
@@ -53,7 +53,7 @@ class EMResult:
 
     num_data: int
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         restarts = len(self.restart_log_likelihoods)
         text = (
             f"EM: log likelihood {self.log_likelihood:.4f} nats ({self.log_likelihood / self.num_data:.4f} per datum), "

@@ -86,7 +86,8 @@ def _check_sites_match(model_trace: Trace, guide_trace: Trace) -> tuple[str, ...
             continue
         if site["infer"].get("enumerate") != "parallel":
             raise ValueError(
-                f"guide: the model samples site '{site['name']}' and the guide does not. Sample it in the guide"
+                f"guide: the model samples site '{site['name']}' and the guide does not. Observe it (obs=x) if it is "
+                "the data; otherwise sample it in the guide"
                 + (
                     ", or mark it infer={'enumerate': 'parallel'} in the model and use TraceEnum_ELBO."
                     if getattr(site["fn"], "has_enumerate_support", False)

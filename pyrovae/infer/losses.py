@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from numbers import Real
 from typing import Any
 
 import torch
@@ -251,12 +252,14 @@ class RenyiELBO(_Objective):
     """
 
     def __init__(self, alpha: float = 0, num_particles: int = 2, **options: Any) -> None:
+        self.alpha: float = alpha
+        if isinstance(alpha, bool) or not isinstance(alpha, Real):
+            raise TypeError(f"alpha: expected a number; got {alpha!r}.")
         if alpha == 1:
             raise ValueError("alpha: expected any number but 1, where the Rényi bound is the ELBO; use Trace_ELBO.")
         if math.isnan(alpha):
             raise ValueError("alpha: expected a number; got nan.")
         super().__init__(num_particles, **options)
-        self.alpha = alpha
 
     def _bound(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor | None]:
         nesting = self._structure(model, guide, args, kwargs).max_plate_nesting
