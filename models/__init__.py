@@ -14,7 +14,4 @@ DEFAULT_OPTIONS = {"gmm": {"num_components": 2}, "ppca": {"latent_dim": 2}}
 DEFAULT_DATA = {"gmm": "faithful", "ppca": "iris"}
 """What the command line trains on when no data are named; ``digits`` for the others."""
 
-DEFAULT_LR = {"gmm": 0.02, "ppca": 0.02}
-"""Adam's first learning rate on the command line: few parameters and no network take large steps. 0.003 for others."""
-
-__all__ = ["DEFAULT_DATA", "DEFAULT_LR", "DEFAULT_OPTIONS", "GMM", "IWAE", "PPCA", "REGISTRY", "VAE"]
+__all__ = ["DEFAULT_DATA", "DEFAULT_OPTIONS", "GMM", "IWAE", "PPCA", "REGISTRY", "VAE"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import sys
 import time
@@ -157,14 +158,13 @@ def fit(
         build_loss,
         build_pair,
         default_data,
-        default_epochs,
-        default_lr,
         file_digest,
         find_pair,
         load_data,
         parse_options,
         resolve_binarize,
     )
+    from pyrovae.train import default_epochs
 
     if resume is not None:
         _check_alone(context)
@@ -189,7 +189,7 @@ def fit(
     held_out = validation if 0 < validation < 1 else _whole("--validation", validation)
     if epochs is None:
         num_held_out = held_out * len(dataset.train) if held_out < 1 else held_out
-        epochs = default_epochs(len(dataset.train) - num_held_out, batch_size)
+        epochs = default_epochs(math.ceil((len(dataset.train) - num_held_out) / batch_size))
     config = Config(
         pair=absolute(pair),
         options=given,
@@ -200,7 +200,7 @@ def fit(
         fit={
             "epochs": epochs,
             "batch_size": batch_size,
-            "lr": default_lr(pair) if lr is None else lr,
+            "lr": built.default_lr if lr is None else lr,
             "schedule": schedule,
             "validation": held_out,
             "patience": patience,
@@ -437,13 +437,12 @@ def compare(
     from pyrovae.runs import (
         build_pair,
         default_data,
-        default_epochs,
-        default_lr,
         find_pair,
         load_data,
         parse_options,
         resolve_binarize,
     )
+    from pyrovae.train import default_epochs
 
     pair_class = find_pair(pair)
     given = parse_options(pair_class, settings or [])
@@ -456,9 +455,9 @@ def compare(
         lambda **more: build_pair(pair_class, given | more, dataset.data_dim, seed),
         dataset,
         title=f"{_short(pair)} on {_file_name(data)}",
-        epochs=default_epochs(len(dataset.train), batch_size) if epochs is None else epochs,
+        epochs=default_epochs(math.ceil(len(dataset.train) / batch_size)) if epochs is None else epochs,
         batch_size=batch_size,
-        lr=default_lr(pair) if lr is None else lr,
+        lr=built.default_lr if lr is None else lr,
         num_samples=num_samples,
         binarize=resolve_binarize(binarize, built, dataset) == "dynamic",
         device=device,

@@ -7,7 +7,6 @@ import hashlib
 import importlib.util
 import inspect
 import json
-import math
 import os
 import sys
 from ast import literal_eval
@@ -27,7 +26,7 @@ from pyrovae.checks import check_choice
 from pyrovae.checks_pair import observed_support
 from pyrovae.data import DataSet
 from pyrovae.infer import LOSSES
-from pyrovae.models import DEFAULT_DATA, DEFAULT_LR, DEFAULT_OPTIONS, REGISTRY
+from pyrovae.models import DEFAULT_DATA, DEFAULT_OPTIONS, REGISTRY
 from pyrovae.pair import Pair
 
 if TYPE_CHECKING:
@@ -41,8 +40,6 @@ __all__ = [
     "build_pair",
     "constructor_options",
     "default_data",
-    "default_epochs",
-    "default_lr",
     "file_digest",
     "find_pair",
     "load_data",
@@ -51,7 +48,6 @@ __all__ = [
 ]
 
 FORMAT = 1
-DEFAULT_STEPS = 2_000
 DATA_FILES = (".csv", ".npy")
 
 
@@ -226,15 +222,6 @@ def build_loss(pair: Pair, name: str | None, options: dict[str, Any]) -> Any:
 
 def default_data(spec: str) -> str:
     return DEFAULT_DATA.get(spec, "digits")
-
-
-def default_lr(spec: str) -> float:
-    return DEFAULT_LR.get(spec, 3e-3)
-
-
-def default_epochs(num_data: float, batch_size: int) -> int:
-    """50, or as many as make 2,000 steps: a small data set needs more."""
-    return max(50, math.ceil(DEFAULT_STEPS / max(1, math.ceil(num_data / batch_size))))
 
 
 def load_data(name: str, binarize: str) -> DataSet:
