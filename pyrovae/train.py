@@ -54,7 +54,7 @@ DEFAULT_STEPS = 2_000
 
 def default_epochs(steps_per_epoch: int) -> int:
     """50, or as many as make 2,000 steps: a small data set needs more."""
-    return max(50, math.ceil(DEFAULT_STEPS / steps_per_epoch))
+    return max(50, math.ceil(DEFAULT_STEPS / max(1, steps_per_epoch)))
 
 
 class TrainingDiverged(FloatingPointError):
