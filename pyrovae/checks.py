@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_choice", "check_data", "check_positive", "not_a_pair"]
+__all__ = ["check_choice", "check_data", "check_positive", "not_a_pair", "pick_device"]
 
 
 def check_choice(argument: str, value: str, choices: Iterable[str]) -> None:
@@ -89,3 +89,18 @@ def not_a_pair(thing: Any) -> str:
     if isinstance(thing, type):
         return f"pair: expected an instance; got the class {thing.__name__}. Call it: {thing.__name__}(...)."
     return f"pair: expected a pyrovae.Pair; got {type(thing).__name__}. Wrap two functions: FunctionPair(model, guide)."
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """``auto`` is CUDA where there is one. Raises ValueError where the device is unknown or absent."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected 'auto', 'cpu' or 'cuda'; got {device!r}.") from error
+    if picked.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected 'auto', 'cpu' or 'cuda'; got {device!r}.")
+    if picked.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: {device!r} was asked for, and torch sees no CUDA device. Use device='auto'.")
+    return picked

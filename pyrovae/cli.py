@@ -248,9 +248,8 @@ def _train(folder: Any, config: Any, pair: Any, dataset: Any, device: str, *, re
     import torch
 
     import pyrovae
-    from pyrovae.checks import check_positive
+    from pyrovae.checks import check_positive, pick_device
     from pyrovae.runs import build_loss
-    from pyrovae.train import pick_device
 
     check_positive("--num-samples", config.num_samples, integer=True)
     picked, parameters = pick_device(device), sum(p.numel() for p in pair.parameters())
@@ -487,8 +486,7 @@ def bench(
     import torch
 
     from pyrovae.bench import CASES, run_cases
-    from pyrovae.checks import check_choice, check_positive
-    from pyrovae.train import pick_device
+    from pyrovae.checks import check_choice, check_positive, pick_device
 
     if list_cases:
         print("\n".join(CASES))

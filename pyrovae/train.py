@@ -22,13 +22,13 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
 from pyrovae.checkpoint import load_state, save_state
-from pyrovae.checks import check_choice, check_data, check_positive, not_a_pair
+from pyrovae.checks import check_choice, check_data, check_positive, not_a_pair, pick_device
 from pyrovae.checks_pair import check_pair, first_nonfinite_site
 from pyrovae.infer import LOSSES, SVI
 from pyrovae.infer.svi import BACKENDS
 from pyrovae.pair import Pair
 
-__all__ = ["SCHEDULES", "FitResult", "TrainingDiverged", "fit", "pick_device"]
+__all__ = ["SCHEDULES", "FitResult", "TrainingDiverged", "fit"]
 
 SECONDS_BETWEEN_CHECKPOINTS = 5.0
 
@@ -81,21 +81,6 @@ class FitResult:
             if name in last
         ]
         return "; ".join(parts) + ("; stopped early, best weights kept" if self.stopped_early else "")
-
-
-def pick_device(device: str | torch.device) -> torch.device:
-    """``auto`` is CUDA where there is one. Raises ValueError where the device is unknown or absent."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        picked = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device: expected 'auto', 'cpu' or 'cuda'; got {device!r}.") from error
-    if picked.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected 'auto', 'cpu' or 'cuda'; got {device!r}.")
-    if picked.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: {device!r} was asked for, and torch sees no CUDA device. Use device='auto'.")
-    return picked
 
 
 def fit(
@@ -498,7 +483,9 @@ class _Run:
         return float(total)
 
     def go(self, epochs: int, patience: int | None, progress: bool | None, checkpoint: Path | None) -> FitResult:
-        good, written = self.state(), 0.0
+        good, written = self.state(), time.monotonic()
+        if checkpoint is not None:  # a run that is killed in its first epoch resumes too
+            save_state(checkpoint, good)
         stopped = False
         bar = tqdm(
             total=epochs,

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, T
 
 import pyrovae as pv
 from pyrovae.checkpoint import load_state, save_state
+from pyrovae.checks import pick_device
 from pyrovae.infer import LOSSES, Trace_ELBO
-from pyrovae.train import SCHEDULES, TrainingDiverged, fit, pick_device
+from pyrovae.train import SCHEDULES, TrainingDiverged, fit
 
 NUM_SE = 5  # standard errors allowed in statistical tests
 

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyrovae.checks import check_data, check_positive, not_a_pair
+from pyrovae.checks import check_data, check_positive, not_a_pair, pick_device
 from pyrovae.checks_pair import check_pair
 from pyrovae.infer.log_weights import LogWeightTerms, Structure, log_weight_terms
 from pyrovae.infer.program import Program, Untraceable, say_once
 from pyrovae.infer.surroundings import Surroundings
 from pyrovae.pair import Pair
-from pyrovae.train import pick_device
 
 __all__ = ["ACTIVE_UNIT_VARIANCE", "Scores", "evaluate"]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyrovae.checks import check_data, check_positive
+from pyrovae.checks import check_data, check_positive, pick_device
 from pyrovae.pair import Pair
 
 __all__ = ["CovarianceFloor", "EMResult", "fit_em"]
@@ -121,7 +121,7 @@ def fit_em(
         RuntimeError: the log likelihood went down, or is not finite.
     """
     _check_arguments(pair, max_iter, tol, restarts, initialize, dtype, chunk_size)
-    device = _choose_device(device)
+    device = pick_device(device)
     check_data(x, data_dim=getattr(pair, "data_dim", None))
     num_components = getattr(pair, "num_components", 1)
     if len(x) < num_components:
@@ -250,16 +250,6 @@ def _tensors(pair: Pair) -> dict[str, Tensor]:
 def _assign(pair: Pair, state: dict[str, Tensor]) -> None:
     for name, tensor in _tensors(pair).items():
         tensor.data = state[name].clone()
-
-
-def _choose_device(device: str | torch.device) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, TypeError, AssertionError) as error:
-        raise ValueError(f"device: expected auto, cpu or a CUDA device that is there; got {device!r}.") from error
-    return torch.device(device)
 
 
 def _check_arguments(
