@@ -379,13 +379,15 @@ class _Run:
             dataset_size=data.size,
             checked=True,  # so that a resumed run records its first step too
         )
-        self.scorer = SVI(pair.model, pair.guide, self.optimizer, loss, backend="eager", dataset_size=data.size)
+        self.num_held_out = sum(map(len, data.validation))
+        size = self.num_held_out or data.size
+        self.scorer = SVI(pair.model, pair.guide, self.optimizer, loss, backend="eager", dataset_size=size)
         with _seeded(0, self.device):  # a loss that cannot take this pair says so here
             self.scorer.evaluate_loss(data.sample[:2])
         self.options: dict[str, Any] = {
             "pair": type(pair).__name__,
             "data": [data.size, data.sample.shape[1]],
-            "held-out data": sum(map(len, data.validation)),
+            "held-out data": self.num_held_out,
             "loss": " ".join([type(loss).__name__, f"alpha={loss.alpha}" if hasattr(loss, "alpha") else ""]).strip(),
             "particles": getattr(loss, "num_particles", 1),
             "epochs": epochs,
@@ -472,14 +474,10 @@ class _Run:
 
     def validation_bound(self) -> float:
         """The bound on the held-out data, nats per datum, with the same noise at every call."""
-        size = sum(map(len, self.data.validation))
         total = torch.zeros((), device=self.device)
-        scorer = SVI(
-            self.pair.model, self.pair.guide, self.optimizer, self.scorer.loss, backend="eager", dataset_size=size
-        )
         with _seeded(0, self.device):
             for batch in self.data.validation:
-                total -= scorer.evaluate_loss(batch) * (len(batch) / size)
+                total -= self.scorer.evaluate_loss(batch) * (len(batch) / self.num_held_out)
         return float(total)
 
     def go(self, epochs: int, patience: int | None, progress: bool | None, checkpoint: Path | None) -> FitResult:

@@ -58,7 +58,7 @@ def latents(pair: Pair, x: Tensor, *, mean: bool = False, seed: int | None = Non
     A local latent has a value for each datum, (N, ...), a global one a single value.
     """
     found = _guide_sites(pair, x, seed)
-    return {name: _mean(site["fn"], site["value"]) if mean else site["value"] for name, site in found.items()}
+    return {name: mean_or_value(site["fn"], site["value"]) if mean else site["value"] for name, site in found.items()}
 
 
 @torch.no_grad()
@@ -98,7 +98,8 @@ def _decode(pair: Pair, z: dict[str, Tensor], blank: Tensor, mean: bool, seed: i
     return _run(pair, {name: _placed(value, blank) for name, value in z.items()}, blank, mean, seed)
 
 
-def _mean(fn: Any, value: Tensor) -> Tensor:
+def mean_or_value(fn: Any, value: Tensor) -> Tensor:
+    """A distribution's mean; where it has none in closed form, the value drawn from it."""
     if not value.is_floating_point():  # a category has no mean
         return value
     try:

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from pyrovae.checks import check_data, check_positive, not_a_pair, pick_device
 from pyrovae.checks_pair import check_pair
+from pyrovae.evaluate.predict import mean_or_value
 from pyrovae.infer.log_weights import LogWeightTerms, Structure, log_weight_terms
 from pyrovae.infer.program import Program, Untraceable, say_once
 from pyrovae.infer.surroundings import Surroundings
@@ -246,7 +247,7 @@ def _summary(terms: LogWeightTerms, particles: int) -> Summary:
         model_site: Any = terms.model_trace.nodes.get(name)
         value, fn = guide_site["value"], guide_site["fn"]
         if value.is_floating_point() and not fn.support.is_discrete:
-            mean = _mean(fn, value).expand(value.shape)
+            mean = mean_or_value(fn, value).expand(value.shape)
             mean = mean.reshape(particles, -1, *(fn.event_shape or (1,))).flatten(2)
             summary["mean", name] = mean.sum(0)
         own = _log_prob_per_dimension(fn, value)
@@ -332,14 +333,6 @@ class _Parts:
             bits_per_dim=-log_evidence / (x.shape[1] * math.log(2)),
             notes=notes,
         )
-
-
-def _mean(fn: Any, value: Tensor) -> Tensor:
-    """The guide's mean given what it conditions on; where it has none in closed form, the sample."""
-    try:
-        return fn.mean
-    except NotImplementedError:
-        return value
 
 
 def _log_prob_per_dimension(fn: Any, value: Tensor) -> Tensor | None:
