@@ -8,14 +8,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import pyro
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyrovae.checks import check_data, check_positive, not_a_pair, pick_device
-from pyrovae.checks_pair import check_pair
+from pyrovae.checks import check_positive
 from pyrovae.evaluate.predict import mean_or_value
+from pyrovae.evaluate.prepare import prepared
 from pyrovae.infer.log_weights import LogWeightTerms, Structure, log_weight_terms
 from pyrovae.infer.program import Program, Untraceable, say_once
 from pyrovae.infer.surroundings import Surroundings
@@ -131,26 +130,9 @@ def evaluate(
     Raises:
         TypeError, ValueError: bad data or options, before work starts.
     """
-    if not isinstance(pair, Pair):
-        raise TypeError(not_a_pair(pair))
-    device = pick_device(device)
     check_positive("num_samples", num_samples, integer=True)
-    x = check_data(x, data_dim=getattr(pair, "data_dim", None))
-    check_pair(pair, x, binarize=binarize)
-    parameter = next(pair.parameters(), torch.zeros(()))
-    home = parameter.device
-    try:
-        pair.to(device)
-        with (
-            torch.random.fork_rng([device] if device.type == "cuda" else []),
-            torch.no_grad(),
-            pyro.validation_enabled(False),
-        ):
-            torch.manual_seed(seed)
-            x = x.to(device, parameter.dtype)
-            return _evaluate(pair, torch.bernoulli(x) if binarize else x, num_samples, progress)
-    finally:
-        pair.to(home)
+    with prepared(pair, x, binarize=binarize, device=device, seed=seed) as x, torch.no_grad():
+        return _evaluate(pair, x, num_samples, progress)
 
 
 def _evaluate(pair: Pair, x: Tensor, num_samples: int, progress: bool | None) -> Scores:

@@ -1,0 +1,54 @@
+"""What every measurement of a pair does first: check, place, seed; and put everything back at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyrovae.checks import check_data, not_a_pair, pick_device
+from pyrovae.checks_pair import check_pair
+from pyrovae.pair import Pair
+
+__all__ = ["prepared"]
+
+
+@contextmanager
+def prepared(
+    pair: Any,
+    x: Any,  # (N, D)
+    *,
+    binarize: bool = False,
+    device: str | torch.device = "auto",
+    seed: int = 0,
+) -> Iterator[Tensor]:
+    """Check ``pair`` and ``x``, and give ``x`` on the device, in the pair's precision, binarised once if asked.
+
+    Inside, the pair is on the device, the random state is seeded, Pyro's validation is off. After it the pair is back
+    on its device, and the caller's random state is as it was.
+
+    Raises:
+        TypeError, ValueError: not a pair, bad data, an unknown or absent device; the pair does not run on the data.
+    """
+    if not isinstance(pair, Pair):
+        raise TypeError(not_a_pair(pair))
+    device = pick_device(device)
+    x = check_data(x, data_dim=getattr(pair, "data_dim", None))
+    check_pair(pair, x, binarize=binarize)
+    parameter = next(pair.parameters(), torch.zeros(()))
+    home = parameter.device
+    try:
+        pair.to(device)
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            pyro.validation_enabled(False),
+        ):
+            torch.manual_seed(seed)
+            x = x.to(device, parameter.dtype)
+            yield torch.bernoulli(x) if binarize else x
+    finally:
+        pair.to(home)
