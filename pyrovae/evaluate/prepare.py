@@ -14,7 +14,11 @@ from pyrovae.checks import check_data, not_a_pair, pick_device
 from pyrovae.checks_pair import check_pair
 from pyrovae.pair import Pair
 
-__all__ = ["prepared"]
+__all__ = ["NotApplicable", "prepared"]
+
+
+class NotApplicable(ValueError):
+    """A quantity that this pair does not have. Tables leave it out, and name it."""
 
 
 @contextmanager
