@@ -206,25 +206,29 @@ class GMM(Pair):
             self.feature_loc.copy_(loc)
             self.feature_scale.copy_(variance.sqrt())
 
+    @torch.no_grad()
     def expected_statistics(self, x: Tensor) -> dict[str, Tensor]:
         """The E step: sums over data under p(z | x), which add over chunks of ``x``.
 
-        With responsibilities r_nk: ``count`` Σ_n r_nk, ``first`` Σ_n r_nk (x_n − μ_k), ``second``
-        Σ_n r_nk (x_n − μ_k)(x_n − μ_k)ᵀ, or the part of it that ``covariance`` needs, and ``log_likelihood``
-        Σ_n log p(x_n). Moments about the current means stay accurate where those about the origin would cancel.
+        With responsibilities r_nk and y_nk = L_k⁻¹ (x_n − μ_k), L_k the Cholesky factor (or the standard deviations):
+        ``count`` Σ_n r_nk, ``first`` Σ_n r_nk y_nk, ``second`` Σ_n r_nk y_nk y_nkᵀ, or the part of it that
+        ``covariance`` needs, and ``log_likelihood`` Σ_n log p(x_n). Moments of y, which the density needs anyway, are
+        of order one: they stay accurate where those of x about the origin would cancel.
         """
-        log_joint, centred = self._log_joint(x)
+        log_joint, y = self._log_joint(x)
         log_prob = log_joint.logsumexp(-2, keepdim=True)
-        responsibility = (log_joint - log_prob).exp()
-        weighted = responsibility.unsqueeze(-2) * centred
+        responsibility = (log_joint - log_prob).exp_()
         if self._has_matrices:
-            second = weighted @ centred.mT
+            root = responsibility.sqrt()
+            y.mul_(root.unsqueeze(-2))
+            first, second = y @ root.unsqueeze(-1), y @ y.mT
             second = second.sum(-3, keepdim=True) if self.covariance == "tied" else second
         else:
-            second = self._average((weighted * centred).sum(-1))
+            first = y @ responsibility.unsqueeze(-1)
+            second = self._average((y.square_() @ responsibility.unsqueeze(-1)).squeeze(-1))
         return {
             "count": responsibility.sum(-1),
-            "first": weighted.sum(-1),
+            "first": first.squeeze(-1),
             "second": second,
             "log_likelihood": log_prob.sum((-2, -1)),
         }
@@ -240,14 +244,18 @@ class GMM(Pair):
         size = count.clamp(min=tiny).unsqueeze(-1)
         weights = count / count.sum(-1, keepdim=True)
 
-        shift = first / size  # from the old means to the new
-        loc = self.loc + shift
-        if self.covariance == "full":
-            covariance = second / size.unsqueeze(-1) - shift.unsqueeze(-1) * shift.unsqueeze(-2)
-        elif self.covariance == "tied":
-            covariance = (second - (first.mT @ shift).unsqueeze(-3)) / size.sum(-2).unsqueeze(-1).unsqueeze(-1)
+        mean_y = first / size
+        if self._has_matrices:
+            shift = (self.scale @ mean_y.unsqueeze(-1)).squeeze(-1)  # from the old means to the new
+            if self.covariance == "full":
+                within_y = second / size.unsqueeze(-1) - mean_y.unsqueeze(-1) * mean_y.unsqueeze(-2)
+            else:
+                within_y = (second - (first.mT @ mean_y).unsqueeze(-3)) / size.sum(-2).unsqueeze(-1).unsqueeze(-1)
+            covariance = self.scale @ within_y @ self.scale.mT
         else:
-            covariance = second / size - self._average(shift.square())
+            shift = self.scale * mean_y
+            covariance = self.scale.square() * (second / size - self._average(mean_y.square()))
+        loc = self.loc + shift
 
         # The variance of the data is the mean of the components' variances plus the variance of their means.
         mean = (weights.unsqueeze(-1) * loc).sum(-2)
@@ -266,18 +274,23 @@ class GMM(Pair):
         self.floored = floored.expand_as(count)
 
     def _log_joint(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """log p(x, z = k), shape (..., K, N), and x − μ_k, shape (..., K, D, N)."""
+        """log p(x, z = k), shape (..., K, N), and y = L_k⁻¹ (x − μ_k), shape (..., K, D, N)."""
         if x.shape[-1] != self.data_dim:
             raise ValueError(f"x: expected shape (N, {self.data_dim}); got {tuple(x.shape)}.")
-        scale, centred = self.scale, x.mT - self.loc.unsqueeze(-1)
+        scale, loc = self.scale, self.loc.unsqueeze(-1)
         if self._has_matrices:
-            whitened = solve_triangular(scale, torch.eye(self.data_dim).to(scale), upper=False) @ centred
+            inverse = solve_triangular(scale, torch.eye(self.data_dim).to(scale), upper=False).expand(
+                *loc.shape[:-1], -1
+            )
+            # One matrix product for all components.
+            y = torch.addmm(-(inverse @ loc).reshape(-1, 1), inverse.reshape(-1, self.data_dim), x.mT)
+            y = y.view(*loc.shape[:-1], len(x))
             scale = scale.diagonal(dim1=-2, dim2=-1)
         else:
-            whitened = centred / scale.unsqueeze(-1)
+            y = (x.mT - loc) / scale.unsqueeze(-1)
         log_det = scale.log().expand_as(self.loc).sum(-1)
         constant = self.weights.log() - log_det - 0.5 * self.data_dim * math.log(2 * math.pi)
-        return constant.unsqueeze(-1) - 0.5 * whitened.square().sum(-2), centred
+        return constant.unsqueeze(-1) - 0.5 * y.square().sum(-2), y
 
     def _average(self, variance: Tensor) -> Tensor:
         """One variance for all features, if spherical."""

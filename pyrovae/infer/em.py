@@ -18,8 +18,8 @@ from pyrovae.pair import Pair
 
 __all__ = ["CovarianceFloor", "EMResult", "fit_em"]
 
-CPU_CHUNK = 4096
-"""Rows (over all restarts) whose intermediate results stay in a CPU's cache: several times faster than in memory."""
+CPU_CHUNK = 2**20
+"""Rows · components · features, over all restarts, at a time: a CPU's memory allocator and caches slow down above it."""
 
 
 class CovarianceFloor(NamedTuple):
@@ -134,7 +134,8 @@ def fit_em(
     batched = restarts > 1 and getattr(pair, "batched_em", False)
     if chunk_size is None:
         x = x.to(device, dtype)
-        chunk_size = max(CPU_CHUNK // (restarts if batched else 1), 256) if device.type == "cpu" else len(x)
+        width = num_components * x.shape[1] * (restarts if batched else 1)
+        chunk_size = max(CPU_CHUNK // width, 256) if device.type == "cpu" else len(x)
 
     def chunks() -> Iterable[Tensor]:
         return (chunk.to(device, dtype) for chunk in x.split(chunk_size))
