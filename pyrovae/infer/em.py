@@ -19,7 +19,7 @@ from pyrovae.pair import Pair
 __all__ = ["CovarianceFloor", "EMResult", "fit_em"]
 
 CPU_CHUNK = 2**20
-"""Rows · components · features, over all restarts, at a time: a CPU's memory allocator and caches slow down above it."""
+"""Rows · components · features, over all restarts, at a time: above it a CPU's caches and allocator are slower."""
 
 
 class CovarianceFloor(NamedTuple):
