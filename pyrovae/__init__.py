@@ -1,7 +1,8 @@
 """Latent-variable models as Pyro model/guide pairs: mixtures, PPCA, VAEs and IWAEs, by SVI and exact EM."""
 
 from pyrovae import data, infer, models
-from pyrovae.evaluate import Scores, evaluate
+from pyrovae.compare import Comparison, compare
+from pyrovae.evaluate import Scores, evaluate, to_arviz
 from pyrovae.infer import EMResult, fit_em, log_weights
 from pyrovae.pair import FunctionPair, Pair
 from pyrovae.train import FitResult, TrainingDiverged, fit
@@ -9,12 +10,14 @@ from pyrovae.train import FitResult, TrainingDiverged, fit
 __version__ = "0.1.0"
 
 __all__ = [
+    "Comparison",
     "EMResult",
     "FitResult",
     "FunctionPair",
     "Pair",
     "Scores",
     "TrainingDiverged",
+    "compare",
     "data",
     "evaluate",
     "fit",
@@ -22,4 +25,5 @@ __all__ = [
     "infer",
     "log_weights",
     "models",
+    "to_arviz",
 ]

@@ -58,6 +58,15 @@ BinarizeOption = Annotated[
         "or auto (dynamic, where the likelihood is over {0, 1} and the data are images)."
     ),
 ]
+AlsoOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--also",
+        help="Measure this too, once for each: collapse, kl_decomposition, inference_gaps, annealed_evidence, "
+        "bidirectional_evidence, simulation_based_calibration, posterior_predictive_check, mixture_scores.",
+    ),
+]
+EverythingOption = Annotated[bool, typer.Option("--all", help="Measure all that applies. It may take minutes.")]
 SamplesOption = Annotated[int, typer.Option("--num-samples", help="Importance samples for each datum's log evidence.")]
 
 
@@ -292,16 +301,12 @@ def _train(folder: Any, config: Any, pair: Any, dataset: Any, device: str, *, re
     folder.write_history(result.history)
     scores = _score(folder, config, pair, dataset, device, config.num_samples, seconds=result.seconds)
     print(f"\n{scores}\n", flush=True)  # before the pictures, of which one may fail
-    rows, labels = _scored_rows(dataset)
+    _, rows, labels = dataset.scored
     if anew:  # the guide is shown what it was trained and scored on
         rows = torch.bernoulli(rows, generator=torch.Generator().manual_seed(config.seed))
     pictures = folder.draw(pair, dataset, rows, labels, result.history)
     print(f"In {folder.path}: config.json, weights.safetensors, history.csv, scores.json and pictures")
     print("\n".join(f"  {path}" for path in pictures))
-
-
-def _scored_rows(dataset: Any) -> tuple[Any, Any]:
-    return (dataset.train, dataset.labels_train) if dataset.test is None else (dataset.test, dataset.labels_test)
 
 
 def _score(
@@ -312,15 +317,23 @@ def _score(
     device: str,
     num_samples: int,
     seconds: float | None,
+    also: Iterable[str] = (),
 ) -> str:
     """Score on the test rows, or the training rows where there are no others; write scores.json; return the table."""
     import pyrovae
 
-    which = "train" if dataset.test is None else "test"
     start = time.perf_counter()
-    rows, _ = _scored_rows(dataset)
-    anew = config.binarize == "dynamic"
-    scores = pyrovae.evaluate(pair, rows, num_samples=num_samples, binarize=anew, device=device, seed=config.seed)
+    which, rows, labels = dataset.scored
+    scores = pyrovae.evaluate(
+        pair,
+        rows,
+        num_samples=num_samples,
+        also=list(also),
+        labels=labels,
+        binarize=config.binarize == "dynamic",
+        device=device,
+        seed=config.seed,
+    )
     record = {"data": config.data, "rows": which, **scores.to_dict(), "evaluation_seconds": time.perf_counter() - start}
     if seconds is not None:
         record["training_seconds"] = seconds
@@ -340,18 +353,92 @@ def evaluate(
         int | None,
         typer.Option(help="Importance samples for each datum's log evidence; by default, as many as the run took."),
     ] = None,
+    also: AlsoOption = None,
+    everything: EverythingOption = False,
     device: DeviceOption = "auto",
 ) -> None:
-    """Score a run again, and write its scores.json."""
+    """Score a run again, and write its scores.json.
+
+    \b
+    pyrovae evaluate runs/vae-digits --also inference_gaps --also collapse
+    """
     from pyrovae.checks import check_positive
     from pyrovae.runs import RunFolder
 
     if num_samples is not None:
         check_positive("--num-samples", num_samples, integer=True)
+    names = _also(also, everything, default=())
     folder = RunFolder(run)
     config, pair, dataset = folder.load()
     seconds = folder.read_scores().get("training_seconds")
-    print(_score(folder, config, pair, dataset, device, num_samples or config.num_samples, seconds))
+    print(_score(folder, config, pair, dataset, device, num_samples or config.num_samples, seconds, names))
+
+
+def _also(also: list[str] | None, everything: bool, default: Iterable[str]) -> list[str]:
+    from pyrovae.checks import check_choice
+    from pyrovae.evaluate import ALSO
+
+    for name in also or []:
+        check_choice("--also", name, ALSO)
+    if everything:
+        return list(ALSO)
+    return list(default) if also is None else also
+
+
+@app.command()
+def report(
+    run: Annotated[Path | None, typer.Argument(metavar="RUN", help="A folder that `pyrovae fit` wrote.")] = None,
+    compare: Annotated[
+        Path | None, typer.Option("--compare", metavar="FOLDER", help="A folder that `pyrovae compare` wrote.")
+    ] = None,
+    num_data: Annotated[int, typer.Option(help="Rows to measure on, drawn at random where there are more.")] = 500,
+    num_samples: Annotated[
+        int | None, typer.Option(help="Importance samples for each datum; by default, as many as the run took.")
+    ] = None,
+    also: AlsoOption = None,
+    everything: EverythingOption = False,
+    device: DeviceOption = "auto",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="An .html file; by default report.html there.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that is there.")] = False,
+) -> None:
+    """Write one HTML page about a run, a comparison or both, to send to somebody.
+
+    The page holds its pictures, and needs no scripts and no other file. A run is measured anew, by all that applies to
+    its pair except annealed importance sampling (--all adds it).
+
+    \b
+    pyrovae report runs/vae-digits
+    pyrovae report --compare runs/compare-gmm-faithful
+    """
+    from pyrovae.checks import check_positive
+    from pyrovae.evaluate import ALSO
+    from pyrovae.report import Page, report_comparison, report_run
+    from pyrovae.runs import RunFolder
+
+    if run is None and compare is None:
+        raise ValueError(
+            "RUN: expected the folder of a run, or --compare with the folder of a comparison; got neither."
+        )
+    check_positive("--num-data", num_data, integer=True)
+    if num_samples is not None:
+        check_positive("--num-samples", num_samples, integer=True)
+    names = _also(also, everything, default=[name for name in ALSO if "evidence" not in name])
+    out = out or (run or compare or Path()) / "report.html"
+    if out.suffix != ".html":
+        raise ValueError(f"--out: expected an .html file; got {out}.")
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"--out: {out} exists. Pass --overwrite to replace it, or another name.")
+    pages: list[Page] = []
+    if compare is not None:
+        pages.append(report_comparison(compare))
+    if run is not None:
+        pages.insert(
+            0, report_run(RunFolder(run), num_data=num_data, num_samples=num_samples, also=names, device=device)
+        )
+    Page.joined(pages).write(out)
+    print(f"Wrote {out}")
 
 
 @app.command()
@@ -406,65 +493,116 @@ def _write_csv(file: Any, names: Iterable[str], rows: list[list[float]]) -> None
 
 @app.command()
 def compare(
+    context: typer.Context,
     pair: Annotated[
-        str, typer.Argument(metavar="PAIR", help="A name from `pyrovae list`, or path/to/file.py:ClassName.")
-    ],
+        list[str] | None,
+        typer.Argument(metavar="PAIR...", help="Names from `pyrovae list`, or path/to/file.py:ClassName."),
+    ] = None,
     data: DataOption = None,
-    settings: SetOption = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", metavar="NAME=VALUE", help="An option of every pair that has it."),
+    ] = None,
+    losses: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="EM, closed-form, default-loss, or losses such as RenyiELBO:K=50,alpha=0.5; several with commas or by "
+            "repeating. By default, what each pair has."
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="How many: the table has means and standard errors over them.")] = 1,
     epochs: Annotated[int | None, typer.Option(help=f"By SVI. {EPOCHS_HELP}")] = None,
     batch_size: Annotated[int, typer.Option(help="Data a step of SVI.")] = 128,
     lr: Annotated[float | None, typer.Option(help=f"By SVI. {LR_HELP}")] = None,
     num_samples: SamplesOption = 1000,
+    gaps: Annotated[
+        bool, typer.Option("--gaps", help="Split each gap into approximation and amortization. Takes its time.")
+    ] = False,
     binarize: BinarizeOption = "auto",
     device: DeviceOption = "auto",
-    seed: SeedOption = 0,
+    seed: Annotated[int, typer.Option(help="The first seed; the others follow it.", callback=_check_seed)] = 0,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="A folder. By default runs/compare-PAIR-DATA, numbered.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the comparison that is there.")] = False,
+    resume: Annotated[
+        Path | None,
+        typer.Option("--resume", metavar="RUN", help="Go on with a comparison that was stopped, where it was."),
+    ] = None,
 ) -> None:
-    """Fit one model by every method it has, and compare them.
+    """Train pairs by every method they have, and compare them.
 
-    From the same start: the closed form, exact EM, SVI with exact enumeration, SVI with an amortized guide.
+    For each seed, all methods of a pair start with the same parameters and make as many passes over the data; EM goes
+    on until it converges. Mixtures: EM, SVI with enumeration, and with an amortized guide by enumeration, score
+    function and VIMCO. PPCA: closed form, EM, SVI. Others: Trace_ELBO, TraceMeanField_ELBO (analytic KL), RenyiELBO.
+    Test rows are scored, where there are any. The folder holds tables (CSV, Markdown, LaTeX), pictures and all numbers.
 
     \b
-    pyrovae compare gmm --data faithful
+    pyrovae compare gmm --data faithful --seeds 5
+    pyrovae compare vae iwae --data digits --set latent_dim=8 --losses Trace_ELBO,RenyiELBO:K=50
     pyrovae compare ppca --data mydata.csv --set latent_dim=3
+    pyrovae compare --resume runs/compare-gmm-faithful
     """
-    from pyrovae.checks import check_positive
-    from pyrovae.compare import compare_methods
-    from pyrovae.runs import (
-        build_pair,
-        default_data,
-        find_pair,
-        load_data,
-        parse_options,
-        resolve_binarize,
-    )
-    from pyrovae.train import default_epochs
+    from tqdm import tqdm
 
-    pair_class = find_pair(pair)
-    given = parse_options(pair_class, settings or [])
-    data = data or default_data(pair)
-    dataset = load_data(data, binarize)
-    built = build_pair(pair_class, given, dataset.data_dim, seed)
-    check_positive("--batch-size", batch_size, integer=True)
-    folder = out or _numbered(Path("runs") / f"compare-{_short(pair)}-{Path(data).stem}")
-    compare_methods(
-        lambda **more: build_pair(pair_class, given | more, dataset.data_dim, seed),
-        dataset,
-        title=f"{_short(pair)} on {_file_name(data)}",
-        epochs=default_epochs(math.ceil(len(dataset.train) / batch_size)) if epochs is None else epochs,
-        batch_size=batch_size,
-        lr=built.default_lr if lr is None else lr,
-        num_samples=num_samples,
-        binarize=resolve_binarize(binarize, built, dataset) == "dynamic",
-        device=device,
-        seed=seed,
-        folder=folder,
-        overwrite=overwrite,
-    )
-    print(f"\nIn {folder}: " + ", ".join(sorted(path.name for path in folder.iterdir())))
+    from pyrovae.checks import check_positive
+    from pyrovae.compare import compare as run
+    from pyrovae.compare.methods import parse_method, split_methods
+    from pyrovae.compare.request import Request
+    from pyrovae.runs import default_data
+
+    if resume is not None:
+        _check_alone(context)
+        folder = resume
+        request, dataset = Request.read(folder)
+    else:
+        if not pair:
+            raise ValueError(
+                "PAIR: expected names from `pyrovae list`, file.py:ClassName, or --resume FOLDER; got none."
+            )
+        for name, value in (("--seeds", seeds), ("--batch-size", batch_size), ("--num-samples", num_samples)):
+            check_positive(name, value, integer=True)
+        if epochs is not None:
+            check_positive("--epochs", epochs, integer=True)
+        if lr is not None:
+            check_positive("--lr", lr)
+        data = data or default_data(pair[0])
+        short = [_short(spec) for spec in pair]
+        request, dataset = Request.of(
+            pair,
+            data,
+            settings or [],
+            binarize,
+            [parse_method(spec, "--losses") for spec in split_methods(losses or [])],
+            title=f"{', '.join(short)} on {_file_name(data)}",
+            seeds=seeds,
+            epochs=epochs,
+            batch_size=batch_size,
+            lr=lr,
+            num_samples=num_samples,
+            gaps=gaps,
+            seed=seed,
+        )
+        folder = out or _numbered(Path("runs") / f"compare-{'-'.join(short)}-{Path(data).stem}")
+    try:
+        comparison = run(
+            request.makers(dataset),
+            dataset,
+            methods=request.methods,
+            **request.settings,
+            binarize=request.binarize == "dynamic",
+            device=device,
+            folder=folder,
+            overwrite=overwrite,
+            resume=resume is not None,
+            config=request.to_dict(),
+            report=tqdm.write,
+        )
+    except KeyboardInterrupt:
+        if (folder / "comparison.json").is_file():
+            print(f"\nStopped. Go on with: pyrovae compare --resume {folder}", file=sys.stderr)
+        raise
+    print(f"\n{comparison}\n\nIn {folder}: " + ", ".join(sorted(path.name for path in folder.iterdir())))
 
 
 @app.command()

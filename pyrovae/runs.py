@@ -10,9 +10,7 @@ import json
 import os
 import sys
 from ast import literal_eval
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +28,7 @@ from pyrovae.models import DEFAULT_DATA, DEFAULT_OPTIONS, REGISTRY
 from pyrovae.pair import Pair
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 __all__ = [
     "Config",
@@ -331,8 +329,8 @@ class RunFolder:
             ValueError: something is damaged, foreign or has changed.
         """
         config = self.read_config()
-        self._check_file(config.pair, config.pair_sha256)
-        self._check_file(config.data, config.data_sha256)
+        self.check_file(config.pair, config.pair_sha256)
+        self.check_file(config.data, config.data_sha256)
         data = load_data(config.data, config.binarize)
         pair = self._build(find_pair(config.pair), config, data.data_dim)
         if with_weights and self.weights.is_file():
@@ -354,7 +352,7 @@ class RunFolder:
         except (TypeError, ValueError) as error:
             raise ValueError(f"RUN: options in {file} make no {pair_class.__name__} ({error}).") from error
 
-    def _check_file(self, spec: str, digest: str | None) -> None:
+    def check_file(self, spec: str, digest: str | None) -> None:
         path, _ = _split(spec)
         if path is None and not spec.lower().endswith(DATA_FILES):
             return  # a registered name
@@ -384,6 +382,14 @@ class RunFolder:
             writer.writerows(history)
         os.replace(temporary, self.path / "history.csv")
 
+    def read_history(self) -> list[dict[str, float]]:
+        """Its rows; none where it is missing."""
+        file = self.path / "history.csv"
+        if not file.is_file():
+            return []
+        with file.open(newline="", encoding="utf-8") as lines:
+            return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(lines)]
+
     def write_scores(self, scores: dict[str, Any]) -> None:
         self._write_text("scores.json", json.dumps(scores, indent=2) + "\n")
 
@@ -403,27 +409,8 @@ class RunFolder:
         self, pair: Pair, data: DataSet, rows: Tensor, labels: Tensor | None, history: list[dict[str, float]]
     ) -> list[Path]:
         """The pictures that apply to this pair and these data; one that fails is a line on stderr. Returns files."""
-        from pyrovae.evaluate import plots  # matplotlib loads when first used
-        from pyrovae.evaluate.predict import latents, local_latents
+        from pyrovae.evaluate.plots import save_figures  # matplotlib loads when first used
+        from pyrovae.pictures import pictures_of_run
 
-        shape, names = data.image_shape, data.feature_names
-        figures: dict[str, Callable[[], Figure]] = {}
-        if len(history) > 1:
-            figures["training"] = lambda: plots.plot_history(history)
-        figures["samples"] = lambda: plots.plot_samples(pair, rows, image_shape=shape, feature_names=names)
-        try:
-            found = latents(pair, rows[:2], mean=True, seed=0)
-            local = local_latents(pair, rows[:2])
-        except (ValueError, NotImplementedError):  # nothing to encode into
-            found, local = {}, ()
-        continuous = {name: found[name] for name in local if found[name].is_floating_point() and found[name].dim() == 2}
-        if continuous:
-            figures["reconstructions"] = lambda: plots.plot_reconstructions(pair, rows, image_shape=shape)
-        if rows.shape[1] == 2 and plots.has_density(pair, rows):
-            figures["density"] = lambda: plots.plot_density(pair, rows, feature_names=names)
-        for name, z in continuous.items():
-            if z.shape[1] == 2:
-                figures["latents"] = partial(plots.plot_latents, pair, rows, name, labels=labels)
-                if shape is not None and len(found) == 1:
-                    figures["manifold"] = partial(plots.plot_manifold, pair, name, shape, data_dim=rows.shape[1])
-        return plots.save_figures(figures, self.pictures)
+        pictures = pictures_of_run(pair, data, rows, labels, history)
+        return save_figures({name: picture.draw for name, picture in pictures.items()}, self.pictures)

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 import pyrovae
 from pyrovae.cli import main
+from pyrovae.compare import plots as compare_plots
 from pyrovae.data import load_file, names
 from pyrovae.evaluate import decode, latents, plots, reconstruct
 from pyrovae.infer import LOSSES
@@ -367,6 +368,7 @@ def test_a_picture_that_fails_is_a_line(capsys, monkeypatch, table):
 
     monkeypatch.setattr(plots, "plot_samples", fail)
     monkeypatch.setattr(plots, "plot_densities", fail)
+    monkeypatch.setattr(compare_plots, "plot_responsibilities", fail)
     assert call("fit", "gmm", "--data", table, "--epochs", 2, "-o", "run") == 0
     said = capsys.readouterr()
     assert said.out.index("log evidence") < said.out.index("run/pictures/training.png")
@@ -375,8 +377,8 @@ def test_a_picture_that_fails_is_a_line(capsys, monkeypatch, table):
     assert Path("run/scores.json").is_file()
     assert call("compare", "gmm", "--data", table, "--epochs", 2, "-o", "out") == 0
     said = capsys.readouterr()
-    assert "log likelihood" in said.out
-    assert "pictures: could not draw densities (no ink)" in said.err
+    assert "log evidence" in said.out
+    assert "pictures: could not draw responsibilities (no ink)" in said.err
 
 
 GLOBAL = """

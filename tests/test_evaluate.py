@@ -209,7 +209,7 @@ def test_active_units_of_two_layers_are_counted_each():
     assert found.units_per_latent == {"z1": 3, "z2": 2}
     assert found.active_units_per_latent["z2"] == 0
     assert found.active_units == found.active_units_per_latent["z1"] > 0
-    assert "of 5  (" in str(found)
+    assert "of 5 (" in str(found)
     assert sum(found.kl_per_latent.values()) == pytest.approx(found.kl)
     assert "KL of z1" in str(found)
 

@@ -36,6 +36,13 @@ class DataSet:
         """D, the features of a datum: what a pair takes as ``data_dim``."""
         return self.train.shape[1]
 
+    @property
+    def scored(self) -> tuple[str, Tensor, Tensor | None]:
+        """Which rows a fit is scored on, ``test`` or, where there are none, ``train``; these rows; their labels."""
+        if self.test is None:
+            return "train", self.train, self.labels_train
+        return "test", self.test, self.labels_test
+
     def __repr__(self) -> str:
         if self.test is None:
             rows, rest = f"{len(self.train):,} rows", ", no test rows"

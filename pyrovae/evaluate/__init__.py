@@ -1,6 +1,70 @@
-"""Evaluation: scores, new data and pictures of a fitted pair."""
+"""Evaluation: scores, diagnostics, new data and pictures of a fitted pair."""
 
+from pyrovae.evaluate.ais import (
+    AnnealedEvidence,
+    BidirectionalEvidence,
+    annealed_evidence,
+    bidirectional_evidence,
+)
+from pyrovae.evaluate.calibration import (
+    Calibration,
+    PredictiveCheck,
+    plot_calibration,
+    posterior_predictive_check,
+    simulation_based_calibration,
+)
+from pyrovae.evaluate.collapse import Collapse, active_units_curve, collapse
+from pyrovae.evaluate.decomposition import KLDecomposition, kl_decomposition
+from pyrovae.evaluate.everything import ALSO, evaluate
+from pyrovae.evaluate.gaps import InferenceGaps, inference_gaps
+from pyrovae.evaluate.guide_quality import GuideQuality, guide_quality
+from pyrovae.evaluate.inference_data import to_arviz
+from pyrovae.evaluate.mixtures import (
+    InformationCriteria,
+    MixtureScores,
+    Selection,
+    information_criteria,
+    mixture_scores,
+    plot_selection,
+    select_components,
+)
 from pyrovae.evaluate.predict import decode, latents, reconstruct, sample
-from pyrovae.evaluate.scores import Scores, evaluate
+from pyrovae.evaluate.prepare import NotApplicable
+from pyrovae.evaluate.scores import Scores
 
-__all__ = ["Scores", "decode", "evaluate", "latents", "reconstruct", "sample"]
+__all__ = [
+    "ALSO",
+    "AnnealedEvidence",
+    "BidirectionalEvidence",
+    "Calibration",
+    "Collapse",
+    "GuideQuality",
+    "InferenceGaps",
+    "InformationCriteria",
+    "KLDecomposition",
+    "MixtureScores",
+    "NotApplicable",
+    "PredictiveCheck",
+    "Scores",
+    "Selection",
+    "active_units_curve",
+    "annealed_evidence",
+    "bidirectional_evidence",
+    "collapse",
+    "decode",
+    "evaluate",
+    "guide_quality",
+    "inference_gaps",
+    "information_criteria",
+    "kl_decomposition",
+    "latents",
+    "mixture_scores",
+    "plot_calibration",
+    "plot_selection",
+    "posterior_predictive_check",
+    "reconstruct",
+    "sample",
+    "select_components",
+    "simulation_based_calibration",
+    "to_arviz",
+]

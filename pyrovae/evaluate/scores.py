@@ -1,11 +1,11 @@
-"""One set of honest numbers: evidence with its error, the bound in parts, active units."""
+"""One set of honest numbers: evidence with its error, the bound in parts, the quality of the guide's weights."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyrovae.checks import check_positive
+from pyrovae.evaluate.collapse import ACTIVE_UNIT_VARIANCE
+from pyrovae.evaluate.decomposition import log_prob_per_dimension
+from pyrovae.evaluate.guide_quality import FEWEST_SAMPLES, GuideQuality, WeightQuality, guide_quality_of, summarise
 from pyrovae.evaluate.predict import mean_or_value
 from pyrovae.evaluate.prepare import prepared
 from pyrovae.infer.log_weights import LogWeightTerms, Structure, log_weight_terms
@@ -20,9 +23,8 @@ from pyrovae.infer.program import Program, Untraceable, say_once
 from pyrovae.infer.surroundings import Surroundings
 from pyrovae.pair import Pair
 
-__all__ = ["ACTIVE_UNIT_VARIANCE", "Scores", "evaluate"]
+__all__ = ["Scores", "importance_scores", "title_of"]
 
-ACTIVE_UNIT_VARIANCE = 0.01  # Burda et al. 2016, section 5.2
 CALLS_WORTH_COMPILING = 3000
 FLOATS_PER_CHUNK = 2**21  # of the widest tensor: small enough for caches, large enough for the dispatch to vanish
 
@@ -61,15 +63,22 @@ class Scores:
     """Exact log p(x), where the pair has ``log_prob``."""
     bits_per_dim: float
     """−log_evidence / (D log 2)."""
+    guide: GuideQuality | None = field(default=None, compare=False)
+    """Pareto-k̂ and effective sample size of the weights behind ``log_evidence``, datum by datum."""
+    also: dict[str, Any] = field(default_factory=dict, compare=False)
+    """What else was asked for, by the name of its function."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """What was asked for and does not apply to this pair, and why."""
     notes: list[str] = field(default_factory=list)
     """What keeps these numbers from meaning what they usually do."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
-        return asdict(self)
+        plain = vars(self) | {"guide": None if self.guide is None else self.guide.to_dict()}
+        return plain | {"also": {name: result.to_dict() for name, result in self.also.items()}}
 
-    def __repr__(self) -> str:
-        """A table, for reading."""
+    def rows(self) -> list[tuple[str, str, str]]:
+        """The table: quantity, value, remark."""
         over_data = self.log_evidence_stderr_data
         errors = [f"± {self.log_evidence_stderr:.3f} Monte Carlo"] if self.num_samples else []
         errors += [] if over_data is None else [f"± {over_data:.3f} over data"]
@@ -83,13 +92,21 @@ class Scores:
             rows += [("  reconstruction", self.reconstruction, ""), ("  KL", self.kl, "")]
             if len(self.kl_per_latent) > 1:
                 rows += [(f"    KL of {name}", kl, "") for name, kl in self.kl_per_latent.items()]
-        lines = [f"{name:<24}{value:>12.3f}  {note}".rstrip() for name, value, note in rows]
+        table = [(name, f"{value:.3f}", note) for name, value, note in rows]
+        table.append(("bits per dimension", f"{self.bits_per_dim:.3f}", ""))
         if self.active_units is not None:
             each = "+".join(str(count) for count in self.active_units_per_latent.values())
-            detail = f"  ({each})" if len(self.active_units_per_latent) > 1 else ""
-            total = sum(self.units_per_latent.values())
-            lines.append(f"{'active units':<24}{self.active_units:>12d}  of {total}{detail}")
-        missing = [
+            detail = f" ({each})" if len(self.active_units_per_latent) > 1 else ""
+            table.append(("active units", str(self.active_units), f"of {sum(self.units_per_latent.values())}{detail}"))
+        if self.guide is not None:
+            bad, count = self.guide.num_bad, len(self.guide.k)
+            table.append(("k̂ above 0.7", str(bad), f"of {count}: {_trust(bad / count)}"))
+        return table
+
+    def __repr__(self) -> str:
+        """A table, for reading."""
+        lines = [f"{name:<24}{value:>12}  {note}".rstrip() for name, value, note in self.rows()]
+        absent = [
             label
             for label, value in (
                 ("exact log likelihood", self.log_likelihood),
@@ -100,36 +117,39 @@ class Scores:
         ]
         sampled = f"{self.num_samples} sample{'s' * (self.num_samples > 1)} each" if self.num_samples else "no sampling"
         head = f"{self.num_data} data, {sampled}; nats per datum"
-        foot = [f"does not apply to this pair: {', '.join(missing)}"] if missing else []
-        return "\n".join([head, *lines, *foot, *(f"NOTE: {note}" for note in self.notes)])
+        foot = [f"does not apply to this pair: {', '.join(absent)}"] if absent else []
+        table = "\n".join([head, *lines, *foot, *(f"NOTE: {note}" for note in self.notes)])
+        more = [f"{title_of(name)}: {result!r}" for name, result in self.also.items()]
+        reasons = [f"LEFT OUT: {reason}" for reason in self.left_out.values()]
+        return "\n\n".join([table, *more, *(["\n".join(reasons)] if reasons else [])])
 
 
-def evaluate(
+def title_of(quantity: str) -> str:
+    """Of a quantity that bears its function's name: for readers."""
+    title = quantity.replace("_", " ").replace("kl ", "KL ")
+    return title[0].upper() + title[1:]
+
+
+def _trust(bad: float) -> str:
+    """In words, what a share of data with k̂ above 0.7 means."""
+    if bad <= 0.01:
+        return "the guide is a good importance sampler"
+    if bad <= 0.1:
+        return "for a few data the evidence may be too low"
+    return "the guide misses mass; the evidence may be too low"
+
+
+def importance_scores(
     pair: Pair,
     x: Tensor,
     *,
-    num_samples: int = 5000,
+    num_samples: int,
     binarize: bool = False,
     device: str | torch.device = "auto",
     seed: int = 0,
     progress: bool | None = None,
 ) -> Scores:
-    """Score a pair on data by importance sampling from its guide.
-
-    Data and samples are taken in chunks, so memory does not grow with N · K.
-
-    Args:
-        pair: the model and guide. It is left as it was.
-        x: data, shape (N, D).
-        num_samples: importance samples K a datum.
-        binarize: draw pixels in [0, 1] as 0 or 1 first, once.
-        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``.
-        seed: of the samples. The caller's random state is left as it was.
-        progress: show a bar; None shows it on a terminal.
-
-    Raises:
-        TypeError, ValueError: bad data or options, before work starts.
-    """
+    """:func:`pyrovae.evaluate` without its ``also``: one pass of importance sampling over the data."""
     check_positive("num_samples", num_samples, integer=True)
     with prepared(pair, x, binarize=binarize, device=device, seed=seed) as x, torch.no_grad():
         return _evaluate(pair, x, num_samples, progress)
@@ -150,7 +170,9 @@ def _evaluate(pair: Pair, x: Tensor, num_samples: int, progress: bool | None) ->
     chunks = x.split(data_chunk)
     rounds = num_samples // particle_chunk
     summarise_full = _compiled(summarise, pair, chunks[0], particle_chunk, calls=rounds * len(chunks))
-    parts = _Parts()
+    sites: Any = probe.guide_trace.nodes
+    has_tails = any(not sites[name]["fn"].support.is_discrete for name in probe.guide)
+    parts = _Parts(fits_tails=has_tails and num_samples >= FEWEST_SAMPLES)
     for rows in tqdm(
         chunks, unit="chunk", disable=None if progress is None else not progress, leave=False, desc="evaluate"
     ):
@@ -232,8 +254,8 @@ def _summary(terms: LogWeightTerms, particles: int) -> Summary:
             mean = mean_or_value(fn, value).expand(value.shape)
             mean = mean.reshape(particles, -1, *(fn.event_shape or (1,))).flatten(2)
             summary["mean", name] = mean.sum(0)
-        own = _log_prob_per_dimension(fn, value)
-        prior = None if model_site is None else _log_prob_per_dimension(model_site["fn"], value)
+        own = log_prob_per_dimension(fn, value)
+        prior = None if model_site is None else log_prob_per_dimension(model_site["fn"], value)
         if own is not None and prior is not None:
             summary["dims", name] = (own - prior).double().flatten(0, -2).sum(0)
     return summary
@@ -242,12 +264,14 @@ def _summary(terms: LogWeightTerms, particles: int) -> Summary:
 class _Parts:
     """Sums over particles and data, chunk by chunk. Nothing is read from the device before ``scores``."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, fits_tails: bool) -> None:
         self.evidence: list[Tensor] = []  # per unit
         self.relative_variance: list[Tensor] = []
         self.elbo: list[Tensor] = []
         self.sums: Summary = {}
         self.means: dict[str, list[Tensor]] = defaultdict(list)
+        self.quality: list[WeightQuality] = []
+        self._fits_tails = fits_tails
 
     def start(self) -> None:
         self._log_w: list[Tensor] = []
@@ -271,6 +295,9 @@ class _Parts:
         self.relative_variance.append(relative.var(0) / count if count > 1 else torch.zeros_like(evidence))
         for (_, name), total in self._means.items():
             self.means[name].append(total / count)
+        self._fits_tails = self._fits_tails and not bool((log_w.isnan() | (log_w == math.inf)).any())
+        if self._fits_tails:
+            self.quality.append(guide_quality_of(log_w))
 
     def scores(
         self, x: Tensor, num_samples: int, exact: float | None, *, sampled: bool, split: bool, notes: list[str]
@@ -313,15 +340,6 @@ class _Parts:
             units_per_latent=units,
             log_likelihood=exact,
             bits_per_dim=-log_evidence / (x.shape[1] * math.log(2)),
+            guide=summarise(self.quality, num_data, num_samples) if self._fits_tails else None,
             notes=notes,
         )
-
-
-def _log_prob_per_dimension(fn: Any, value: Tensor) -> Tensor | None:
-    """log density of each dimension, (..., dimensions); None where the distribution does not factorise over them."""
-    if not fn.event_shape:
-        return fn.log_prob(value).unsqueeze(-1)
-    base = getattr(fn, "base_dist", None)
-    if base is None or base.event_shape or type(fn).__name__ != "Independent":
-        return None
-    return base.log_prob(value).flatten(-len(fn.event_shape))

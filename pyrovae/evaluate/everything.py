@@ -1,0 +1,97 @@
+"""Everything that is measured of a pair, by one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrovae.checks import check_choice, check_data
+from pyrovae.evaluate.ais import annealed_evidence, bidirectional_evidence
+from pyrovae.evaluate.calibration import posterior_predictive_check, simulation_based_calibration
+from pyrovae.evaluate.collapse import collapse
+from pyrovae.evaluate.decomposition import kl_decomposition
+from pyrovae.evaluate.gaps import inference_gaps
+from pyrovae.evaluate.mixtures import mixture_scores
+from pyrovae.evaluate.prepare import NotApplicable
+from pyrovae.evaluate.scores import Scores, importance_scores
+from pyrovae.pair import Pair
+
+__all__ = ["ALSO", "evaluate"]
+
+ALSO: dict[str, tuple[Callable[..., Any], int | None]] = {
+    "collapse": (collapse, None),
+    "kl_decomposition": (kl_decomposition, None),
+    "inference_gaps": (inference_gaps, 500),
+    "annealed_evidence": (annealed_evidence, 100),
+    "bidirectional_evidence": (bidirectional_evidence, None),
+    "simulation_based_calibration": (simulation_based_calibration, None),
+    "posterior_predictive_check": (posterior_predictive_check, None),
+    "mixture_scores": (mixture_scores, None),
+}
+"""What :func:`evaluate` measures on demand, and on how many data at most: the functions of these names, with their
+defaults. For other settings call them."""
+OF_THE_MODEL = ("bidirectional_evidence", "simulation_based_calibration")  # they make their own data
+
+
+def evaluate(
+    pair: Pair,
+    x: Tensor,
+    *,
+    num_samples: int = 5000,
+    also: Sequence[str] | str = (),
+    labels: Any = None,  # (N,)
+    binarize: bool = False,
+    device: str | torch.device = "auto",
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Scores:
+    """Score a pair on data by importance sampling from its guide; on demand, by everything else that there is.
+
+    Data and samples are taken in chunks, so memory does not grow with N · K.
+
+    Args:
+        pair: the model and guide. It is left as it was.
+        x: data, shape (N, D).
+        num_samples: importance samples K a datum.
+        also: names of ``ALSO``, or ``"all"``. Quantities that do not apply to the pair are left out, and named.
+            ``inference_gaps`` takes at most 500 of the data and ``annealed_evidence`` 100, drawn by ``seed``.
+        labels: classes of the data, for ``mixture_scores``.
+        binarize: draw pixels in [0, 1] as 0 or 1 first, once.
+        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``.
+        seed: of the samples. The caller's random state is left as it was.
+        progress: show a bar; None shows it on a terminal.
+
+    Raises:
+        TypeError, ValueError: bad data or options, before work starts.
+    """
+    names = list(ALSO) if also == "all" else [also] if isinstance(also, str) else list(also)
+    for name in names:
+        check_choice("also", name, ALSO)
+    if labels is not None and len(labels) != len(x):
+        raise ValueError(f"labels: expected one for each of the {len(x)} data; got {len(labels)}.")
+    scores = importance_scores(
+        pair, x, num_samples=num_samples, binarize=binarize, device=device, seed=seed, progress=progress
+    )
+    settings = {"device": device, "seed": seed}
+    for name in names:
+        function, most = ALSO[name]
+        more: dict[str, Any] = settings | ({} if name == "mixture_scores" else {"progress": progress})
+        try:
+            if name in OF_THE_MODEL:
+                scores.also[name] = function(pair, data_dim=x.shape[1], **more)
+            else:
+                more |= {"labels": labels} if name == "mixture_scores" else {}
+                scores.also[name] = function(pair, _some(x, most, seed), binarize=binarize, **more)
+        except NotApplicable as reason:
+            scores.left_out[name] = str(reason)
+    return scores
+
+
+def _some(x: Any, most: int | None, seed: int) -> Tensor:
+    x = check_data(x)
+    if most is None or len(x) <= most:
+        return x
+    return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:most]]

@@ -1,0 +1,208 @@
+"""One self-contained HTML page about a run, a comparison or both. It needs no scripts and no other file."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pyrovae.compare.folder import read_comparison
+from pyrovae.compare.tables import head, to_rows
+from pyrovae.evaluate import evaluate
+from pyrovae.evaluate.scores import title_of
+from pyrovae.pictures import Picture, pictures_of_run, pictures_of_scores
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from pyrovae.data import DataSet
+    from pyrovae.pair import Pair
+    from pyrovae.runs import Config, RunFolder
+
+__all__ = ["Page", "Section", "report_comparison", "report_run"]
+
+DPI = 110
+TEMPLATE = Path(__file__).with_name("report.html")
+
+
+@dataclass
+class Image:
+    """A picture inside the page."""
+
+    png: str  # base64
+    width: int
+    height: int
+    alt: str
+    caption: str = ""
+
+
+@dataclass
+class Section:
+    """A heading, and any of: paragraphs, notices, a table, blocks of plain text, pictures."""
+
+    title: str
+    texts: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    head: list[str] = field(default_factory=list)
+    rows: list[list[str]] = field(default_factory=list)
+    numbers: int = 0
+    """Columns after the first that hold numbers."""
+    blocks: list[str] = field(default_factory=list)
+    pictures: list[Image] = field(default_factory=list)
+
+    @property
+    def is_empty(self) -> bool:
+        return not any((self.texts, self.notices, self.rows, self.blocks, self.pictures))
+
+    def draw(self, pictures: Iterable[Picture]) -> Section:
+        """Add pictures. One that cannot be drawn is named on the page."""
+        for picture in pictures:
+            try:
+                self.pictures.append(_image(picture.draw(), picture))
+            except Exception as error:  # the page is worth having without it
+                self.notices.append(f"Not drawn ({picture.alt}): {type(error).__name__}: {error}")
+        return self
+
+    def add_files(self, alts: Mapping[Path, str]) -> Section:
+        """Add PNG files that are there already, with what they show."""
+        for path, alt in alts.items():
+            data = path.read_bytes()
+            width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))
+            self.pictures.append(Image(base64.b64encode(data).decode(), width, height, alt))
+        return self
+
+
+@dataclass
+class Page:
+    title: str
+    lead: str
+    sections: list[Section]
+
+    @staticmethod
+    def joined(pages: Sequence[Page]) -> Page:
+        """One page with the sections of all; those of the second and later begin with their page's title."""
+        first, *rest = pages
+        sections = list(first.sections)
+        for page in rest:
+            sections += [Section(page.title, texts=[page.lead]), *page.sections]
+        return Page(first.title, first.lead, sections)
+
+    def write(self, path: Path) -> None:
+        """Write the page in one step: no half of it is ever there."""
+        from jinja2 import Environment
+
+        environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+        versions = ", ".join(f"{name} {version(name)}" for name in ("pyrovae", "torch", "pyro-ppl"))
+        html = template.render(title=self.title, lead=self.lead, sections=self.sections, footer=f"Made by {versions}.")
+        temporary = path.with_name(f"{path.name}.tmp")
+        temporary.write_text(html, encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def _image(figure: Figure, picture: Picture) -> Image:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    width, height = (round(inches * DPI) for inches in figure.get_size_inches())
+    return Image(base64.b64encode(buffer.getvalue()).decode(), width, height, picture.alt, picture.caption)
+
+
+def report_run(folder: RunFolder, *, num_data: int, num_samples: int | None, also: Sequence[str], device: str) -> Page:
+    """What was fitted on what, the scores, the training, what the model makes, and how far the guide is right.
+
+    The pair is measured anew: on the rows that its run was scored on, or ``num_data`` of them drawn at random.
+    """
+    config, pair, data = folder.load()
+    history, seconds = folder.read_history(), folder.read_scores().get("training_seconds")
+    which, rows, labels = data.scored
+    generator = torch.Generator().manual_seed(config.seed)
+    if len(rows) > num_data:
+        chosen = torch.randperm(len(rows), generator=generator)[:num_data]
+        rows, labels = rows[chosen], None if labels is None else labels[chosen]
+    if config.binarize == "dynamic":
+        rows = torch.bernoulli(rows, generator=generator)
+    scores = evaluate(
+        pair,
+        rows,
+        num_samples=num_samples or config.num_samples,
+        also=also,
+        labels=labels,
+        device=device,
+        seed=config.seed,
+    )
+    fitted = Section("What was fitted", texts=[_first_line(pair)], rows=_facts(config, pair, data, history, seconds))
+    table = Section(
+        "Scores",
+        texts=[f"{scores.num_data} {which} rows, {scores.num_samples} importance samples each. Nats per datum."],
+        head=["quantity", "value", ""],
+        rows=[[name.strip(), value, note] for name, value, note in scores.rows()],
+        numbers=1,
+        notices=scores.notes,
+    )
+    pictures = pictures_of_run(pair, data, rows, labels, history)
+    training = Section("Training").draw([pictures.pop("training")] if "training" in pictures else [])
+    model = Section("The model and its latents").draw(pictures.values())
+    measured = Section("The guide and the latents, measured")
+    measured.draw(pictures_of_scores(pair, data, rows, scores).values())
+    measured.blocks = [f"{title_of(name)}: {result!r}" for name, result in scores.also.items()]
+    if scores.left_out:
+        measured.texts.append(f"Does not apply to this pair: {', '.join(map(title_of, scores.left_out))}.")
+    sections = [section for section in (fitted, table, training, model, measured) if not section.is_empty]
+    lead = f"Log evidence {scores.log_evidence:.3f} nats per datum on {which} data."
+    return Page(f"{type(pair).__name__} on {Path(config.data).name}", lead, sections)
+
+
+def report_comparison(folder: Path) -> Page:
+    """The table and the pictures of a comparison."""
+    comparison = read_comparison(folder)
+    header, *rows = to_rows(comparison)
+    table = Section("Methods", head=header, rows=rows, numbers=len(header) - 1, texts=comparison.notes)
+    methods = ", ".join(dict.fromkeys(row.method for row in comparison.table))
+    alts = {
+        "comparison.png": f"Curves of what each method maximises, against seconds and passes over the data: {methods}.",
+        "gaps.png": f"Stacked bars of what each method misses, in nats per datum: {methods}.",
+        "responsibilities.png": "The data, coloured by the component that each method finds most probable.",
+        "densities.png": "The data over contours of the density that each method fitted.",
+    }
+    files = {folder / name: alt for name, alt in alts.items() if (folder / name).is_file()}
+    pictures = Section("Pictures").add_files(files)
+    lead = " ".join(head(comparison))
+    return Page(comparison.title, lead, [section for section in (table, pictures) if not section.is_empty])
+
+
+def _first_line(pair: Pair) -> str:
+    return (type(pair).__doc__ or type(pair).__name__).strip().splitlines()[0]
+
+
+def _facts(
+    config: Config, pair: Pair, data: DataSet, history: list[dict[str, float]], seconds: float | None
+) -> list[list[str]]:
+    fit = config.fit
+    facts = {
+        "pair": type(pair).__name__,
+        "options": ", ".join(f"{k} = {v}" for k, v in config.options.items()) or "the defaults",
+        "parameters": f"{sum(p.numel() for p in pair.parameters()):,}",
+        "data": repr(data),
+        "convention": data.convention
+        + {"dynamic": " Pixels drawn as 0 or 1 anew at every use."}.get(config.binarize, ""),
+        "source": data.source,
+        "loss": " ".join(
+            [config.loss or type(pair.default_loss()).__name__, *map(_option, config.loss_options.items())]
+        ),
+        "training": f"{len(history)} of {fit.get('epochs')} epochs, batches of {fit.get('batch_size')}, Adam from learning "
+        f"rate {fit.get('lr')}, {fit.get('schedule')} schedule",
+        "time": "" if seconds is None else f"{seconds:.1f} s",
+        "seed": str(config.seed),
+    }
+    return [[name, value] for name, value in facts.items() if value]
+
+
+def _option(item: tuple[str, Any]) -> str:
+    return f"{item[0]}={item[1]}"
