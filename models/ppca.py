@@ -94,6 +94,12 @@ class PPCA(Pair):
         mean, tril = self._posterior(x)
         return dist.MultivariateNormal(mean, self.noise_variance * torch.cholesky_inverse(tril))
 
+    @property
+    def num_parameters(self) -> int:
+        """Free parameters of the model, as BIC and AIC count them: μ, σ², and W up to a rotation of the latents."""
+        d, q = self.data_dim, self.latent_dim
+        return d + 1 + d * q - q * (q - 1) // 2
+
     @torch.no_grad()
     def initialize(self, x: Tensor, *, seed: int | None = None) -> None:
         """Start at the data's mean, with random weights on the scale of each feature and half of the mean variance as

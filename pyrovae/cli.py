@@ -425,11 +425,15 @@ def report(
     if num_samples is not None:
         check_positive("--num-samples", num_samples, integer=True)
     names = _also(also, everything, default=[name for name in ALSO if "evidence" not in name])
+    if out is not None and not out.parent.is_dir():
+        raise FileNotFoundError(f"--out: expected a folder that exists; found none at {out.parent}. Make it first.")
     out = out or (run or compare or Path()) / "report.html"
     if out.suffix != ".html":
         raise ValueError(f"--out: expected an .html file; got {out}.")
     if out.exists() and not overwrite:
         raise FileExistsError(f"--out: {out} exists. Pass --overwrite to replace it, or another name.")
+    if out.is_dir():
+        raise IsADirectoryError(f"--out: expected an .html file; {out} is a folder.")
     pages: list[Page] = []
     if compare is not None:
         pages.append(report_comparison(compare))

@@ -68,6 +68,7 @@ class Pair(PyroModule):
     - ``log_prob(x)``: the exact log evidence log p(x), shape (batch,), nats;
     - ``posterior(x)``: the exact posterior p(z | x), a distribution with batch shape (batch,);
     - ``expected_statistics(x)`` and ``maximize(statistics)``: one EM iteration, see :func:`pyrovae.fit_em`;
+    - ``num_parameters``: the number of the model's free parameters, which BIC and AIC count;
     - ``default_loss()``: the objective that :func:`pyrovae.fit` uses when none is named.
     """
 

@@ -95,14 +95,14 @@ def pictures_of_scores(pair: Pair, data: DataSet, rows: Tensor, scores: Scores) 
             "Dimensions in grey carry nothing about the data." if unused else "",
         )
         shape, name = data.image_shape, max(kl, key=lambda name: sum(kl[name]))
-        if shape is not None and len(kl[name]) > 2 and name in local_latents(pair, rows[:2]):
+        if shape is not None and len(kl[name]) > 2 and score_plots.can_traverse(pair, rows, name):
             top = sorted(range(len(kl[name])), key=lambda d: -kl[name][d])[:TRAVERSED]
             found["traversal"] = Picture(
                 partial(score_plots.plot_traversal, pair, rows, name, shape, dimensions=top),
                 f"Rows of images: each row changes one of the {len(top)} dimensions of {name} that carry most KL.",
                 "The other dimensions stay at the posterior mean of the first datum.",
             )
-    if scores.guide is not None:
+    if scores.guide is not None and not scores.guide.is_joint:
         k = scores.guide.k
         found["pareto_k"] = Picture(
             partial(score_plots.plot_pareto_k, k),
@@ -121,7 +121,7 @@ def pictures_of_scores(pair: Pair, data: DataSet, rows: Tensor, scores: Scores) 
 
         found["calibration"] = Picture(
             partial(plot_calibration, calibration),
-            f"Rank histograms of simulation-based calibration. {calibration.verdict}",
+            f"Rank histograms of simulation-based calibration. Verdict: {calibration.verdict}.",
             "An exact posterior has uniform ranks, inside the grey band.",
         )
     return found

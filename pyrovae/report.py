@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from pyrovae.data import DataSet
+    from pyrovae.evaluate import Scores
     from pyrovae.pair import Pair
     from pyrovae.runs import Config, RunFolder
 
@@ -42,10 +43,32 @@ class Image:
     alt: str
     caption: str = ""
 
+    @staticmethod
+    def of(png: bytes, alt: str, caption: str = "") -> Image:
+        width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))  # where every PNG has them
+        return Image(base64.b64encode(png).decode(), width, height, alt, caption)
+
+
+@dataclass
+class Block:
+    """What a result prints: its first line, a table in plain text, and its notes."""
+
+    title: str
+    lead: str
+    table: str
+    notes: list[str]
+
+    @staticmethod
+    def of(name: str, result: Any) -> Block:
+        lead, *lines = repr(result).splitlines()
+        notes = [line.removeprefix("NOTE: ").rstrip(".") for line in lines if line.startswith("NOTE: ")]
+        table = "\n".join(line for line in lines if not line.startswith("NOTE: "))
+        return Block(title_of(name), f"{lead}.", table, notes)
+
 
 @dataclass
 class Section:
-    """A heading, and any of: paragraphs, notices, a table, blocks of plain text, pictures."""
+    """A heading, and any of: paragraphs, notices, a table, pictures, blocks."""
 
     title: str
     texts: list[str] = field(default_factory=list)
@@ -54,8 +77,8 @@ class Section:
     rows: list[list[str]] = field(default_factory=list)
     numbers: int = 0
     """Columns after the first that hold numbers."""
-    blocks: list[str] = field(default_factory=list)
     pictures: list[Image] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
 
     @property
     def is_empty(self) -> bool:
@@ -65,17 +88,14 @@ class Section:
         """Add pictures. One that cannot be drawn is named on the page."""
         for picture in pictures:
             try:
-                self.pictures.append(_image(picture.draw(), picture))
+                self.pictures.append(Image.of(_png(picture.draw()), picture.alt, picture.caption))
             except Exception as error:  # the page is worth having without it
                 self.notices.append(f"Not drawn ({picture.alt}): {type(error).__name__}: {error}")
         return self
 
     def add_files(self, alts: Mapping[Path, str]) -> Section:
         """Add PNG files that are there already, with what they show."""
-        for path, alt in alts.items():
-            data = path.read_bytes()
-            width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))
-            self.pictures.append(Image(base64.b64encode(data).decode(), width, height, alt))
+        self.pictures += [Image.of(path.read_bytes(), alt) for path, alt in alts.items()]
         return self
 
 
@@ -103,15 +123,17 @@ class Page:
         versions = ", ".join(f"{name} {version(name)}" for name in ("pyrovae", "torch", "pyro-ppl"))
         html = template.render(title=self.title, lead=self.lead, sections=self.sections, footer=f"Made by {versions}.")
         temporary = path.with_name(f"{path.name}.tmp")
-        temporary.write_text(html, encoding="utf-8")
-        os.replace(temporary, path)
+        try:
+            temporary.write_text(html, encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
-def _image(figure: Figure, picture: Picture) -> Image:
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
-    width, height = (round(inches * DPI) for inches in figure.get_size_inches())
-    return Image(base64.b64encode(buffer.getvalue()).decode(), width, height, picture.alt, picture.caption)
+    return buffer.getvalue()
 
 
 def report_run(folder: RunFolder, *, num_data: int, num_samples: int | None, also: Sequence[str], device: str) -> Page:
@@ -122,6 +144,7 @@ def report_run(folder: RunFolder, *, num_data: int, num_samples: int | None, als
     config, pair, data = folder.load()
     history, seconds = folder.read_history(), folder.read_scores().get("training_seconds")
     which, rows, labels = data.scored
+    num_rows = len(rows)
     generator = torch.Generator().manual_seed(config.seed)
     if len(rows) > num_data:
         chosen = torch.randperm(len(rows), generator=generator)[:num_data]
@@ -140,8 +163,8 @@ def report_run(folder: RunFolder, *, num_data: int, num_samples: int | None, als
     fitted = Section("What was fitted", texts=[_first_line(pair)], rows=_facts(config, pair, data, history, seconds))
     table = Section(
         "Scores",
-        texts=[f"{scores.num_data} {which} rows, {scores.num_samples} importance samples each. Nats per datum."],
-        head=["quantity", "value", ""],
+        texts=[_what_was_measured(scores, which, num_rows)],
+        head=["quantity", "value", "remark"],
         rows=[[name.strip(), value, note] for name, value, note in scores.rows()],
         numbers=1,
         notices=scores.notes,
@@ -151,11 +174,10 @@ def report_run(folder: RunFolder, *, num_data: int, num_samples: int | None, als
     model = Section("The model and its latents").draw(pictures.values())
     measured = Section("The guide and the latents, measured")
     measured.draw(pictures_of_scores(pair, data, rows, scores).values())
-    measured.blocks = [f"{title_of(name)}: {result!r}" for name, result in scores.also.items()]
-    if scores.left_out:
-        measured.texts.append(f"Does not apply to this pair: {', '.join(map(title_of, scores.left_out))}.")
+    measured.blocks = [Block.of(name, result) for name, result in scores.also.items()]
+    measured.texts = [f"Left out: {reason}" for reason in scores.left_out.values()]
     sections = [section for section in (fitted, table, training, model, measured) if not section.is_empty]
-    lead = f"Log evidence {scores.log_evidence:.3f} nats per datum on {which} data."
+    lead = f"Log evidence {scores.log_evidence:.3f} nats per datum, on {which} rows."
     return Page(f"{type(pair).__name__} on {Path(config.data).name}", lead, sections)
 
 
@@ -173,8 +195,15 @@ def report_comparison(folder: Path) -> Page:
     }
     files = {folder / name: alt for name, alt in alts.items() if (folder / name).is_file()}
     pictures = Section("Pictures").add_files(files)
-    lead = " ".join(head(comparison))
+    lead = " ".join(head(comparison)).removeprefix(f"{comparison.title}: ")
     return Page(comparison.title, lead, [section for section in (table, pictures) if not section.is_empty])
+
+
+def _what_was_measured(scores: Scores, which: str, num_rows: int) -> str:
+    some = f" of {num_rows}" if scores.num_data < num_rows else ""
+    drawn = ", drawn at random" if some else ""
+    how = f"{scores.num_samples} importance samples each" if scores.num_samples else "exact: nothing is sampled"
+    return f"{scores.num_data}{some} {which} rows{drawn}; {how}. Nats per datum."
 
 
 def _first_line(pair: Pair) -> str:
@@ -196,8 +225,8 @@ def _facts(
         "loss": " ".join(
             [config.loss or type(pair.default_loss()).__name__, *map(_option, config.loss_options.items())]
         ),
-        "training": f"{len(history)} of {fit.get('epochs')} epochs, batches of {fit.get('batch_size')}, Adam from learning "
-        f"rate {fit.get('lr')}, {fit.get('schedule')} schedule",
+        "training": f"{f'{len(history)} of' if history else 'up to'} {fit.get('epochs')} epochs, batches of "
+        f"{fit.get('batch_size')}, Adam from learning rate {fit.get('lr')}, {fit.get('schedule')} schedule",
         "time": "" if seconds is None else f"{seconds:.1f} s",
         "seed": str(config.seed),
     }

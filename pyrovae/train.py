@@ -19,7 +19,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from pyrovae.checkpoint import load_state, save_state
 from pyrovae.checks import check_choice, check_data, check_positive, not_a_pair, pick_device

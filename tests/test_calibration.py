@@ -17,15 +17,10 @@ from torch import nn
 import pyrovae as pv
 from pyrovae.evaluate import calibration as module
 from pyrovae.evaluate import sample
-from pyrovae.evaluate.calibration import (
-    LIKELIHOOD,
-    default_statistics,
-    ecdf_band,
-    plot_calibration,
-    posterior_predictive_check,
-    simulation_based_calibration,
-)
+from pyrovae.evaluate.calibration import LIKELIHOOD, ecdf_band, plot_calibration, simulation_based_calibration
+from pyrovae.evaluate.predictive import default_statistics, posterior_predictive_check
 from pyrovae.evaluate.prepare import NotApplicable
+from pyrovae.evaluate.traces import FLOATS_PER_CHUNK
 from pyrovae.models import GMM, IWAE, PPCA, VAE
 
 NUM_SE = 5  # standard errors allowed in statistical tests
@@ -299,11 +294,11 @@ def test_two_layers_and_a_sampled_category():
 
 @pytest.mark.parametrize("name", ["linear", "gamma, plates", "mixture, exact"])
 def test_chunks_of_any_size(name, monkeypatch):
-    monkeypatch.setattr(module, "FLOATS_PER_CHUNK", 400)  # fewer simulations than S at a time, and one draw
+    monkeypatch.setitem(FLOATS_PER_CHUNK, "cpu", 400)  # fewer simulations than S at a time, and one draw
     found = simulation_based_calibration(EXACT[name](), num_simulations=300, num_draws=9)
     assert found.p_value > CHANCE
     assert all(len(test.ranks) == 300 for test in found.tests.values())
-    monkeypatch.setattr(module, "FLOATS_PER_CHUNK", 300 * 12 * 4)  # draws in several parts, with a rest
+    monkeypatch.setitem(FLOATS_PER_CHUNK, "cpu", 300 * 12 * 4)  # draws in several parts, with a rest
     assert simulation_based_calibration(EXACT[name](), num_simulations=300, num_draws=9).p_value > CHANCE
 
 
@@ -491,7 +486,7 @@ def test_p_values_of_the_true_model_are_uniform_and_posterior_ones_conservative(
 def test_replicates_in_chunks(monkeypatch):
     pair = Linear((2.0, 1.0))
     x = sample(pair, 30, seed=0)
-    monkeypatch.setattr(module, "FLOATS_PER_CHUNK", 40)  # rows in parts, one replicate at a time
+    monkeypatch.setitem(FLOATS_PER_CHUNK, "cpu", 40)  # rows in parts, one replicate at a time
     for r in ("prior", "posterior"):
         found = posterior_predictive_check(pair, x, replicates=r, num_replicates=50)
         assert all(s.p_value > 2 / 51 for s in found.statistics)

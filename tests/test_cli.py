@@ -20,12 +20,12 @@ import pyrovae
 from pyrovae.cli import main
 from pyrovae.compare import plots as compare_plots
 from pyrovae.data import load_file, names
-from pyrovae.evaluate import decode, latents, plots, reconstruct
+from pyrovae.evaluate import ALSO, decode, latents, plots, reconstruct
 from pyrovae.infer import LOSSES
 from pyrovae.models import REGISTRY
 from pyrovae.runs import find_pair, parse_options
 
-COMMANDS = ("list", "fit", "evaluate", "sample", "compare", "bench", "new")
+COMMANDS = ("list", "fit", "evaluate", "report", "sample", "compare", "bench", "new")
 SMALL = ["--set", "latent_dim=2", "--set", "hidden_dims=8", "--epochs", "3", "--num-samples", "20"]
 
 
@@ -146,6 +146,15 @@ TABLE = {
     "samples": (["evaluate", "nothing", "--num-samples", "0"], r"--num-samples: expected a whole number.*got 0"),
     "number of draws": (["sample", "nothing", "-n", "0"], r"--num: expected a whole number, 1 or more; got 0"),
     "sample file": (["sample", "nothing", "-o", "x.pdf"], r"--out: expected a .csv, .npy or .png file; got x.pdf"),
+    "evaluate also": (["evaluate", "nothing", "--also", "colapse"], r"--also: .*'colapse'. Did you mean 'collapse'"),
+    "report nothing": (["report"], r"RUN: expected the folder of a run, or --compare .*; got neither"),
+    "report no run": (["report", "nothing"], r"RUN: expected a folder that `pyrovae fit` wrote; nothing has no"),
+    "report no comparison": (["report", "--compare", "no"], r"--compare: expected .*`pyrovae compare` wrote; no has"),
+    "report also": (["report", "no", "--also", "gaps"], r"--also: .*got 'gaps'. Did you mean .*'inference_gaps'"),
+    "report rows": (["report", "no", "--num-data", "0"], r"--num-data: expected a whole number, 1 or more; got 0"),
+    "report samples": (["report", "no", "--num-samples", "0"], r"--num-samples: expected a whole number.*got 0"),
+    "report file": (["report", "no", "-o", "x.pdf"], r"--out: expected an .html file; got x.pdf"),
+    "report folder": (["report", "no", "-o", "none/x.html"], r"--out: expected a folder that exists; found none"),
     "compare pair": (["compare", "gm"], r"PAIR: .*Did you mean 'gmm'"),
     "compare epochs": (["compare", "gmm", "--epochs", "0"], r"--epochs: expected a whole number, 1 or more; got 0"),
     "compare device": (["compare", "gmm", "--device", "gpu"], r"device: expected 'auto', 'cpu' or 'cuda'; got 'gpu'"),
@@ -261,6 +270,58 @@ def test_evaluate_gives_the_numbers_of_fit(capsys, digits_run):
     assert f"{after['log_evidence']:.3f}" in capsys.readouterr().out
     assert call("evaluate", run, "--num-samples", 7) == 0
     assert json.loads((run / "scores.json").read_text())["num_samples"] == 7
+
+
+def test_evaluate_measures_more_on_demand(capsys, digits_run):
+    run = Path(shutil.copytree(digits_run, "run"))
+    assert call("evaluate", run, "--also", "collapse", "--also", "mixture_scores") == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^Collapse: 360 data", shown, re.M)
+    assert re.search(r"^LEFT OUT: mixture scores do not apply to VAE", shown, re.M)
+    scores = json.loads((run / "scores.json").read_text())
+    assert list(scores["also"]) == ["collapse"]
+    assert list(scores["also"]["collapse"]["latents"]) == ["z"]
+    assert list(scores["left_out"]) == ["mixture_scores"]
+    assert scores["training_seconds"] > 0
+    assert call("evaluate", run) == 0  # without them, they are gone
+    assert json.loads((run / "scores.json").read_text())["also"] == {}
+
+
+@pytest.mark.parametrize(
+    ("command", "default"), [("evaluate", []), ("report", [name for name in ALSO if "evidence" not in name])]
+)
+def test_what_is_measured(monkeypatch, digits_run, command, default):
+    asked = []
+
+    def keep(pair, x, *, also, **options):
+        asked.append(list(also))
+        raise ValueError("enough")
+
+    monkeypatch.setattr("pyrovae.evaluate", keep)
+    monkeypatch.setattr("pyrovae.report.evaluate", keep)
+    for options in ([], ["--all"], ["--also", "collapse"], ["--also", "collapse", "--all"]):
+        assert call(command, digits_run, "--num-samples", 2, *options) == 2
+    assert asked == [default, list(ALSO), ["collapse"], list(ALSO)]
+
+
+def test_help_names_all_that_can_be_measured(capsys):
+    for command in ("evaluate", "report"):
+        assert call(command, "--help") == 0
+        shown = "".join(capsys.readouterr().out.split())
+        assert all(name in shown for name in ALSO)
+
+
+def test_report(capsys, digits_run):
+    few = ["--num-data", 20, "--num-samples", 30, "--also", "collapse"]
+    assert call("report", digits_run, *few, "-o", "page.html") == 0
+    assert capsys.readouterr().out == "Wrote page.html\n"
+    page = Path("page.html").read_text(encoding="utf-8")
+    assert page.startswith("<!DOCTYPE html>")
+    assert page.count("<img ") >= 6
+    assert "Wrote" not in refusal(capsys, "report", digits_run, *few, "-o", "page.html")
+    Path("folder.html").mkdir()
+    message = refusal(capsys, "report", digits_run, "-o", "folder.html", "--overwrite")
+    assert "--out: expected an .html file; folder.html is a folder" in message
 
 
 def test_sample(capsys, digits_run):

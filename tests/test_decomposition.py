@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import pyrovae as pv
-from pyrovae.evaluate import decomposition
 from pyrovae.evaluate.decomposition import kl_decomposition
 from pyrovae.evaluate.prepare import NotApplicable
+from pyrovae.evaluate.traces import FLOATS_PER_CHUNK
 
 NUM_SE = 5  # standard errors allowed in statistical tests
 PARTS = ("kl", "mutual_information", "marginal_kl", "total_correlation", "dimension_wise_kl")
@@ -390,7 +390,7 @@ def test_kl_agrees_with_evaluate():
 def test_blocks_change_nothing(pair, monkeypatch):
     x = torch.randn(23, pair.data_dim)
     whole = kl_decomposition(pair, x)
-    monkeypatch.setattr(decomposition, "FLOATS_PER_BLOCK", 2000)  # a few data at a time, and a rest
+    monkeypatch.setitem(FLOATS_PER_CHUNK, "cpu", 2000)  # a few data at a time, and a rest
     blocks = kl_decomposition(pair, x)
     for part in PARTS[:3]:
         assert getattr(blocks, part) == pytest.approx(getattr(whole, part), abs=1e-6)

@@ -15,6 +15,7 @@ from torch import nn
 
 import pyrovae as pv
 from pyrovae.evaluate import decode, evaluate, latents, reconstruct, sample, scores
+from pyrovae.evaluate.traces import FLOATS_PER_CHUNK
 from pyrovae.infer import log_weight_terms, log_weights
 from pyrovae.infer.program import Program
 
@@ -289,7 +290,7 @@ def test_chunks_do_not_change_the_numbers(monkeypatch, floats):
     pair = DeltaGuide()
     x = draw(pair, 23)
     expected = evaluate(pair, x, num_samples=7).to_dict()
-    monkeypatch.setattr(scores, "FLOATS_PER_CHUNK", floats)
+    monkeypatch.setitem(FLOATS_PER_CHUNK, "cpu", floats)
     found = evaluate(pair, x, num_samples=7).to_dict()
     (note,) = expected.pop("notes")
     assert "log joint density, and bounds nothing" in note
@@ -315,7 +316,7 @@ def test_every_datum_gets_every_sample(monkeypatch, floats):
         calls.append(terms := log_weight_terms(*args, **kwargs))
         return terms
 
-    monkeypatch.setattr(scores, "FLOATS_PER_CHUNK", floats)
+    monkeypatch.setitem(FLOATS_PER_CHUNK, "cpu", floats)
     monkeypatch.setattr(scores, "log_weight_terms", counted)
     found = evaluate(pair, x, num_samples=13)
     shapes = [terms.log_weights.shape for terms in calls[1:]]  # the first is a look at the pair
@@ -539,6 +540,47 @@ def test_bad_calls_of_predictions(call, exception, match):
         call(LinearGaussian())
 
 
+class WithDeterministic(LinearGaussian):
+    """The same pair; model and guide also name a value that they compute."""
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(self.latent_dim), 1.0).to_event(1))
+            loc = pyro.deterministic("loc", z @ self.weight.mT, event_dim=1)
+            pyro.sample("x", dist.Normal(loc, self.noise).to_event(1), obs=x)
+
+    def guide(self, x):
+        loc, scale = self.moments(x)
+        with pyro.plate("data", len(x)):
+            pyro.deterministic("encoded", loc, event_dim=1)
+            pyro.sample("z", dist.Normal(loc, scale).to_event(1))
+
+
+def test_a_deterministic_value_is_no_data_and_no_latent():
+    pair, plain, x = WithDeterministic(), LinearGaussian(), torch.randn(4, 5)
+    assert list(latents(pair, x)) == ["z"]
+    z = {"z": torch.randn(4, 3)}
+    for mean in (False, True):
+        assert torch.equal(sample(pair, 7, mean=mean, seed=0), sample(plain, 7, mean=mean, seed=0))
+        assert torch.equal(decode(pair, z, mean=mean, seed=0), decode(plain, z, mean=mean, seed=0))
+        assert torch.equal(reconstruct(pair, x, mean=mean, seed=0), reconstruct(plain, x, mean=mean, seed=0))
+    with pytest.raises(ValueError, match="no latent 'loc'; its sites are z, x"):
+        decode(pair, {"loc": torch.zeros(4, 5)})
+    assert evaluate(pair, x, num_samples=20) == evaluate(plain, x, num_samples=20)
+
+
+def test_reconstruct_leaves_auxiliary_variables_of_the_guide_out():
+    class Auxiliary(LinearGaussian):
+        def guide(self, x):
+            loc, scale = self.moments(x)
+            with pyro.plate("data", len(x)):
+                u = pyro.sample("u", dist.Normal(loc, scale).to_event(1), infer={"is_auxiliary": True})
+                pyro.sample("z", dist.Delta(u).to_event(1))
+
+    x = torch.randn(4, 5)
+    assert torch.equal(reconstruct(Auxiliary(), x, seed=0), reconstruct(LinearGaussian(), x, seed=0))
+
+
 def test_size_of_a_pair_that_does_not_say():
     class NoSize(pv.Pair):
         def model(self, x):
@@ -557,7 +599,7 @@ def test_size_of_a_pair_that_does_not_say():
 @pytest.mark.parametrize("name", ["vae", "iwae", "ppca"])
 def test_compiled_scores_are_the_eager_ones(name, compiles, monkeypatch):
     """At equal noise, with chunks of data and particles that do not fill up: those stay eager."""
-    monkeypatch.setattr(scores, "FLOATS_PER_CHUNK", 400)
+    monkeypatch.setitem(FLOATS_PER_CHUNK, "cpu", 400)
     if not compiles:
         monkeypatch.setattr(Program, "compile", lambda self, args: None)
     options = {"iwae": {"latent_dims": (3, 2), "hidden_dims": ((5,), (4,))}, "ppca": {"latent_dim": 2}}

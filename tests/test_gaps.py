@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 
 import pyro
 import pyro.distributions as dist
@@ -15,8 +14,10 @@ from torch.distributions import kl_divergence
 
 import pyrovae as pv
 from pyrovae.evaluate import sample
-from pyrovae.evaluate.gaps import FAMILIES, inference_gaps
+from pyrovae.evaluate.datum_guides import FAMILIES
+from pyrovae.evaluate.gaps import inference_gaps
 from pyrovae.evaluate.prepare import NotApplicable
+from pyrovae.evaluate.traces import FLOATS_PER_CHUNK
 
 NUM_SE = 5  # standard errors allowed in statistical tests
 SEARCH = 5e-3  # nats a datum that the search for the best guide may leave behind
@@ -393,7 +394,7 @@ def test_pairs(make, monkeypatch):
     pair, x = make(), torch.rand(7, 6).round()
     weights = {name: value.clone() for name, value in pair.state_dict().items()}
     state = torch.get_rng_state()
-    monkeypatch.setitem(sys.modules[inference_gaps.__module__].FLOATS_PER_CHUNK, "cpu", 4 * 8 * 15)
+    monkeypatch.setitem(FLOATS_PER_CHUNK, "cpu", 4 * 8 * 15)
     options = {"num_samples": 200, "num_steps": 16, "seed": 3, "device": "cpu", "progress": False}
     found = inference_gaps(pair, x, **options)
     assert torch.equal(torch.get_rng_state(), state)

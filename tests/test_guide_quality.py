@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import warnings
 
 import pyro
@@ -13,8 +12,10 @@ import pytest
 import torch
 
 import pyrovae as pv
-from pyrovae.evaluate.guide_quality import EQUAL, guide_quality, guide_quality_of, summarise
+from pyrovae.evaluate.guide_quality import guide_quality
+from pyrovae.evaluate.pareto import EQUAL, guide_quality_of, summarise
 from pyrovae.evaluate.prepare import NotApplicable
+from pyrovae.evaluate.traces import FLOATS_PER_CHUNK
 
 NUM_SE = 5  # standard errors allowed in statistical tests
 
@@ -204,10 +205,29 @@ def test_pairs(make):
 
 def test_chunks_change_nothing_but_noise(monkeypatch):
     """250 data are three chunks; a small budget makes many runs of the particles."""
-    monkeypatch.setattr(sys.modules[guide_quality.__module__], "FLOATS_PER_CHUNK", 7 * 100)
+    monkeypatch.setitem(FLOATS_PER_CHUNK, "cpu", 7 * 100)
     found = guide_quality(Narrow(0.2), torch.zeros(250, 1), num_samples=100)
     assert found.k.shape == (250,)
     assert len(found.ess.unique()) == 250
+
+
+def test_is_that_of_the_scores():
+    pair, x = Narrow(0.2), torch.randn(5, 1)
+    found, scores = guide_quality(pair, x, num_samples=50, seed=3), pv.evaluate(pair, x, num_samples=50, seed=3)
+    assert torch.equal(found.k, scores.guide.k)
+    assert found.to_dict() == scores.guide.to_dict()
+
+
+def test_weights_that_are_not_finite():
+    class Broken(Narrow):
+        def model(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+                pyro.factor("broken", torch.where(z[..., 0] > 3, math.nan, 0.0))  # in few draws
+                pyro.sample("x", dist.Normal(0.0, 1.0).expand([1]).to_event(1), obs=x)
+
+    with pytest.raises(ValueError, match="pair: expected log-weights below infinity; got NaN"):
+        guide_quality(Broken(), torch.zeros(300, 1), num_samples=30)
 
 
 def test_draws_pixels():

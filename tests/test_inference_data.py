@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 import pyrovae as pv
-from pyrovae.evaluate import inference_data
+from pyrovae.evaluate import draws, inference_data
 from pyrovae.evaluate.inference_data import to_arviz
 from pyrovae.evaluate.prepare import NotApplicable
+from pyrovae.evaluate.traces import FLOATS_PER_CHUNK
 from pyrovae.infer.log_weights import log_weights
 
 with warnings.catch_warnings():
@@ -281,7 +282,7 @@ def test_a_pair_of_functions():
 @pytest.mark.parametrize("floats", [1, 60, 700])
 def test_chunks_change_nothing_but_noise(monkeypatch, floats):
     """Down to one draw of one datum at a time; where the guide is the posterior, every weight is the evidence."""
-    monkeypatch.setattr(inference_data, "FLOATS_PER_CHUNK", floats)
+    monkeypatch.setitem(FLOATS_PER_CHUNK, "cpu", floats)
     x = data(7, 2)
     pair = Wide()
     idata = to_arviz(pair, x, num_draws=11, num_samples=22)
@@ -334,7 +335,7 @@ def test_marginal_log_likelihood_estimates_the_evidence(num_samples):
 def test_each_draw_leaves_out_its_own_weight():
     log_weight = torch.randn(6, 4, dtype=torch.float64) * 3
     log_weight[2, 1] += 200  # nearly all of the sum
-    found = inference_data._without_own(log_weight)
+    found = draws._without_own(log_weight)
     for s in range(6):
         others = torch.cat([log_weight[:s], log_weight[s + 1 :]])
         assert torch.allclose(found[s], others.logsumexp(0) - math.log(5), rtol=1e-12)

@@ -15,9 +15,10 @@ from sklearn import metrics
 from sklearn.mixture import GaussianMixture
 
 import pyrovae as pv
-from pyrovae.evaluate import mixtures as module
-from pyrovae.evaluate.mixtures import information_criteria, mixture_scores, plot_selection, select_components
+from pyrovae.evaluate.criteria import information_criteria, plot_selection, select_components
+from pyrovae.evaluate.mixtures import mixture_scores
 from pyrovae.evaluate.prepare import NotApplicable
+from pyrovae.evaluate.traces import FLOATS_PER_CHUNK
 from pyrovae.models import GMM, IWAE, PPCA, VAE
 
 COVARIANCES = ("full", "tied", "diag", "spherical")
@@ -137,7 +138,7 @@ def test_more_components_than_labels_and_fewer():
 def test_chunks_do_not_matter(monkeypatch):
     gmm, x, labels = fitted()
     whole = mixture_scores(gmm, x, labels=labels), information_criteria(gmm, x)
-    monkeypatch.setattr(module, "FLOATS_PER_CHUNK", 50)
+    monkeypatch.setitem(FLOATS_PER_CHUNK, "cpu", 50)
     parts = mixture_scores(gmm, x, labels=labels), information_criteria(gmm, x)
     for a, b in zip(whole, parts, strict=True):
         assert a.to_dict() == pytest.approx(b.to_dict())
@@ -239,17 +240,24 @@ def test_collapsed_fits_are_flagged_and_never_chosen():
     assert isinstance(plot_selection(hopeless), Figure)
 
 
+@pytest.mark.parametrize("latent_dim", [1, 2, 3, 4])
+def test_free_parameters_of_ppca_are_the_dimensions_of_its_covariances(latent_dim):
+    """The rank of the map from weights and noise to the covariance leaves the rotations out; the mean has D more."""
+
+    def covariance(weight, noise):
+        return weight @ weight.mT + noise * torch.eye(5).double()
+
+    jacobians = torch.func.jacrev(covariance, argnums=(0, 1))(
+        torch.randn(5, latent_dim).double(), torch.ones(()).double()
+    )
+    rank = torch.linalg.matrix_rank(torch.cat([jacobian.reshape(25, -1) for jacobian in jacobians], 1))
+    assert PPCA(5, latent_dim).num_parameters == 5 + rank
+
+
 def test_any_pair_with_em():
     """PPCA counts latent dimensions; it has no categorical posterior, and so no ICL."""
-
-    class Counted(PPCA):
-        @property
-        def num_parameters(self):
-            d, q = self.data_dim, self.latent_dim
-            return d + 1 + d * q - q * (q - 1) // 2
-
     x = torch.randn(400, 2) @ torch.tensor([[3.0, 0, 1, 0, 2], [0, 2.0, 1, 1, 0]]) + 0.5 * torch.randn(400, 5)
-    found = select_components(lambda q: Counted(5, q), x, range(1, 5), restarts=1)
+    found = select_components(lambda q: PPCA(5, q), x, range(1, 5), restarts=1)
     assert found.best("bic").num_components == 2
     assert list(found.winners()) == ["bic", "aic"]
     assert "ICL" not in repr(found)
@@ -293,6 +301,15 @@ def no_log_prob(k):
     return pair
 
 
+class Uncounted(pv.Pair):
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(x.new_zeros(x.shape[1]), 1.0).to_event(1), obs=x)
+
+    def log_prob(self, x):
+        return dist.Normal(x.new_zeros(x.shape[1]), 1.0).to_event(1).log_prob(x)
+
+
 @pytest.mark.parametrize(
     ("call", "exception", "match"),
     [
@@ -307,7 +324,7 @@ def no_log_prob(k):
             ValueError,
             "guide: expected a Categorical over 2 components.*got 3",
         ),
-        (lambda: information_criteria(PPCA(2, 1), X), NotApplicable, "PPCA: .*number of free parameters"),
+        (lambda: information_criteria(Uncounted(), X), NotApplicable, "Uncounted: .*number of free parameters"),
         (
             lambda: information_criteria(IWAE(2, (1,), hidden_dims=((2,),)), X.sign().clamp(min=0)),
             NotApplicable,

@@ -1,7 +1,7 @@
 """The tutorials: paired texts in step, notebooks executed, public names only, and code that runs.
 
 ``python tests/test_tutorials.py 01 02`` executes the texts whose names begin so (all, where none is named) and writes
-their notebooks.
+their notebooks, and the last picture of each for the README.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ import pyrovae
 from pyrovae.infer import SVI
 
 FOLDER = Path(__file__).parent.parent / "tutorials"
+PICTURES = FOLDER / "pictures"
 TUTORIALS = sorted(path.stem for path in FOLDER.glob("[!.]*.py"))
 SECONDS = 180
 STEPS = 5  # of the smoke test, for each SVI object
@@ -76,6 +77,11 @@ def execute(name: str) -> Any:
     return notebook
 
 
+def last_picture(notebook: Any) -> bytes:
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return base64.b64decode([o.data["image/png"] for o in outputs if "image/png" in o.get("data", {})][-1])
+
+
 # Texts and notebooks
 
 
@@ -83,7 +89,8 @@ def test_every_file_is_covered():
     """Each tutorial is a text and a notebook of one name, and there is nothing else."""
     found = sorted(path.name for path in FOLDER.iterdir() if not path.name.startswith((".", "__")))
     assert TUTORIALS
-    assert found == sorted(f"{name}.{ending}" for name in TUTORIALS for ending in ("py", "ipynb"))
+    assert found == sorted(["pictures", *(f"{name}.{ending}" for name in TUTORIALS for ending in ("py", "ipynb"))])
+    assert sorted(path.name for path in PICTURES.iterdir()) == [f"{name}.png" for name in TUTORIALS]
     assert all(re.fullmatch(r"\d\d(-[a-z0-9]+)+", name) for name in TUTORIALS)
 
 
@@ -91,6 +98,15 @@ def test_every_file_is_covered():
 def test_text_and_notebook_agree(name):
     text, notebook = ([(c.cell_type, c.source) for c in n.cells] for n in (read_text(name), read_notebook(name)))
     assert notebook == text, f"run: python tests/test_tutorials.py {name}"
+
+
+@each_tutorial
+def test_readme_shows_it(name):
+    """With a link, and with the last picture of the notebook."""
+    readme = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    assert f"](tutorials/{name}.ipynb)" in readme
+    assert re.search(rf'<img src="tutorials/pictures/{name}\.png"[^>]* alt="[^"]+"', readme)
+    assert (PICTURES / f"{name}.png").read_bytes() == last_picture(read_notebook(name))
 
 
 @each_tutorial
@@ -272,5 +288,8 @@ def test_notebook_runs_in_time(name, tmp_path, monkeypatch):
 if __name__ == "__main__":
     for tutorial in TUTORIALS:
         if not sys.argv[1:] or tutorial.startswith(tuple(sys.argv[1:])):
-            nbformat.write(execute(tutorial), FOLDER / f"{tutorial}.ipynb")
+            written = execute(tutorial)
+            nbformat.write(written, FOLDER / f"{tutorial}.ipynb")
+            PICTURES.mkdir(exist_ok=True)
+            (PICTURES / f"{tutorial}.png").write_bytes(last_picture(written))
             print(tutorial)

@@ -134,8 +134,8 @@ class ComparisonFolder:
         write_text(self.path / "comparison.json", f'{head}"cells": [\n{cells}\n  ]\n}}\n')
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """A folder's comparison.json.
+def read_record(path: Path, argument: str = "--resume") -> dict[str, Any]:
+    """A folder's comparison.json. ``argument`` named the folder.
 
     Raises:
         FileNotFoundError, ValueError: there is none, or it is damaged or foreign.
@@ -143,7 +143,7 @@ def read_record(path: Path) -> dict[str, Any]:
     file = path / "comparison.json"
     if not file.is_file():
         raise FileNotFoundError(
-            f"--resume: expected a folder that `pyrovae compare` wrote; {path} has no comparison.json."
+            f"{argument}: expected a folder that `pyrovae compare` wrote; {path} has no comparison.json."
         )
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
@@ -151,7 +151,7 @@ def read_record(path: Path) -> dict[str, Any]:
             raise ValueError(f"format {record['format']}, and this version reads {FORMAT}")
         return {"settings": dict(record["settings"]), "config": record["config"]} | record
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"--resume: {file} is damaged or no comparison ({error}).") from error
+        raise ValueError(f"{argument}: {file} is damaged or no comparison ({error}).") from error
 
 
 def read_comparison(path: Path) -> Comparison:
@@ -160,12 +160,17 @@ def read_comparison(path: Path) -> Comparison:
     Raises:
         FileNotFoundError, ValueError: there is none, it is damaged, foreign or not finished.
     """
-    record = read_record(path)
+    record = read_record(path, "--compare")
     if not record.get("finished"):
-        raise ValueError(f"the comparison in {path} is not finished. Go on with: pyrovae compare --resume {path}")
+        raise ValueError(
+            f"--compare: the comparison in {path} is not finished. Go on with: pyrovae compare --resume {path}"
+        )
     names = {field.name for field in fields(Comparison)}
-    cells = [Cell(**{name: v for name, v in cell.items() if name != "gap"}) for cell in record["cells"]]
-    return Comparison(**{name: value for name, value in record.items() if name in names} | {"cells": cells})
+    try:
+        cells = [Cell(**{name: v for name, v in cell.items() if name != "gap"}) for cell in record["cells"]]
+        return Comparison(**{name: value for name, value in record.items() if name in names} | {"cells": cells})
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"--compare: {path / 'comparison.json'} is damaged ({error}).") from error
 
 
 def _slug(job: Job) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from pyrovae.checks import check_data, check_positive, pick_device
 from pyrovae.compare import tables

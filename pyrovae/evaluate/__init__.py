@@ -6,29 +6,24 @@ from pyrovae.evaluate.ais import (
     annealed_evidence,
     bidirectional_evidence,
 )
-from pyrovae.evaluate.calibration import (
-    Calibration,
-    PredictiveCheck,
-    plot_calibration,
-    posterior_predictive_check,
-    simulation_based_calibration,
-)
+from pyrovae.evaluate.calibration import Calibration, plot_calibration, simulation_based_calibration
 from pyrovae.evaluate.collapse import Collapse, active_units_curve, collapse
-from pyrovae.evaluate.decomposition import KLDecomposition, kl_decomposition
-from pyrovae.evaluate.everything import ALSO, evaluate
-from pyrovae.evaluate.gaps import InferenceGaps, inference_gaps
-from pyrovae.evaluate.guide_quality import GuideQuality, guide_quality
-from pyrovae.evaluate.inference_data import to_arviz
-from pyrovae.evaluate.mixtures import (
+from pyrovae.evaluate.criteria import (
     InformationCriteria,
-    MixtureScores,
     Selection,
     information_criteria,
-    mixture_scores,
     plot_selection,
     select_components,
 )
+from pyrovae.evaluate.decomposition import KLDecomposition, kl_decomposition
+from pyrovae.evaluate.everything import ALSO, evaluate
+from pyrovae.evaluate.gaps import InferenceGaps, inference_gaps
+from pyrovae.evaluate.guide_quality import guide_quality
+from pyrovae.evaluate.inference_data import to_arviz
+from pyrovae.evaluate.mixtures import MixtureScores, mixture_scores
+from pyrovae.evaluate.pareto import GuideQuality
 from pyrovae.evaluate.predict import decode, latents, reconstruct, sample
+from pyrovae.evaluate.predictive import PredictiveCheck, default_statistics, posterior_predictive_check
 from pyrovae.evaluate.prepare import NotApplicable
 from pyrovae.evaluate.scores import Scores
 
@@ -52,6 +47,7 @@ __all__ = [
     "bidirectional_evidence",
     "collapse",
     "decode",
+    "default_statistics",
     "evaluate",
     "guide_quality",
     "inference_gaps",

@@ -8,7 +8,7 @@ model the same chains also run backwards, from an exact posterior sample, and bo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -21,12 +21,12 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import biject_to
-from tqdm.auto import tqdm
 
 from pyrovae.checks import check_positive, not_a_pair
-from pyrovae.evaluate.prepare import NotApplicable, prepared
+from pyrovae.evaluate.prepare import NotApplicable, prepared, progress_bar
 from pyrovae.evaluate.scores import importance_scores
-from pyrovae.infer.log_weights import PARTICLES, LogWeightTerms, log_weights_of_traces, same_random_state
+from pyrovae.evaluate.traces import blank_data, drawn_data, runs_at_a_time, unobserve, width
+from pyrovae.infer.log_weights import PARTICLES, LogWeightTerms, log_weights_of_traces, same_random_state, sample_sites
 from pyrovae.infer.program import Program, Untraceable, say_once
 from pyrovae.infer.surroundings import Surroundings
 from pyrovae.pair import Pair
@@ -40,7 +40,6 @@ STEP_JITTER = 0.5
 SCHEDULE_STEEPNESS = 4.0
 CALLS_WORTH_RECORDING, CALLS_WORTH_COMPILING = 500, 3000
 UNEVEN_SHARE = 4  # notes say so where fewer than a quarter of the chains count
-FLOATS_PER_CHUNK = {"cpu": 2**21, "cuda": 2**25}  # of the widest tensor
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -161,8 +160,8 @@ def annealed_evidence(
 
     Step sizes, one for each datum and temperature, come from a pilot run that adapts them towards an acceptance of
     0.65; units of length are the prior's standard deviations. Both are then fixed: adapted to the chains that are
-    weighed, they would cost E[w] = p(x). Each transition draws its own share of the step size, 0.5 to 1.5, so that no orbit
-    returns to where it began (Neal 2011).
+    weighed, they would cost E[w] = p(x). Each transition draws its own share of the step size, 0.5 to 1.5, so that no
+    orbit returns to where it began (Neal 2011).
 
     Time grows with T · K · N · ``num_leapfrog``; memory does not grow with N.
 
@@ -328,8 +327,9 @@ class _Latents:
             NotApplicable: see :func:`annealed_evidence`.
         """
         self._pair = type(pair).__name__
-        sites = {s["name"]: s for s in _sites(trace)}
-        hidden = {name: site for name, site in sites.items() if not _is_observed(site)}
+        sites = sample_sites(trace)
+        observed = {n for n, s in sites.items() if s["is_observed"] or s["infer"].get("was_observed")}
+        hidden = {name: site for name, site in sites.items() if name not in observed}
         self.enumerated = tuple(name for name, s in hidden.items() if s["infer"].get("enumerate") == "parallel")
         self.nesting = -min((f.dim for s in sites.values() for f in s["cond_indep_stack"] if f.vectorized), default=0)
         self.sites: dict[str, _Site] = {}
@@ -344,12 +344,10 @@ class _Latents:
             if name not in self.enumerated:
                 self.sites[name] = self._site(name, site, frames)
                 self.dim = self.sites[name].columns.stop
-        if not hidden:
-            raise self.inapplicable("it has no latent, so its evidence is exact already: evaluate(...).log_evidence")
         if not self.sites:
             raise self.inapplicable(
-                "it has no continuous latent, and the discrete ones are summed out, so its evidence is exact already: "
-                "evaluate(...).log_evidence, or its log_prob"
+                "it has no continuous latent, so its evidence is exact already, by summing the discrete ones out: "
+                "evaluate(...).log_evidence with a guide that leaves them out, or log_prob"
             )
 
     def inapplicable(self, reason: str) -> NotApplicable:
@@ -458,29 +456,16 @@ class _Density:
         return log_weights_of_traces(trace, Trace(), len(u), self.latents.nesting), given.log_det
 
 
-def _sites(trace: Trace) -> Iterator[Any]:
-    sites: Any = prune_subsample_sites(trace).nodes.values()
-    return (s for s in sites if s["type"] == "sample" and not s["infer"].get("_deterministic"))
-
-
-def _is_observed(site: Any) -> bool:
-    return site["is_observed"] or bool(site["infer"].get("was_observed"))
-
-
 @torch.no_grad()
 def _simulate(pair: Pair, num_data: int, data_dim: int | None, seed: int) -> tuple[_Latents, Tensor, Tensor, int]:
     """Draw x and its latents from the model: what the latents are, x, u, and a seed for what comes after."""
-    data_dim = data_dim if data_dim is not None else getattr(pair, "data_dim", None)
-    if data_dim is None:
-        raise ValueError(f"data_dim: {type(pair).__name__} does not say its data_dim; pass data_dim=.")
-    check_positive("data_dim", data_dim, integer=True)
-    blank = next(pair.parameters(), torch.zeros(())).new_zeros(num_data, data_dim)
+    blank = blank_data(pair, num_data, data_dim)
     with torch.random.fork_rng(), pyro.validation_enabled(False):
         torch.manual_seed(seed)
-        trace = poutine.trace(poutine.uncondition(pair.model)).get_trace(blank)
+        trace = poutine.trace(unobserve(pair.model)).get_trace(blank)
         seed = int(torch.randint(2**31, ()))  # chains that start from the same noise as x would know it
     latents = _Latents(pair, trace)
-    observed = [site for site in _sites(trace) if _is_observed(site)]
+    observed = list(drawn_data(trace).values())
     if len(observed) != 1 or observed[0]["value"].shape != blank.shape:
         shapes = {site["name"]: tuple(site["value"].shape) for site in observed}
         raise NotApplicable(
@@ -521,9 +506,7 @@ def _annealed(
     value, gradient = _recorded(density, x[chunks[0]], num_chains, calls=total * settings.num_leapfrog)
 
     found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(directions)]
-    with tqdm(
-        total=total, unit="step", disable=None if progress is None else not progress, leave=False, desc="anneal"
-    ) as bar:
+    with progress_bar("anneal", progress, total=total, unit="step") as bar:
         for rows in chunks:
             chains = _Chains(value, gradient, x[rows], settings.num_leapfrog, bar.update)
             start = density.draw(x[rows], num_chains)
@@ -616,12 +599,10 @@ def _chunk_size(pair: Pair, density: _Density, x: Tensor, num_chains: int) -> in
     few = x[:2]
     with same_random_state():
         terms = density.terms(pair.model, density.draw(few, 1), few)[0]
-    sites: Any = terms.model_trace.nodes.values()
     if terms.log_weights.dim() != 2:
         raise density.latents.inapplicable("its sites do not all lie in one plate 'data', so a datum has no weight")
-    values = max(s["unscaled_log_prob"].numel() for s in sites if s["type"] == "sample") // len(few)  # enumerated
-    width = max([p.shape[0] for p in pair.parameters() if p.dim() == 2] + [x.shape[1], density.latents.dim]) * values
-    return min(len(x), max(1, FLOATS_PER_CHUNK[x.device.type] // (num_chains * width)))
+    widest = width(pair, terms.model_trace, len(few), enumerated=density.latents.enumerated)
+    return min(len(x), max(1, runs_at_a_time(x.device, widest) // num_chains))
 
 
 def _recorded(density: _Density, x: Tensor, num_chains: int, *, calls: int) -> tuple[Callable[..., Any], ...]:

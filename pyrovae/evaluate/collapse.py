@@ -13,16 +13,11 @@ import torch
 from torch import Tensor
 
 from pyrovae.checks import check_positive
-from pyrovae.evaluate.decomposition import (
-    LocalGuide,
-    check_counts,
-    log_prob_of_categories,
-    log_prob_per_dimension,
-    mean_over_categories,
-    sampled_parts,
-)
+from pyrovae.evaluate.decomposition import check_counts, mean_over_categories, sampled_parts
+from pyrovae.evaluate.local_guide import LocalGuide, log_prob_of_categories
 from pyrovae.evaluate.predict import mean_or_value
 from pyrovae.evaluate.prepare import NotApplicable, prepared
+from pyrovae.evaluate.traces import log_prob_per_dimension
 from pyrovae.infer.log_weights import Structure
 from pyrovae.pair import Pair
 
@@ -137,60 +132,38 @@ def active_units_curve(
 
 
 def judge_dimensions(
-    posterior_means: Tensor,  # (N, dims)
-    kl_per_dimension: Sequence[float] | None = None,
+    information: Sequence[float],
+    mean_variance: Sequence[float],
     *,
-    information: Sequence[float] | None = None,
     total: float | None = None,
     kl: float | None = None,
-    mean_variance: Sequence[float] | None = None,
+    kl_per_dimension: Sequence[float] = (),
 ) -> LatentCollapse:
-    """The verdict on a latent with dimensions, from what a scorer has. The rule is that of :func:`collapse`.
+    """The verdict on a latent with dimensions, by the rule of :func:`collapse`.
 
     Args:
-        posterior_means: E[z | x_n].
-        kl_per_dimension: average KL of guide from prior. It stands in for the information where that is not given, in
-            dimensions whose posterior mean moves at all (variance above 1e-4): one that is a constant away from the
-            prior has a KL, and tells nothing.
         information: nats that each dimension tells about the data.
+        mean_variance: variance over data of each dimension's posterior mean.
         total: nats that all dimensions together tell, if known.
-        kl: of the whole latent; by default the sum over dimensions.
-        mean_variance: variance over data of the means, by default that of ``posterior_means``.
-
-    Raises:
-        TypeError, ValueError: lists that do not match ``posterior_means``; neither KL nor information.
+        kl, kl_per_dimension: of guide from prior, if known.
     """
-    posterior_means = _check_means(posterior_means)
-    variance = posterior_means.var(0).tolist() if mean_variance is None else list(mean_variance)
-    size = len(variance)
-    if kl_per_dimension is None and information is None:
-        raise ValueError("kl_per_dimension: expected the KL of each dimension, as information= is not given; got None.")
-    for name, values in (("kl_per_dimension", kl_per_dimension), ("information", information)):
-        if values is not None and len(values) != size:
-            raise ValueError(
-                f"{name}: expected one number for each of the {size} dimensions of posterior_means; got {len(values)}."
-            )
-    kls = [] if kl_per_dimension is None else [float(value) for value in kl_per_dimension]
-    what = "KL" if information is None else "information"
-    if information is None:
-        information = [value if moves > THRESHOLDS[0] else 0.0 for value, moves in zip(kls, variance, strict=True)]
-    verdict, reason, used = _judge([float(value) for value in information], total, what)
+    verdict, reason, used = _judge(information, total)
     return LatentCollapse(
         verdict=verdict,
         text=f"{verdict}: {reason}",
-        size=size,
+        size=len(information),
         used=used,
-        kl=sum(kls) if kl is None and kls else kl,
-        kl_per_dimension=kls,
-        information_per_dimension=[float(value) for value in information],
-        mean_variance=variance,
-        active_units=sum(value > ACTIVE_UNIT_VARIANCE for value in variance),
-        active_units_curve=[sum(value > threshold for value in variance) for threshold in THRESHOLDS],
+        kl=kl,
+        kl_per_dimension=list(kl_per_dimension),
+        information_per_dimension=list(information),
+        mean_variance=list(mean_variance),
+        active_units=sum(value > ACTIVE_UNIT_VARIANCE for value in mean_variance),
+        active_units_curve=[sum(value > threshold for value in mean_variance) for threshold in THRESHOLDS],
         usage=[],
     )
 
 
-def _judge(information: list[float], total: float | None, what: str) -> tuple[str, str, int]:
+def _judge(information: Sequence[float], total: float | None) -> tuple[str, str, int]:
     """Verdict, reason, and the number of dimensions that count."""
     size, together = len(information), sum(max(value, 0.0) for value in information)
     telling = sum(value > USED_NATS for value in information)
@@ -198,16 +171,16 @@ def _judge(information: list[float], total: float | None, what: str) -> tuple[st
     if not telling:
         if total is not None and total > 10 * USED_NATS:
             return "partly collapsed", f"none of {size} {dimensions} tells {USED_NATS} nats, all of them {total:.2f}", 0
-        return "collapsed", f"no dimension of {size} carries more than {USED_NATS} nats of {what}", 0
+        return "collapsed", f"no dimension of {size} carries more than {USED_NATS} nats of information", 0
     carriers, few = (_carriers(information, share) for share in (SHARE, 0.9))
     nats = f"({together:.2f} nats)"
     if telling == size and carriers >= 0.9 * size:
-        return "alive", f"{'it carries' if size == 1 else f'all {size} dimensions carry'} {what} {nats}", size
+        return "alive", f"{'it carries' if size == 1 else f'all {size} dimensions carry'} information {nats}", size
     used = min(carriers, telling)
-    return "partly collapsed", f"{used} of {size} dimensions carry 99% of the {what} {nats}, {few} carry 90%", used
+    return "partly collapsed", f"{used} of {size} dimensions carry 99% of the information {nats}, {few} carry 90%", used
 
 
-def _carriers(information: list[float], share: float) -> int:
+def _carriers(information: Sequence[float], share: float) -> int:
     """The fewest dimensions that carry this share of the information."""
     largest = sorted((max(value, 0.0) for value in information), reverse=True)
     carried = list(accumulate(largest))
@@ -336,12 +309,11 @@ def collapse(
                     f"{'have no closed form' if latent.alone else 'depend on other latents'}"
                 )
             latents[name] = judge_dimensions(
-                one.means,
-                one.kl_per_dimension or None,
-                information=information,
+                information,
+                one.mean_variance.tolist(),
                 total=known.mutual_information if known else None,
                 kl=one.kl,
-                mean_variance=one.mean_variance.tolist(),
+                kl_per_dimension=one.kl_per_dimension,
             )
         if not latents:
             raise NotApplicable(

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-import pyro
-import pyro.distributions as dist
 import torch
-from pyro import poutine
-from pyro.infer.inspect import get_dependencies
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyrovae.checks import check_positive
-from pyrovae.evaluate.prepare import NotApplicable, prepared
-from pyrovae.infer.log_weights import PARTICLES, Structure, log_weights_of_traces, same_random_state, trace_pair
+from pyrovae.evaluate.local_guide import LocalGuide, in_words, log_prob_of_categories
+from pyrovae.evaluate.prepare import NotApplicable, prepared, progress_bar
+from pyrovae.evaluate.traces import runs_at_a_time
 from pyrovae.pair import Pair
 
 __all__ = ["KLDecomposition", "KLParts", "kl_decomposition"]
 
-FLOATS_PER_BLOCK = 2**20  # draws × data × dimensions at a time
 DRAWS_PER_BLOCK = 256
 
 
@@ -178,188 +173,11 @@ def check_counts(num_samples: Any, max_data: Any) -> None:
             raise ValueError(f"{name}: expected 2 or more, for a standard error; got {value}.")
 
 
-# The guide, as densities of draws given data
-
-
-@dataclass(frozen=True)
-class LocalLatent:
-    """What is known of one latent in the data plate."""
-
-    alone: bool
-    """Its guide depends on x and on no other latent."""
-    by_dimension: bool
-    """The guide's marginals over dimensions are known."""
-    fixed_prior: bool
-    """Its prior depends on no other latent."""
-    prior_by_dimension: bool
-    """Its prior factorises over dimensions."""
-    is_category: bool
-    """It has one value a datum, of finitely many: sums over them are exact."""
-
-
-@dataclass(frozen=True)
-class LocalGuide:
-    """A pair's guide, ready to give log q(z | x_m) at draws z for many data at once."""
-
-    pair: Pair
-    structure: Structure
-    axis: int
-    """Of the data, among batch dims with the particles first."""
-    latents: dict[str, LocalLatent]
-    outside: tuple[str, ...]
-    """The guide's latents outside the data plate."""
-    width: int
-    """Of the widest tensor, for a draw and a datum."""
-
-    @staticmethod
-    def of(pair: Pair, x: Tensor, quantity: str) -> LocalGuide:
-        """Look at a pair.
-
-        Raises:
-            NotApplicable: the guide samples no latent in the data plate, or one with a mask or a point mass.
-        """
-        few = x[:2]
-        structure = Structure.of(pair.model, pair.guide, (few,), {})
-        model_trace, guide_trace = trace_pair(pair.model, pair.guide, (few,), {}, num_particles=2, structure=structure)
-        head = f"{quantity} does not apply to {type(pair).__name__}:"
-        sampled: dict[str, Any] = {name: site for name, site in guide_trace.nodes.items() if _is_latent(site)}
-        sites = {n: site for n, site in sampled.items() if any(f.name == "data" for f in site["cond_indep_stack"])}
-        outside = tuple(name for name in sampled if name not in sites)
-        if not sampled:
-            raise NotApplicable(f"{head} its guide samples no latent. Write a guide for those it sums out.")
-        if not sites:
-            raise NotApplicable(f"{head} {_names(outside)} outside the plate 'data', so no latent encodes a datum.")
-        for name, site in sites.items():
-            if type(getattr(site["fn"], "base_dist", site["fn"])).__name__ == "Delta":
-                raise NotApplicable(f"{head} the guide puts all its mass on one value of '{name}', at infinite KL.")
-            if site["mask"] is not None or model_trace.nodes.get(name, site)["mask"] is not None:
-                raise NotApplicable(f"{head} latent '{name}' has a mask, and then no single density. Drop the mask.")
-        guide_needs: Any = get_dependencies(pair.guide, (few,))["prior_dependencies"]
-        model_needs: Any = get_dependencies(pair.model, (few,))["prior_dependencies"]
-        latents = {}
-        for name, site in sites.items():
-            prior: Any = model_trace.nodes.get(name)
-            latents[name] = LocalLatent(
-                alone=set(guide_needs[name]) == {name},
-                by_dimension=log_prob_per_dimension(site["fn"], site["value"], marginals=True) is not None,
-                fixed_prior=set(model_needs.get(name, ())) == {name},
-                prior_by_dimension=prior is not None and log_prob_per_dimension(prior["fn"], site["value"]) is not None,
-                is_category=bool(site["fn"].has_enumerate_support)
-                and not isinstance(site["fn"], torch.distributions.Independent)
-                and site["value"].numel() == 2 * len(few) * site["fn"].event_shape.numel(),
-            )
-        widths = [site["value"][0].numel() // len(few) for site in sites.values()]
-        if not all(latent.alone for latent in latents.values()):  # its networks run for each draw and datum
-            widths += [p.shape[0] for p in pair.parameters() if p.dim() == 2]
-        frames: dict[str, Any] = {f.name: f for site in sites.values() for f in site["cond_indep_stack"]}
-        return LocalGuide(
-            pair,
-            structure,
-            axis=structure.max_plate_nesting + 1 + frames["data"].dim,
-            latents=latents,
-            outside=outside,
-            width=max(widths),
-        )
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether one category is all there is: then nothing need be drawn."""
-        first = next(iter(self.latents.values()))
-        return len(self.latents) == 1 and first.is_category and first.fixed_prior
-
-    def draw(self, rows: Tensor, num_samples: int) -> tuple[Any, Any]:
-        """Traces (model, guide) of ``num_samples`` ≥ 2 draws for each of the rows."""
-        return trace_pair(
-            self.pair.model, self.pair.guide, (rows,), {}, num_particles=num_samples, structure=self.structure
-        )
-
-    def flat(self, value: Tensor) -> Tensor:
-        """Values of draws and rows as values of B = draws · rows single draws, which broadcast against data."""
-        return value.movedim(self.axis, 1).flatten(0, 1).unsqueeze(1).movedim(1, self.axis)
-
-    def functions(self, data: Tensor) -> dict[str, Any]:
-        """q(z | x_m) of each latent that needs x alone, for all the data."""
-        with same_random_state():  # so that draws do not depend on the number of blocks
-            trace: Any = poutine.trace(self.pair.guide).get_trace(data)
-        return {name: trace.nodes[name]["fn"] for name, latent in self.latents.items() if latent.alone}
-
-    def functions_given(self, data: Tensor, values: dict[str, Tensor]) -> dict[str, Any]:
-        """q(z | x_m, the other latents) of every latent: the guide run on the data, at given draws (B, 1)."""
-        trace = self.given(self.pair.guide, data, values)
-        return {name: trace.nodes[name]["fn"] for name in self.latents}
-
-    def given(self, function: Callable, data: Tensor, values: dict[str, Tensor]) -> Any:
-        """The trace of the pair's model or guide on the data, at given draws: (draws, data), or (draws, 1)."""
-        values = {
-            name: v.expand(*v.shape[: self.axis], len(data), *v.shape[self.axis + 1 :]) for name, v in values.items()
-        }
-        draws = pyro.plate(PARTICLES, len(next(iter(values.values()))), dim=-self.structure.max_plate_nesting - 1)
-        return poutine.trace(poutine.condition(draws(function), data=values)).get_trace(data)
-
-    def log_prob(self, fn: Any, value: Tensor) -> Tensor:
-        """(draws, data), in float64."""
-        return self.arranged(fn.log_prob(value).unsqueeze(-1)).sum(-1, dtype=torch.float64)
-
-    def by_dimension(self, fn: Any, value: Tensor, *, marginals: bool = False) -> Tensor:
-        """(draws, data, dimensions)."""
-        each = log_prob_per_dimension(fn, value, marginals=marginals)
-        assert each is not None
-        return self.arranged(each)
-
-    def log_prior(self, model_trace: Any, guide_trace: Any) -> Tensor:
-        """log p(z) of all latents together at the draws, (draws, data); latents that the guide lacks are summed out."""
-        if not self.structure.enumerated:
-            nodes = model_trace.nodes
-            each = [self.log_prob(nodes[name]["fn"], nodes[name]["value"]) for name in self.latents]
-            return torch.stack(each).sum(0)
-        for site in model_trace.nodes.values():
-            if site["type"] == "sample" and site["is_observed"]:
-                site["unscaled_log_prob"] = torch.zeros_like(site["unscaled_log_prob"])
-        num_samples = len(guide_trace.nodes[next(iter(self.latents))]["value"])
-        terms = log_weights_of_traces(model_trace, guide_trace, num_samples, self.structure.max_plate_nesting).model
-        total = torch.stack([term.double() for term in terms.values()]).sum(0)
-        if total.dim() > 2:
-            raise NotImplementedError("a plate beside 'data' that all sites lie in, together with enumerated latents.")
-        return total
-
-    def arranged(self, each: Tensor) -> Tensor:
-        """(..., dimensions) as (draws, data, dimensions); the elements of inner plates count as dimensions."""
-        rank = self.structure.max_plate_nesting + 2
-        return each.reshape((1,) * (rank - each.dim()) + each.shape).movedim(self.axis, 1).flatten(2)
-
-
-def log_prob_per_dimension(fn: Any, value: Tensor, *, marginals: bool = False) -> Tensor | None:
-    """Log density of each dimension, (..., dimensions); None where the distribution does not factorise over them.
-
-    With ``marginals``, that of each dimension alone, which a multivariate normal has too.
-    """
-    if marginals and isinstance(fn, (dist.MultivariateNormal, dist.LowRankMultivariateNormal)):
-        return dist.Normal(fn.loc, fn.variance.sqrt()).log_prob(value)
-    if not fn.event_shape:
-        return fn.log_prob(value).unsqueeze(-1)
-    if not isinstance(fn, torch.distributions.Independent) or fn.base_dist.event_shape:
-        return None
-    return fn.base_dist.log_prob(value).flatten(-len(fn.event_shape))
-
-
-def _names(names: Iterable[str]) -> str:
-    return ", ".join(f"'{name}'" for name in names) + " lies"
-
-
-def _is_latent(site: Any) -> bool:
-    return (
-        site["type"] == "sample"
-        and not site["is_observed"]
-        and not site["infer"].get("_deterministic")
-        and type(site["fn"]).__name__ != "_Subsample"
-    )
-
-
 def _check_decomposable(guide: LocalGuide, x: Tensor) -> None:
     """Raise NotApplicable unless there are a KL from one prior, and densities to compare."""
     head = f"kl_decomposition does not apply to {type(guide.pair).__name__}:"
     if guide.outside:
-        raise NotApplicable(f"{head} {_names(guide.outside)} outside the plate 'data', shared by all the data.")
+        raise NotApplicable(f"{head} {in_words(guide.outside)} outside the plate 'data', shared by all the data.")
     few = x[torch.linspace(0, len(x) - 1, min(len(x), 16)).long()]
     model_trace, guide_trace = guide.draw(few, 2)
     for name in guide.latents:
@@ -387,14 +205,12 @@ def sampled_parts(
     """The parts for each latent that stands alone, by name, and (where ``joint``) for all together, under ""."""
     rows = x if drawn == len(x) else x[torch.randperm(len(x))[:drawn].to(x.device)]
     rows_a_chunk = max(1, DRAWS_PER_BLOCK // num_samples)
-    data_a_block = max(1, FLOATS_PER_BLOCK // (rows_a_chunk * num_samples * guide.width))
-    blocks = x.split(data_a_block)
+    blocks = x.split(runs_at_a_time(x.device, rows_a_chunk * num_samples * guide.width))
     chained = joint and not all(latent.alone for latent in guide.latents.values())
     functions = None if chained else [guide.functions(data) for data in blocks]
     means: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
     variances: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
-    hide = None if progress is None else not progress
-    for chunk in tqdm(rows.split(rows_a_chunk), unit="chunk", disable=hide, leave=False, desc="KL decomposition"):
+    for chunk in progress_bar("KL decomposition", progress, rows.split(rows_a_chunk)):
         model_trace, guide_trace = guide.draw(chunk, num_samples)
         sites = {name: guide_trace.nodes[name] for name in guide.latents}
         values = {name: guide.flat(site["value"]) for name, site in sites.items()}
@@ -507,14 +323,6 @@ def _exact(guide: LocalGuide, x: Tensor) -> dict[str, KLParts]:
     found = {(name, part): (mean_over_categories(log_q, ratio), 0.0) for part, ratio in ratios.items()}
     parts = _kl_parts(found, name)
     return {name: parts, "": parts}
-
-
-def log_prob_of_categories(guide: LocalGuide, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """The K values of a discrete latent that stands alone, and log q(z = k | x_n), (K, N)."""
-    functions = [guide.functions(data)[name] for data in x.split(1000)]
-    values = functions[0].enumerate_support(expand=False)
-    values = values.reshape(len(values), *(1,) * guide.structure.max_plate_nesting, *functions[0].event_shape)
-    return values, torch.cat([guide.log_prob(fn, values) for fn in functions], 1)
 
 
 def mean_over_categories(log_q: Tensor, value: Tensor) -> float:

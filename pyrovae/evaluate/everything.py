@@ -10,11 +10,12 @@ from torch import Tensor
 
 from pyrovae.checks import check_choice, check_data
 from pyrovae.evaluate.ais import annealed_evidence, bidirectional_evidence
-from pyrovae.evaluate.calibration import posterior_predictive_check, simulation_based_calibration
+from pyrovae.evaluate.calibration import simulation_based_calibration
 from pyrovae.evaluate.collapse import collapse
 from pyrovae.evaluate.decomposition import kl_decomposition
 from pyrovae.evaluate.gaps import inference_gaps
 from pyrovae.evaluate.mixtures import mixture_scores
+from pyrovae.evaluate.predictive import posterior_predictive_check
 from pyrovae.evaluate.prepare import NotApplicable
 from pyrovae.evaluate.scores import Scores, importance_scores
 from pyrovae.pair import Pair
@@ -34,6 +35,7 @@ ALSO: dict[str, tuple[Callable[..., Any], int | None]] = {
 """What :func:`evaluate` measures on demand, and on how many data at most: the functions of these names, with their
 defaults. For other settings call them."""
 OF_THE_MODEL = ("bidirectional_evidence", "simulation_based_calibration")  # they make their own data
+OF_TWO_DATA = ("collapse", "kl_decomposition")  # what z tells about which datum it is of
 
 
 def evaluate(
@@ -67,9 +69,12 @@ def evaluate(
     Raises:
         TypeError, ValueError: bad data or options, before work starts.
     """
-    names = list(ALSO) if also == "all" else [also] if isinstance(also, str) else list(also)
+    x = check_data(x, data_dim=getattr(pair, "data_dim", None))
+    names = [also] if isinstance(also, str) else list(dict.fromkeys(also))
     for name in names:
-        check_choice("also", name, ALSO)
+        check_choice("also", name, ["all", *ALSO])
+    if "all" in names:
+        names = list(ALSO)
     if labels is not None and len(labels) != len(x):
         raise ValueError(f"labels: expected one for each of the {len(x)} data; got {len(labels)}.")
     scores = importance_scores(
@@ -77,6 +82,9 @@ def evaluate(
     )
     settings = {"device": device, "seed": seed}
     for name in names:
+        if name in OF_TWO_DATA and len(x) < 2:
+            scores.left_out[name] = f"{name} needs two data or more to tell apart; {type(pair).__name__} was given one."
+            continue
         function, most = ALSO[name]
         more: dict[str, Any] = settings | ({} if name == "mixture_scores" else {"progress": progress})
         try:
@@ -90,8 +98,7 @@ def evaluate(
     return scores
 
 
-def _some(x: Any, most: int | None, seed: int) -> Tensor:
-    x = check_data(x)
+def _some(x: Tensor, most: int | None, seed: int) -> Tensor:
     if most is None or len(x) <= most:
         return x
     return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:most]]

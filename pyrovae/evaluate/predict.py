@@ -10,7 +10,8 @@ from pyro import poutine
 from torch import Tensor
 
 from pyrovae.checks import check_data, check_positive
-from pyrovae.infer.log_weights import same_random_state
+from pyrovae.evaluate.traces import blank_data, drawn_data, is_local, unobserve
+from pyrovae.infer.log_weights import same_random_state, sample_sites
 from pyrovae.pair import Pair
 
 __all__ = ["decode", "latents", "reconstruct", "sample"]
@@ -21,7 +22,7 @@ def sample(
 ) -> Tensor:
     """Draw new data from the model, (num_samples, D); with ``mean``, E[x | z] at a drawn z (smooth pictures)."""
     check_positive("num_samples", num_samples, integer=True)
-    return _run(pair, {}, _blank(pair, num_samples, data_dim), mean, seed)
+    return _run(pair, {}, blank_data(pair, num_samples, data_dim), mean, seed)
 
 
 def decode(
@@ -37,18 +38,24 @@ def decode(
     ``z`` has a value for each datum, (N, ...), of a local latent, one in the plate ``data``; and one value for all data
     of a global latent. With global ones alone, N is 1.
     """
-    local = _local(_model_sites(pair, _blank(pair, 2, data_dim)))
+    sites = _model_sites(pair, blank_data(pair, 2, data_dim))
+    if unknown := set(z) - set(sites):
+        raise ValueError(
+            f"z: the model of {type(pair).__name__} has no latent {', '.join(map(repr, sorted(unknown)))}; its sites "
+            f"are {', '.join(sites)}."
+        )
+    local = _local(sites)
     counts = {name: len(value) for name, value in z.items() if name in local}
     if not z or len(set(counts.values())) > 1:
         raise ValueError(
             f"z: expected the same number of values of every local latent, at least one latent; got {counts}."
         )
-    return _decode(pair, z, _blank(pair, next(iter(counts.values()), 1), data_dim), mean, seed)
+    return _decode(pair, z, blank_data(pair, next(iter(counts.values()), 1), data_dim), mean, seed)
 
 
 def reconstruct(pair: Pair, x: Tensor, *, mean: bool = True, seed: int | None = None) -> Tensor:
     """Encode and decode: z ~ q(z | x), then E[x | z] or a draw. (N, D) → (N, D)."""
-    return _decode(pair, latents(pair, x, seed=seed), _blank(pair, len(x), x.shape[1]), mean, seed)
+    return _decode(pair, latents(pair, x, seed=seed), blank_data(pair, len(x), x.shape[1]), mean, seed)
 
 
 @torch.no_grad()
@@ -73,7 +80,7 @@ def _guide_sites(pair: Pair, x: Tensor, seed: int | None) -> dict[str, Any]:
     with torch.random.fork_rng(enabled=seed is not None), pyro.validation_enabled(False):
         if seed is not None:
             torch.manual_seed(seed)
-        found = _sample_sites(poutine.trace(pair.guide).get_trace(x))
+        found = sample_sites(poutine.trace(pair.guide).get_trace(x))
     if not found:
         raise ValueError(f"pair: {type(pair).__name__}'s guide samples no latent, so there is nothing to encode into.")
     return found
@@ -82,16 +89,12 @@ def _guide_sites(pair: Pair, x: Tensor, seed: int | None) -> dict[str, Any]:
 @torch.no_grad()
 def _model_sites(pair: Pair, x: Tensor) -> dict[str, Any]:
     with same_random_state(), pyro.validation_enabled(False):
-        return _sample_sites(poutine.trace(poutine.uncondition(pair.model)).get_trace(x))
-
-
-def _sample_sites(trace: Any) -> dict[str, Any]:
-    return {n: site for n, site in trace.nodes.items() if site["type"] == "sample" and not _is_subsample(site)}
+        return sample_sites(poutine.trace(unobserve(pair.model)).get_trace(x))
 
 
 def _local(sites: dict[str, Any]) -> tuple[str, ...]:
     """Of these sites, the ones in the plate ``data``."""
-    return tuple(n for n, site in sites.items() if any(f.name == "data" for f in site["cond_indep_stack"]))
+    return tuple(name for name, site in sites.items() if is_local(site))
 
 
 def _decode(pair: Pair, z: dict[str, Tensor], blank: Tensor, mean: bool, seed: int | None) -> Tensor:
@@ -113,33 +116,15 @@ def _placed(value: Tensor, like: Tensor) -> Tensor:
     return value.to(like.device, like.dtype if value.is_floating_point() else None)
 
 
-def _is_subsample(site: dict[str, Any]) -> bool:
-    return type(site["fn"]).__name__ == "_Subsample"
-
-
-def _blank(pair: Pair, count: int, data_dim: int | None) -> Tensor:
-    data_dim = data_dim if data_dim is not None else getattr(pair, "data_dim", None)
-    if data_dim is None:
-        raise ValueError(f"data_dim: {type(pair).__name__} does not say its data_dim; pass data_dim=.")
-    parameter = next(pair.parameters(), torch.zeros(()))
-    return torch.zeros(count, data_dim, dtype=parameter.dtype, device=parameter.device)
-
-
 @torch.no_grad()
 def _run(pair: Pair, given: dict[str, Tensor], x: Tensor, mean: bool, seed: int | None) -> Tensor:
     """Run the model with the latents ``given`` and its data sampled, and return the data."""
-    model = poutine.uncondition(pair.model)
+    model = poutine.condition(unobserve(pair.model), data=given)
     with torch.random.fork_rng(enabled=seed is not None), pyro.validation_enabled(False):
         if seed is not None:
             torch.manual_seed(seed)
-        trace = poutine.trace(poutine.condition(model, data=given)).get_trace(x)
-    sites = _sample_sites(trace)
-    if unknown := set(given) - set(sites):
-        raise ValueError(
-            f"z: the model of {type(pair).__name__} has no latent {', '.join(map(repr, sorted(unknown)))}; its sites "
-            f"are {', '.join(sites)}."
-        )
-    for site in sites.values():
-        if site["infer"].get("was_observed"):
-            return site["fn"].mean if mean else site["value"]
-    raise ValueError(f"pair: the model of {type(pair).__name__} observes nothing.")
+        trace = poutine.trace(model).get_trace(x)
+    site: Any = next(iter(drawn_data(trace).values()), None)
+    if site is None:
+        raise ValueError(f"pair: the model of {type(pair).__name__} observes nothing.")
+    return site["fn"].mean if mean else site["value"]

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pyro
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from pyrovae.checks import check_data, not_a_pair, pick_device
 from pyrovae.checks_pair import check_pair
 from pyrovae.pair import Pair
 
-__all__ = ["NotApplicable", "prepared"]
+__all__ = ["NotApplicable", "prepared", "progress_bar"]
 
 
 class NotApplicable(ValueError):
@@ -56,3 +57,16 @@ def prepared(
             yield torch.bernoulli(x) if binarize else x
     finally:
         pair.to(home)
+
+
+def progress_bar(
+    title: str,
+    progress: bool | None,
+    items: Iterable[Any] | None = None,
+    *,
+    total: int | None = None,
+    unit: str = "chunk",
+) -> tqdm:
+    """A bar over ``items``, or one that ``update`` moves. ``progress``: show it; None shows it on a terminal."""
+    hide = None if progress is None else not progress
+    return tqdm(items, desc=title, total=total, unit=unit, disable=hide, leave=False)

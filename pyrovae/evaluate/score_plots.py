@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyro
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator
+from pyro import poutine
+from pyro.infer.inspect import get_dependencies
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyrovae.evaluate.collapse import USED_NATS
 from pyrovae.evaluate.plots import DATA, MODEL, plot_images
-from pyrovae.evaluate.predict import decode, latents, local_latents
+from pyrovae.evaluate.predict import decode, latents, local_latents, mean_or_value
+from pyrovae.infer.log_weights import same_random_state
 
 if TYPE_CHECKING:
     from pyrovae.evaluate.gaps import InferenceGaps
@@ -51,14 +57,24 @@ def plot_kl(kl_per_dimension: Mapping[str, Sequence[float]]) -> Figure:
             title=f"{name}: {used} of {len(values)} dimensions above {USED_NATS:g} nats",
         )
         axes.set_xlim(0.3, max(len(values), 3) + 0.7)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(
+            FixedLocator(range(1, len(values) + 1)) if len(values) <= 12 else MaxNLocator(integer=True)
+        )
         axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
     return figure
 
 
 def plot_pareto_k(pareto_k: Tensor) -> Figure:
-    """A histogram of k̂ over data, with the thresholds 0.5 and 0.7 (Vehtari et al. 2024)."""
+    """A histogram of k̂ over data, with the thresholds 0.5 and 0.7 (Vehtari et al. 2024).
+
+    Infinite ones are counted in the title: −inf is a datum whose weights have no tail, +inf one that cannot be fitted.
+    """
     k = pareto_k[torch.isfinite(pareto_k)].double().cpu().numpy()
+    title = f"k̂ of {len(pareto_k)} data"
+    for infinity, text in ((-math.inf, "no tail (k̂ = −∞)"), (math.inf, "no fit (k̂ = ∞)")):
+        if count := int((pareto_k == infinity).sum()):
+            title += f"\n{count} of them: {text}"
     figure = _figure(6, 3.2)
     axes = figure.subplots()
     low, high = (min(-0.25, float(k.min())), max(1.0, float(k.max()))) if len(k) else (-0.25, 1.0)
@@ -66,7 +82,8 @@ def plot_pareto_k(pareto_k: Tensor) -> Figure:
     axes.hist(k, bins=edges, color=DATA)
     for threshold, color, text in ((0.5, GAP, "0.5"), (0.7, MODEL, "0.7: unreliable above")):
         axes.axvline(threshold, color=color, linestyle="--", linewidth=1.2, label=text)
-    axes.set(xlabel="Pareto k̂ of the importance weights", ylabel="data", title=f"k̂ of {len(k)} data")
+    axes.set(xlabel="Pareto k̂ of the importance weights", ylabel="data", title=title, ylim=None if len(k) else (0, 1))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
     return figure
 
@@ -81,10 +98,9 @@ def plot_gaps(gaps: Mapping[str, InferenceGaps]) -> Figure:
     errors = [math.hypot(g.approximation_gap_stderr, g.amortization_gap_stderr) for g in gaps.values()]
     axes.barh(names, approximation, height=0.55, color=DATA, label="approximation gap")
     axes.barh(names, amortization, height=0.55, left=approximation, color=GAP, xerr=errors, label="amortization gap")
-    axes.invert_yaxis()
-    axes.set(xlabel="log evidence − ELBO (nats per datum)", xlim=(0, None))
     axes.margins(x=0.1)
-    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.45 / (1 + 0.3 * len(names))), ncols=2)
+    axes.set(xlabel="log evidence − ELBO (nats per datum)", xlim=(0, None), ylim=(len(names) - 0.5, -0.5))
+    figure.legend(frameon=False, loc="outside lower center", ncols=2)
     return figure
 
 
@@ -97,21 +113,63 @@ def plot_traversal(
     dimensions: Sequence[int],
     steps: int = 11,
 ) -> Figure:
-    """Images decoded as one dimension of a latent moves from −2.5 to 2.5, the others held at their posterior mean."""
+    """Images decoded as one dimension of a latent moves from −2.5 to 2.5, the others held at their posterior mean.
+
+    Latents whose prior depends on the moved one (the layers below it) are at their prior's mean given it.
+    """
     means = latents(pair, x[:1], mean=True, seed=0)
     local = local_latents(pair, x[:1])
+    below = _below(pair, x[:1], name)
     values = torch.linspace(-2.5, 2.5, steps)
     count = steps * len(dimensions)
     z = {
-        site: value.expand(count, *value.shape[1:]).clone() if site in local else value for site, value in means.items()
+        site: value.expand(count, *value.shape[1:]).clone() if site in local else value
+        for site, value in means.items()
+        if site not in below
     }
     for row, dimension in enumerate(dimensions):
         z[name][row * steps : (row + 1) * steps, dimension] = values.to(z[name])
-    images = decode(pair, z, data_dim=x.shape[1])
-    figure = plot_images(images, image_shape, columns=steps, title=f"One dimension of {name} a row, from −2.5 to 2.5")
+    with _AtMean(below):
+        images = decode(pair, z, data_dim=x.shape[1], seed=0)
+    figure = plot_images(images, image_shape, columns=steps, title=f"One dimension of {name} a row")
     axes = figure.axes[0]
     axes.set_axis_on()
-    axes.set(
-        xlabel=f"value of the dimension of {name}", ylabel="dimensions with the most KL first", xticks=[], yticks=[]
+    height, width = (size + 1 for size in image_shape)  # with the line between two
+    axes.set_xticks([width * (at + 0.5) - 1 for at in (0, (steps - 1) / 2, steps - 1)], ["−2.5", "0", "2.5"])
+    axes.set_yticks(
+        [height * (row + 0.5) - 1 for row in range(len(dimensions))],
+        [f"{name}[{dimension}]" for dimension in dimensions],
     )
+    axes.tick_params(length=0)
     return figure
+
+
+def can_traverse(pair: Pair, x: Tensor, name: str) -> bool:
+    """Whether the latent has a value for each datum, and may be any real number."""
+    with same_random_state(), pyro.validation_enabled(False), torch.no_grad():
+        site: Any = poutine.trace(pair.guide).get_trace(x[:2].to(next(pair.parameters(), x))).nodes[name]
+    support = getattr(site["fn"].support, "base_constraint", site["fn"].support)
+    return support is constraints.real and any(frame.name == "data" for frame in site["cond_indep_stack"])
+
+
+def _below(pair: Pair, x: Tensor, name: str) -> set[str]:
+    """The latents whose prior depends on the latent ``name``, by way of others or not."""
+    with same_random_state(), pyro.validation_enabled(False), torch.no_grad():
+        needs: Any = get_dependencies(pair.model, (x.to(next(pair.parameters(), x)),))
+    found = {name}
+    for site, upstream in needs["prior_dependencies"].items():  # in the order of the model
+        if site in needs["posterior_dependencies"] and found & upstream.keys():  # a latent, not the data
+            found.add(site)
+    return found - {name}
+
+
+class _AtMean(Messenger):
+    """These sites take the mean of their distribution."""
+
+    def __init__(self, names: set[str]) -> None:
+        super().__init__()
+        self._names = names
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] in self._names:
+            msg["value"] = mean_or_value(msg["fn"], msg["value"])

@@ -10,24 +10,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyrovae.checks import check_positive
 from pyrovae.evaluate.collapse import ACTIVE_UNIT_VARIANCE
-from pyrovae.evaluate.decomposition import log_prob_per_dimension
-from pyrovae.evaluate.guide_quality import FEWEST_SAMPLES, GuideQuality, WeightQuality, guide_quality_of, summarise
+from pyrovae.evaluate.pareto import FEWEST_SAMPLES, GuideQuality, WeightQuality, guide_quality_of, summarise
 from pyrovae.evaluate.predict import mean_or_value
-from pyrovae.evaluate.prepare import prepared
-from pyrovae.infer.log_weights import LogWeightTerms, Structure, log_weight_terms
+from pyrovae.evaluate.prepare import prepared, progress_bar
+from pyrovae.evaluate.traces import chunk_sizes, is_point, log_prob_per_dimension, width
+from pyrovae.infer.log_weights import LogWeightTerms, Structure, log_weight_terms, sample_sites
 from pyrovae.infer.program import Program, Untraceable, say_once
 from pyrovae.infer.surroundings import Surroundings
 from pyrovae.pair import Pair
 
-__all__ = ["Scores", "importance_scores", "title_of"]
+__all__ = ["Scores", "importance_scores", "scores_of", "title_of"]
 
 CALLS_WORTH_COMPILING = 3000
-FLOATS_PER_CHUNK = 2**21  # of the widest tensor: small enough for caches, large enough for the dispatch to vanish
-
 
 Summary = dict[tuple[str, str], Tensor]
 
@@ -73,9 +70,9 @@ class Scores:
     """What keeps these numbers from meaning what they usually do."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON."""
+        """Plain numbers, for JSON. It has no infinity and no NaN: such a number is None."""
         plain = vars(self) | {"guide": None if self.guide is None else self.guide.to_dict()}
-        return plain | {"also": {name: result.to_dict() for name, result in self.also.items()}}
+        return _finite(plain | {"also": {name: result.to_dict() for name, result in self.also.items()}})
 
     def rows(self) -> list[tuple[str, str, str]]:
         """The table: quantity, value, remark."""
@@ -130,6 +127,14 @@ def title_of(quantity: str) -> str:
     return title[0].upper() + title[1:]
 
 
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _trust(bad: float) -> str:
     """In words, what a share of data with k̂ above 0.7 means."""
     if bad <= 0.01:
@@ -152,15 +157,17 @@ def importance_scores(
     """:func:`pyrovae.evaluate` without its ``also``: one pass of importance sampling over the data."""
     check_positive("num_samples", num_samples, integer=True)
     with prepared(pair, x, binarize=binarize, device=device, seed=seed) as x, torch.no_grad():
-        return _evaluate(pair, x, num_samples, progress)
+        return scores_of(pair, x, num_samples, progress)
 
 
-def _evaluate(pair: Pair, x: Tensor, num_samples: int, progress: bool | None) -> Scores:
+def scores_of(pair: Pair, x: Tensor, num_samples: int, progress: bool | None) -> Scores:
+    """:func:`importance_scores` of a pair and data that are :func:`~pyrovae.evaluate.prepare.prepared`."""
     structure = Structure.of(pair.model, pair.guide, (x[:2],), {})
     probe = log_weight_terms(pair.model, pair.guide, x[:2], structure=structure)
     if not probe.guide:  # nothing is sampled: every weight is p(x)
         num_samples = 1
-    data_chunk, particle_chunk = _chunks(pair, probe, len(x), num_samples)
+    size = width(pair, probe.model_trace, len(x[:2]), enumerated=structure.enumerated)
+    data_chunk, particle_chunk = chunk_sizes(x.device, size, len(x), num_samples, joint=probe.log_weights.dim() == 1)
 
     def summarise(rows: Tensor, particles: int) -> Summary:
         return _summary(
@@ -173,9 +180,7 @@ def _evaluate(pair: Pair, x: Tensor, num_samples: int, progress: bool | None) ->
     sites: Any = probe.guide_trace.nodes
     has_tails = any(not sites[name]["fn"].support.is_discrete for name in probe.guide)
     parts = _Parts(fits_tails=has_tails and num_samples >= FEWEST_SAMPLES)
-    for rows in tqdm(
-        chunks, unit="chunk", disable=None if progress is None else not progress, leave=False, desc="evaluate"
-    ):
+    for rows in progress_bar("evaluate", progress, chunks):
         parts.start()
         for _ in range(rounds):
             parts.add(summarise_full(rows) if len(rows) == data_chunk else summarise(rows, particle_chunk))
@@ -191,25 +196,13 @@ def _evaluate(pair: Pair, x: Tensor, num_samples: int, progress: bool | None) ->
 
 
 def _notes(probe: LogWeightTerms) -> list[str]:
-    sites: list[Any] = [s for s in probe.guide_trace.nodes.values() if s["type"] == "sample"]
-    points = [s["name"] for s in sites if type(getattr(s["fn"], "base_dist", s["fn"])).__name__ == "Delta"]
+    points = [name for name, site in sample_sites(probe.guide_trace).items() if is_point(site)]
     if not points:
         return []
     return [
         f"the guide puts all its mass on one value of {', '.join(points)}: what is called ELBO and evidence here is "
         "a log joint density, and bounds nothing"
     ]
-
-
-def _chunks(pair: Pair, probe: LogWeightTerms, num_data: int, num_samples: int) -> tuple[int, int]:
-    """Data and particles at a time, so that data · particles · width stays near FLOATS_PER_CHUNK."""
-    widths = [p.shape[0] for p in pair.parameters() if p.dim() == 2]
-    sites: list[Any] = [s for s in probe.model_trace.nodes.values() if s["type"] == "sample"]
-    widths.append(sum(s["value"][0].numel() if s["value"].dim() else 1 for s in sites))
-    rows = max(1, FLOATS_PER_CHUNK // max(widths))
-    # With a global latent only the whole data set has a weight.
-    data_chunk = num_data if probe.log_weights.dim() == 1 else min(num_data, 100, rows)
-    return data_chunk, max(1, min(num_samples, rows // data_chunk))
 
 
 def _compiled(
@@ -238,8 +231,8 @@ def _summary(terms: LogWeightTerms, particles: int) -> Summary:
     """What :class:`_Parts` sums: ``("log_w", "")``, (K, units); ``("reconstruction", "")``, (); and of each guide site
     ``("kl", name)``, (); ``("dims", name)``, the KL by dimension; ``("mean", name)``, (data, dimensions), if any.
     """
-    sites: list[Any] = [s for s in terms.model_trace.nodes.values() if s["type"] == "sample" and s["is_observed"]]
-    observed = [terms.model[site["name"]].double().sum() for site in sites if site["name"] in terms.model]
+    sites = sample_sites(terms.model_trace)
+    observed = [terms.model[n].double().sum() for n, site in sites.items() if site["is_observed"] and n in terms.model]
     summary = {
         ("log_w", ""): terms.log_weights.reshape(particles, -1).double(),
         ("reconstruction", ""): torch.stack(observed).sum() if observed else terms.log_weights.new_zeros(()).double(),

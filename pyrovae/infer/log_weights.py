@@ -16,7 +16,7 @@ from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
 from pyro.poutine.enum_messenger import EnumMessenger
-from pyro.poutine.util import prune_subsample_sites
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from pyro.util import check_site_shape
 from torch import Tensor
 
@@ -30,6 +30,7 @@ __all__ = [
     "log_weights",
     "log_weights_of_traces",
     "same_random_state",
+    "sample_sites",
     "trace_pair",
 ]
 
@@ -72,21 +73,25 @@ def same_random_state() -> Iterator[None]:
         yield
 
 
-def _sample_sites(trace: Trace) -> Iterator[Any]:
-    """The sites with a density: ``pyro.deterministic`` makes a site too, which may lie in any plate."""
-    sites: Any = trace.nodes.values()
-    return (s for s in sites if s["type"] == "sample" and not s["infer"].get("_deterministic"))
+def sample_sites(trace: Trace) -> dict[str, Any]:
+    """The sites with a density, by name: neither a plate's subsample nor a ``pyro.deterministic`` is one."""
+    nodes: Any = trace.nodes
+    return {
+        name: site
+        for name, site in nodes.items()
+        if site["type"] == "sample" and not site_is_subsample(site) and not site["infer"].get("_deterministic")
+    }
 
 
 def _check_sites_match(model_trace: Trace, guide_trace: Trace) -> tuple[str, ...]:
     """Names of the model's latents that are left to enumeration; every other one must be in the guide."""
     enumerated = []
-    for site in _sample_sites(model_trace):
-        if site["is_observed"] or site["name"] in guide_trace:
+    for name, site in sample_sites(model_trace).items():
+        if site["is_observed"] or name in guide_trace:
             continue
         if site["infer"].get("enumerate") != "parallel":
             raise ValueError(
-                f"guide: the model samples site '{site['name']}' and the guide does not. Observe it (obs=x) if it is "
+                f"guide: the model samples site '{name}' and the guide does not. Observe it (obs=x) if it is "
                 "the data; otherwise sample it in the guide"
                 + (
                     ", or mark it infer={'enumerate': 'parallel'} in the model and use TraceEnum_ELBO."
@@ -94,11 +99,11 @@ def _check_sites_match(model_trace: Trace, guide_trace: Trace) -> tuple[str, ...
                     else "."
                 )
             )
-        enumerated.append(site["name"])
-    for site in _sample_sites(guide_trace):
-        if site["name"] not in model_trace and not site["infer"].get("is_auxiliary"):
+        enumerated.append(name)
+    for name, site in sample_sites(guide_trace).items():
+        if name not in model_trace and not site["infer"].get("is_auxiliary"):
             raise ValueError(
-                f"guide: it samples site '{site['name']}', which the model lacks. Name it as the model does, or mark "
+                f"guide: it samples site '{name}', which the model lacks. Name it as the model does, or mark "
                 "it infer={'is_auxiliary': True}."
             )
     return tuple(enumerated)
@@ -125,7 +130,7 @@ def trace_pair(
     model_trace.compute_log_prob()
     guide_trace.compute_score_parts()
     if is_validation_enabled():
-        for site in [*_sample_sites(model_trace), *_sample_sites(guide_trace)]:
+        for site in [*sample_sites(model_trace).values(), *sample_sites(guide_trace).values()]:
             check_site_shape(site, structure.max_plate_nesting + (num_particles > 1))
     return model_trace, guide_trace
 
@@ -165,7 +170,7 @@ class _Units:
     """
 
     def __init__(self, model_trace: Trace, guide_trace: Trace, nesting: int) -> None:
-        self.model_sites, self.guide_sites = list(_sample_sites(model_trace)), list(_sample_sites(guide_trace))
+        self.model_sites, self.guide_sites = ([*sample_sites(t).values()] for t in (model_trace, guide_trace))
         self.sites = self.model_sites + self.guide_sites
         self._nesting = nesting
         self._frames = {
