@@ -259,7 +259,7 @@ def resolve_binarize(binarize: str, pair: Pair, data: DataSet) -> str:
 # The folder -----------------------------------------------------------------------------------------------------
 
 
-RUN_FILES = ("weights.safetensors", "checkpoint.safetensors", "history.csv", "scores.json")
+RUN_FILES = ("weights.safetensors", "checkpoint.safetensors", "history.csv", "scores.json", "report.html")
 
 
 class RunFolder:

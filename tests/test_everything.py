@@ -317,8 +317,9 @@ def test_an_exact_guide_has_khat_without_tail_and_writes_it():
 MISTAKES = {
     "nearest name": ({"also": "colapse"}, ValueError, r"also: expected one of all, collapse.*Did you mean 'collapse'"),
     "one of several": ({"also": ["collapse", "gaps"]}, ValueError, r"also: .*'gaps'. Did you mean .*'inference_gaps'"),
-    "too few labels": ({"labels": [0, 1]}, ValueError, rf"labels: expected one for each of the {N} data; got 2"),
-    "too many labels": ({"labels": torch.zeros(N + 1)}, ValueError, rf"labels: .*{N} data; got {N + 1}"),
+    "too few labels": ({"labels": [0, 1]}, ValueError, rf"labels: expected shape .{N},., one a datum; got .2,."),
+    "too many labels": ({"labels": [0] * (N + 1)}, ValueError, rf"labels: .*{N},.*; got .{N + 1},."),
+    "labels that are no classes": ({"labels": torch.zeros(N)}, TypeError, r"labels: expected whole numbers or names"),
     "samples": ({"num_samples": 0}, ValueError, r"num_samples: expected a whole number, 1 or more; got 0"),
     "device": ({"device": "gpu"}, ValueError, r"device: expected 'auto', 'cpu' or 'cuda'"),
     "data": ({"x": torch.zeros(3, D + 1)}, ValueError, rf"x: expected {D} features"),

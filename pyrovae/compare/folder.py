@@ -25,7 +25,7 @@ __all__ = ["FILES", "ComparisonFolder", "read_comparison"]
 FORMAT = 1
 TABLES = ("comparison.csv", "comparison.md", "comparison.tex")
 PICTURES = ("comparison.png", "gaps.png", "responsibilities.png", "densities.png")
-FILES = ("comparison.json", *TABLES, *PICTURES)
+FILES = ("comparison.json", "report.html", *TABLES, *PICTURES)
 
 
 class ComparisonFolder:

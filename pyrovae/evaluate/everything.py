@@ -14,7 +14,7 @@ from pyrovae.evaluate.calibration import simulation_based_calibration
 from pyrovae.evaluate.collapse import collapse
 from pyrovae.evaluate.decomposition import kl_decomposition
 from pyrovae.evaluate.gaps import inference_gaps
-from pyrovae.evaluate.mixtures import mixture_scores
+from pyrovae.evaluate.mixtures import check_labels, mixture_scores
 from pyrovae.evaluate.predictive import posterior_predictive_check
 from pyrovae.evaluate.prepare import NotApplicable
 from pyrovae.evaluate.scores import Scores, importance_scores
@@ -75,8 +75,8 @@ def evaluate(
         check_choice("also", name, ["all", *ALSO])
     if "all" in names:
         names = list(ALSO)
-    if labels is not None and len(labels) != len(x):
-        raise ValueError(f"labels: expected one for each of the {len(x)} data; got {len(labels)}.")
+    if labels is not None:
+        check_labels(labels, len(x))
     scores = importance_scores(
         pair, x, num_samples=num_samples, binarize=binarize, device=device, seed=seed, progress=progress
     )

@@ -87,7 +87,7 @@ def mixture_scores(
         TypeError, ValueError: bad data or labels.
     """
     with prepared(pair, x, binarize=binarize, device=device, seed=seed) as x, torch.no_grad():
-        known = None if labels is None else _labels(labels, len(x))
+        known = None if labels is None else check_labels(labels, len(x))
         num_components = num_categories(pair, x[:2], "mixture scores")
         entropy: Any = 0
         usage: Any = 0
@@ -117,7 +117,8 @@ def mixture_scores(
         )
 
 
-def _labels(labels: Any, num_data: int) -> np.ndarray:
+def check_labels(labels: Any, num_data: int) -> np.ndarray:
+    """Classes of the data as an array (N,), or TypeError or ValueError."""
     found = np.asarray(labels.detach().cpu() if isinstance(labels, Tensor) else labels)
     if found.dtype.kind not in "iubUS":
         raise TypeError(f"labels: expected whole numbers or names, one a datum; got {found.dtype}.")

@@ -263,7 +263,7 @@ def plot_manifold(
     ticks = torch.distributions.Normal(0.0, 1.0).icdf(torch.linspace(0.02, 0.98, size))
     parameter = next(pair.parameters())
     grid = torch.cartesian_prod(ticks.flip(0), ticks).flip(1).to(parameter.device, parameter.dtype)
-    means = decode(pair, {name: grid}, data_dim=data_dim)
+    means = decode(pair, {name: grid}, data_dim=data_dim, seed=0)
     title = "Decoded from the 2-D latent, at quantiles of its prior"
     figure = plot_images(means, image_shape, columns=size, title=title)
     axes = figure.axes[0]
