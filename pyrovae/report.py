@@ -188,7 +188,7 @@ def report_comparison(folder: Path) -> Page:
     table = Section("Methods", head=header, rows=rows, numbers=len(header) - 1, texts=comparison.notes)
     methods = ", ".join(dict.fromkeys(row.method for row in comparison.table))
     alts = {
-        "comparison.png": f"Curves of what each method maximises, against seconds and passes over the data: {methods}.",
+        "comparison.png": f"Curves of the log evidence against seconds and against passes over the data: {methods}.",
         "gaps.png": f"Stacked bars of what each method misses, in nats per datum: {methods}.",
         "responsibilities.png": "The data, coloured by the component that each method finds most probable.",
         "densities.png": "The data over contours of the density that each method fitted.",

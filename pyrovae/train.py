@@ -6,7 +6,7 @@ import copy
 import math
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from pyrovae.checkpoint import load_state, save_state
 from pyrovae.checks import check_choice, check_data, check_positive, not_a_pair, pick_device
 from pyrovae.checks_pair import check_pair, first_nonfinite_site
 from pyrovae.infer import LOSSES, SVI
+from pyrovae.infer.log_weights import same_random_state
 from pyrovae.infer.svi import BACKENDS
 from pyrovae.pair import Pair
 
@@ -104,6 +105,7 @@ def fit(
     checkpoint: str | Path | None = None,
     resume: bool = False,
     on_start: Callable[[], object] | None = None,
+    monitor: Callable[[int], Mapping[str, float]] | None = None,
 ) -> FitResult:
     """Train a pair by stochastic variational inference.
 
@@ -133,6 +135,8 @@ def fit(
         checkpoint: a file to keep the whole training state in, written every few seconds and at the end of it all.
         resume: go on from ``checkpoint``, exactly as if the run had not stopped.
         on_start: called once, after every check and before anything is trained or written.
+        monitor: called with the number of each epoch that has ended. What it returns joins that epoch's row of
+            ``history``; its time does not count, and it does not touch the random numbers of the training.
 
     Raises:
         TypeError, ValueError: bad data or options, before training starts.
@@ -182,7 +186,7 @@ def fit(
             except BaseException:  # nothing has been trained: leave the pair as it came
                 pair.load_state_dict(start, strict=False)
                 raise
-            return run.go(epochs, patience, progress, file)
+            return run.go(epochs, patience, progress, file, monitor)
         finally:
             pair.to(home)
 
@@ -480,7 +484,14 @@ class _Run:
                 total -= self.scorer.evaluate_loss(batch) * (len(batch) / self.num_held_out)
         return float(total)
 
-    def go(self, epochs: int, patience: int | None, progress: bool | None, checkpoint: Path | None) -> FitResult:
+    def go(
+        self,
+        epochs: int,
+        patience: int | None,
+        progress: bool | None,
+        checkpoint: Path | None,
+        monitor: Callable[[int], Mapping[str, float]] | None,
+    ) -> FitResult:
         good, written = self.state(), time.monotonic()
         if checkpoint is not None:  # a run that is killed in its first epoch resumes too
             save_state(checkpoint, good)
@@ -499,6 +510,9 @@ class _Run:
                     row = self._one_epoch(good)
                     self.seconds += time.perf_counter() - start
                     row["seconds"] = self.seconds
+                    if monitor is not None:
+                        with same_random_state():
+                            row |= {name: float(value) for name, value in monitor(self.epoch).items()}
                     self.history.append(row)
                     good = self.state()
                     if checkpoint is not None and time.monotonic() - written > SECONDS_BETWEEN_CHECKPOINTS:

@@ -74,8 +74,12 @@ def test_mixture_by_every_method(capsys):
         assert cell["log_evidence"] * 272 <= FAITHFUL + 1e-3
         assert cell["elbo"] <= cell["log_evidence"] + 1e-9
         assert cell["seconds"] > 0
-        lengths = {len(column) for column in cell["trace"].values()}
-        assert lengths == {cell["passes"]}
+        trace = cell["trace"]
+        assert {len(column) for column in trace.values()} == {cell["passes"] if method == "EM" else 16}
+        assert trace["passes"][0] == 1
+        assert trace["passes"][-1] == cell["passes"]
+        assert trace["seconds"] == sorted(trace["seconds"])
+        assert trace["log_evidence"][-1] == pytest.approx(cell["log_evidence"], abs=1e-5)
     assert found["EM"]["log_evidence"] * 272 == pytest.approx(FAITHFUL, abs=2e-4)
     assert found["SVI, enumeration"]["gap"] == 0
     assert found["SVI, amortized: enumeration"]["gap"] > 0
@@ -382,7 +386,7 @@ def test_a_method_that_diverges_is_a_note_and_the_others_go_on(monkeypatch, fait
 
 
 def without_seconds(comparison):
-    return [(c.method, c.seed, c.log_evidence, c.elbo, c.steps, c.trace.get("objective")) for c in comparison.cells]
+    return [(c.method, c.seed, c.log_evidence, c.elbo, c.steps, c.trace.get("log_evidence")) for c in comparison.cells]
 
 
 def test_a_stopped_comparison_goes_on_to_the_same_table(monkeypatch, faithful):
@@ -446,7 +450,7 @@ def test_stopped_on_the_command_line(capsys, monkeypatch):
 @pytest.fixture
 def made_up():
     """Two pairs, two seeds, a missing number, and names with every special character."""
-    trace = {"passes": [1.0, 2.0], "seconds": [0.1, 0.2], "objective": [-20.0, -11.0]}
+    trace = {"passes": [1.0, 2.0], "seconds": [0.1, 0.2], "log_evidence": [-20.0, -11.0]}
     found = []
     for seed, shift in ((0, 0.0), (1, 0.5)):
         found += [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from itertools import pairwise
 
 import pyro
@@ -941,3 +942,30 @@ def test_numbers_may_be_numpy_s(x):
     np = pytest.importorskip("numpy")
     assert fit(Location(), x, epochs=np.int64(2), batch_size=np.int32(5), lr=np.float32(0.1)).steps > 2
     assert pv.models.GMM(np.int64(2), 2).num_components == 2
+
+
+# A monitor
+
+
+def test_monitor_joins_the_history_and_changes_nothing(x, tmp_path):
+    def monitor(epoch):
+        torch.rand(100)  # draws of its own
+        return {"twice": 2 * epoch} if epoch != 2 else {}
+
+    plain, watched = Latent(), Latent()
+    watched.load_state_dict(plain.state_dict())
+    expected = fit(plain, x, epochs=4)
+    result = fit(watched, x, epochs=4, monitor=monitor, checkpoint=tmp_path / "c")
+    assert [row.get("twice") for row in result.history] == [2.0, None, 6.0, 8.0]
+    assert [row["train_bound"] for row in result.history] == [row["train_bound"] for row in expected.history]
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), watched.parameters(), strict=True))
+    again = fit(Latent(), x, epochs=4, monitor=monitor, checkpoint=tmp_path / "c", resume=True)
+    assert again.history == result.history
+
+
+def test_time_of_the_monitor_does_not_count(x):
+    def slow(epoch):
+        time.sleep(0.5)
+        return {}
+
+    assert fit(Latent(), x, epochs=2, monitor=slow).seconds < 0.5

@@ -40,6 +40,8 @@ STEPS = 5  # of the smoke test, for each SVI object
 CAPS = {  # of the smoke test, on keyword arguments of public functions
     "epochs": 1,
     "max_iter": 2,
+    "num_chains": 2,
+    "num_temperatures": 5,
     "restarts": 3,
     "num_draws": 9,
     "num_samples": 30,

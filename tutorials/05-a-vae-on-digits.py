@@ -17,7 +17,6 @@
 # generates, reconstructs and interpolates, and learn which curves to watch while it trains.
 
 # %%
-# %matplotlib inline
 import matplotlib.pyplot as plt
 import pyro
 import pyro.distributions as dist
@@ -31,7 +30,11 @@ from pyrovae.networks import BernoulliNetwork, NormalNetwork
 data = pv.data.load("digits", binarize=False)  # grey levels in [0, 1]
 x, x_test = (data.train > 0.5).float(), (data.test > 0.5).float()
 print(data)
-plot_images(x[:30], data.image_shape, columns=15)
+figure, panels = plt.subplots(2, 15, figsize=(8, 1.2))
+for axes, image in zip(panels.flat, x, strict=False):
+    axes.imshow(image.reshape(data.image_shape).numpy(), cmap="gray_r")
+    axes.set_axis_off()
+plt.show()
 
 # %% [markdown]
 # ## Ten lines
@@ -80,6 +83,8 @@ pv.fit(by_hand, x, loss="TraceMeanField_ELBO", epochs=200)
 pv.evaluate(by_hand, x_test, num_samples=500)
 
 # %% [markdown]
+# (The line on $\hat k$ asks whether the guide's samples can be trusted to find the evidence: tutorial 7.)
+#
 # `pv.models.VAE` is the same pair, with a choice of likelihoods. It even takes our weights:
 
 # %%
@@ -102,7 +107,7 @@ plot_latents(ready_made, x, "z", labels=data.labels_train)
 # %% [markdown]
 # ## More room
 #
-# Two numbers cannot say all that makes a digit. We give the next VAE 32, and hold 200 training images out to watch it.
+# Two numbers cannot say all that makes a digit. The next VAE has 32, and 200 training images are held out to watch it.
 
 # %%
 torch.manual_seed(0)
@@ -112,34 +117,10 @@ scores = pv.evaluate(wide, x_test, num_samples=500)
 print(scores)
 
 # %% [markdown]
-# Ten test images, what two latent dimensions keep of them, and what 32 keep:
-
-# %%
-rows = x_test[::36]
-plot_images(
-    torch.cat([rows, reconstruct(ready_made, rows, seed=0), reconstruct(wide, rows, seed=0)]),
-    data.image_shape,
-    title="Data; reconstructed from 2, and from 32 latent dimensions",
-)
-
-# %% [markdown]
-# New digits, $\mathbb E[x \mid z]$ at a drawn $z \sim p(z)$. And three walks from one test image to another: along the
-# straight line between the means that the guide gives them, decoded.
-
-# %%
-plot_images(sample(wide, 40, mean=True, seed=0), data.image_shape, title="Drawn from the model (pixel means)")
-
-# %%
-z = latents(wide, x_test[[5, 105, 155, 205, 255, 305]], mean=True)["z"]
-share = torch.linspace(0, 1, 10)[:, None]
-walks = [decode(wide, {"z": (1 - share) * start + share * end}) for start, end in zip(z[::2], z[1::2], strict=True)]
-plot_images(torch.cat(walks), data.image_shape, title="Three walks through $z$")
-
-# %% [markdown]
 # ## What to monitor
 #
-# 1. *The bound on data held out.* Where it falls while the training bound goes on rising, the networks learn images by
-#    heart. To see it, the next run has 300 images only. `patience=20` would stop it, and keep the best weights.
+# 1. *The bound on data held out.* Where it falls while the training bound goes on rising, the networks learn images
+#    by heart. To see it, the next run has 300 images only. `patience=20` would stop it, and keep the best weights.
 # 2. *Reconstruction and KL apart*, as `evaluate` prints them. A KL near zero is *collapse*: the decoder ignores $z$.
 # 3. *The KL of each dimension.* One that costs nothing says nothing. *Active units* counts the dimensions whose
 #    posterior mean moves over the data (variance above 0.01; Burda et al. 2016).
@@ -161,7 +142,33 @@ right.set(xlabel="latent dimension, sorted", ylabel="KL (nats per datum)", title
 plt.show()
 
 # %% [markdown]
+# ## What it has learned
+#
+# Ten test images, what two latent dimensions keep of them, and what 32 keep:
+
+# %%
+rows = x_test[::36]
+plot_images(
+    torch.cat([rows, reconstruct(ready_made, rows, seed=0), reconstruct(wide, rows, seed=0)]),
+    data.image_shape,
+    title="Data; reconstructed from 2, and from 32 latent dimensions",
+)
+
+# %% [markdown]
+# New digits, $\mathbb E[x \mid z]$ at a drawn $z \sim p(z)$. And three walks from one test image to another: along
+# the straight line between the means that the guide gives them, decoded.
+
+# %%
+plot_images(sample(wide, 40, mean=True, seed=0), data.image_shape, title="Drawn from the model (pixel means)")
+
+# %%
+z = latents(wide, x_test[[5, 105, 155, 205, 255, 305]], mean=True)["z"]
+share = torch.linspace(0, 1, 10)[:, None]
+walks = [decode(wide, {"z": (1 - share) * start + share * end}) for start, end in zip(z[::2], z[1::2], strict=True)]
+plot_images(torch.cat(walks), data.image_shape, title="Three walks through $z$")
+
+# %% [markdown]
 # ## A question to try
 #
-# Give `wide` 8 latent dimensions, then 100. Does the test ELBO change, and does the number of active units? A VAE prunes
-# what it cannot use: how would you choose `latent_dim`?
+# Give `wide` 8 latent dimensions, then 100. Does the test ELBO change, and does the number of active units? A VAE
+# prunes what it cannot use: how would you choose `latent_dim`?

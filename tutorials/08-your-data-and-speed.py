@@ -17,7 +17,6 @@
 # stopped and goes on, and files that other programs read.
 
 # %%
-# %matplotlib inline
 import csv
 import json
 import tempfile
@@ -32,7 +31,6 @@ from torch.utils.data import DataLoader, Dataset
 
 import pyrovae as pv
 from pyrovae.evaluate import latents
-from pyrovae.evaluate.plots import plot_latents
 from pyrovae.infer import SVI, Trace_ELBO
 
 temporary = tempfile.TemporaryDirectory()
@@ -41,14 +39,15 @@ folder = Path(temporary.name)
 # %% [markdown]
 # ## An array
 #
-# Your data are a matrix, one datum a row, of floating-point numbers. Here: 569 tumours, 30 measurements of each, from
-# 0.001 to 4,254. A VAE with a normal likelihood works in units of each feature's mean and standard deviation, and learns
-# one noise scale for each:
+# Your data are a matrix, one datum a row, of floating-point numbers. Here: 569 tumours, 30 measurements of each, some
+# near 0.001 and some near 4,000. A VAE with a normal likelihood works in units of each feature's mean $m_d$ and
+# standard deviation $s_d$, and learns a noise scale $\sigma_d$ for each:
 #
-# $$p(z) = \mathcal N(0, I), \qquad p(x_d \mid z) = \mathcal N\left(x_d \mid m_d + s_d f_d(z),\; s_d^2 \sigma_d^2\right)$$
+# $$p(z) = \mathcal N(0, I), \qquad
+# p(x_d \mid z) = \mathcal N\left(x_d \mid m_d + s_d f_d(z),\; s_d^2 \sigma_d^2\right)$$
 
 # %%
-measurements, benign = load_breast_cancer(return_X_y=True)  # NumPy arrays, (569, 30) and (569,)
+measurements, benign = load_breast_cancer(return_X_y=True)  # NumPy arrays, (569, 30) and (569,); 1 is benign
 x = torch.tensor(measurements, dtype=torch.float32)
 x_train, x_test = x[:469], x[469:]
 
@@ -57,7 +56,13 @@ pair = pv.models.VAE(data_dim=30, latent_dim=2, hidden_dims=(100,), likelihood="
 print(pv.fit(pair, x_train, epochs=150, validation=50))
 
 # %%
-plot_latents(pair, x, "z", labels=torch.tensor(benign))
+z = latents(pair, x, mean=True)["z"]  # the guide's means, (569, 2)
+figure, axes = plt.subplots(figsize=(5, 3.6), layout="constrained")
+for value, name in enumerate(("malignant", "benign")):
+    axes.plot(*z[benign == value].T, ".", alpha=0.6, label=name)
+axes.set(xlabel="first latent", ylabel="second latent", title="Nobody told the pair which is which")
+axes.legend()
+plt.show()
 
 # %% [markdown]
 # What does not fit is refused before any work starts, with the reason and the cure.
@@ -69,23 +74,23 @@ for wrong in (x_train[:, :10], holes, torch.tensor(measurements).int()):
     try:
         pv.fit(pair, wrong)
     except (TypeError, ValueError) as error:
-        print(error, "\n")
+        print(f"{error}\n")
 
 # %% [markdown]
 # ## A DataLoader, and a GPU
 #
 # Data that do not fit into memory, or that change at every use, come from a `DataLoader`. It yields batches, or tuples
-# that start with one. This one leaves the array on the disk, and adds the error of a new measurement to every row.
+# that start with one. This one leaves the array on the disk, and adds to a row the error of a new measurement.
 #
 # Nothing here names a device: `device="auto"`, the default everywhere, takes CUDA where there is one, and the pair
-# comes back to where it was. `fit` keeps a tensor on the GPU for the whole run; batches of a loader are moved one by one.
+# comes back to where it was. `fit` keeps a tensor on the GPU for the whole run, and moves batches of a loader there.
 
 
 # %%
 class NoisyRows(Dataset):
     def __init__(self, file, noise):
         self.rows, self.noise = np.load(file, mmap_mode="r"), noise  # read row by row
-        self.scale = self.rows.std(0)
+        self.scale = torch.tensor(self.rows.std(0))
 
     def __len__(self):
         return len(self.rows)
@@ -105,18 +110,18 @@ print(pv.fit(careful, loader, epochs=100, validation=x_test))
 # %% [markdown]
 # ## Your own loop
 #
-# `fit` is a loop around `pyrovae.infer.SVI`, which has `pyro.infer.SVI`'s arguments and takes `torch.optim`'s optimizers
-# too. One step on a batch $B$ is one gradient step on
+# `fit` is a loop around `pyrovae.infer.SVI`, which has the arguments of `pyro.infer.SVI`, and takes the optimizers of
+# `torch.optim` too. One step on a batch $B$ is one gradient step on
 #
 # $$-\sum_{n \in B} \mathbb E_{q(z \mid x_n)}\left[\log p(x_n, z) - \log q(z \mid x_n)\right] .$$
 #
-# Most of an eager step of a small network is Python: Pyro's handlers, torch's dispatch. With `backend="compiled"`, the
-# step is recorded once below Pyro and compiled, loss, gradient and all; only the optimizer's fused update is called
-# beside it. On CUDA, `backend="cudagraph"` captures that too. `auto`, the default, compiles where a run is long enough
-# to pay for it.
+# Most of an eager step of a small network is Python: Pyro's handlers, torch's dispatch. With `backend="compiled"`,
+# the step is recorded once below Pyro and compiled, loss, gradient and all; only the optimizer's fused update is
+# called beside it. On CUDA, `backend="cudagraph"` captures that too. `auto`, the default, compiles where a run is
+# long enough to pay for it.
 
 # %%
-device = "cuda" if torch.cuda.is_available() else "cpu"
+device = "cuda" if torch.cuda.is_available() else "cpu"  # in a loop of your own, you say it
 digits = pv.data.load("digits").train.to(device)
 
 
@@ -152,14 +157,14 @@ right.set(xlabel="milliseconds a step, here", title="faster")
 plt.show()
 
 # %% [markdown]
-# A pair stays ordinary Pyro, and no line of it changes. What cannot be recorded, an `.item()` or an `if` on a tensor, is
-# named in one warning with its line; the step then runs eagerly.
+# A pair stays ordinary Pyro, and no line of it changes. What cannot be recorded, an `.item()` or an `if` on a
+# tensor, is named in one warning with its line; the step then runs eagerly.
 #
 # ## Stop, and go on
 #
 # `checkpoint=` keeps the whole state of a run in a file: weights, optimizer, random numbers, history. Here someone
-# pulls the plug in the middle. The same call with `resume=True` goes on from the last whole epoch, and ends with the very
-# numbers of a run that nobody stopped.
+# pulls the plug in the middle. The same call with `resume=True` goes on from the last whole epoch, and ends with
+# the very numbers of a run that nobody stopped.
 
 
 # %%
@@ -195,8 +200,8 @@ print("the same bound in every epoch:", bounds[0] == bounds[1])
 # %% [markdown]
 # ## Take it elsewhere
 #
-# Weights go to a `.safetensors` file, and numbers to the formats that everything reads. Nothing is pickled. For ArviZ,
-# `pv.to_arviz(pair, x)` holds draws and pointwise log likelihoods (see tutorial 7).
+# Weights go to a `.safetensors` file, numbers to formats that everything reads, and nothing is pickled. For ArviZ, call
+# `pv.to_arviz(pair, x)`: draws and pointwise log likelihoods (tutorial 7).
 
 # %%
 pair.save(folder / "weights.safetensors")
@@ -226,5 +231,5 @@ temporary.cleanup()
 #
 # ## A question to try
 #
-# Set `hidden_dims=(500, 500)` in the timing: does compiling still help? What share of a step is left for it to save, once
-# the matrix products take most of the time?
+# Set `hidden_dims=(500, 500)` in the timing: does compiling still help? What share of a step is left for it to
+# save, once the matrix products take most of the time?

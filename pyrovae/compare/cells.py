@@ -20,6 +20,7 @@ from pyrovae.compare.result import Cell
 from pyrovae.evaluate import evaluate
 from pyrovae.evaluate.gaps import inference_gaps
 from pyrovae.evaluate.prepare import NotApplicable
+from pyrovae.evaluate.scores import importance_scores
 from pyrovae.infer import fit_em
 from pyrovae.pair import Pair
 from pyrovae.train import TrainingDiverged, fit
@@ -28,6 +29,8 @@ __all__ = ["ROWS_OF_GAPS", "Job", "Maker", "Settings", "run_cell", "started"]
 
 Maker = Callable[..., Pair]
 EM_ITERATIONS = 10_000
+POINTS = 20  # of the curve of a training run
+ROWS_OF_CURVE, SAMPLES_OF_CURVE = 500, 200
 ROWS_OF_GAPS = 500
 
 
@@ -118,6 +121,11 @@ def _placed(settings: Settings, pair: Pair) -> Tensor:
 
 
 def _train_svi(pair: Pair, job: Job, settings: Settings, checkpoint: Path | None) -> dict[str, Any]:
+    watched = {round(settings.epochs ** (i / (POINTS - 1))) for i in range(POINTS)}  # evenly on a logarithmic axis
+
+    def monitor(epoch: int) -> dict[str, float]:
+        return {"log_evidence": _evidence(pair, settings, job.seed)} if epoch in watched else {}
+
     result = fit(
         pair,
         settings.x,
@@ -132,13 +140,33 @@ def _train_svi(pair: Pair, job: Job, settings: Settings, checkpoint: Path | None
         progress=False,
         checkpoint=checkpoint,
         resume=checkpoint is not None and checkpoint.is_file(),
+        monitor=monitor,
     )
+    rows = [row for row in result.history if "log_evidence" in row]
     trace = {
-        "passes": [row["epoch"] for row in result.history],
-        "seconds": [row["seconds"] for row in result.history],
-        "objective": [row["train_bound"] for row in result.history],
+        "passes": [row["epoch"] for row in rows],
+        "seconds": [row["seconds"] for row in rows],
+        "log_evidence": [row["log_evidence"] for row in rows],
     }
     return {"seconds": result.seconds, "steps": result.steps, "passes": len(result.history), "trace": trace}
+
+
+def _evidence(pair: Pair, settings: Settings, seed: int) -> float:
+    """On the way: exact, of the training rows, where the pair can; else of some scored rows, from few samples."""
+    if pair.log_prob is not None:
+        with torch.no_grad():
+            parameter = next(pair.parameters(), settings.x)
+            return float(pair.log_prob(settings.x.to(parameter.device, parameter.dtype)).double().mean())
+    device = next(pair.parameters(), settings.x).device
+    return importance_scores(
+        pair,
+        settings.rows[:ROWS_OF_CURVE],
+        num_samples=min(settings.num_samples, SAMPLES_OF_CURVE),
+        binarize=settings.binarize,
+        device=device,
+        seed=seed,
+        progress=False,
+    ).log_evidence
 
 
 def _train_em(pair: Pair, settings: Settings, seed: int) -> dict[str, Any]:
@@ -150,7 +178,7 @@ def _train_em(pair: Pair, settings: Settings, seed: int) -> dict[str, Any]:
     trace = {
         "passes": [float(i) for i in passes],
         "seconds": [result.seconds * i / len(passes) for i in passes],
-        "objective": [value / len(x) for value in result.trace],
+        "log_evidence": [value / len(x) for value in result.trace],
     }
     note = None if result.converged else f"NOT converged after {result.iterations} iterations"
     return {
@@ -169,8 +197,8 @@ def _train_closed_form(pair: Any, settings: Settings, seed: int) -> dict[str, An
     trace: dict[str, list[float]] = {}
     if pair.log_prob is not None:
         with torch.no_grad():
-            objective = float(pair.log_prob(x.to(next(pair.parameters(), x).dtype)).double().mean())
-        trace = {"passes": [1.0], "seconds": [seconds], "objective": [objective]}
+            evidence = float(pair.log_prob(x.to(next(pair.parameters(), x).dtype)).double().mean())
+        trace = {"passes": [1.0], "seconds": [seconds], "log_evidence": [evidence]}
     return {"seconds": seconds, "steps": 1, "passes": 1, "trace": trace}
 
 

@@ -15,6 +15,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyrovae.compare.result import Cell, Comparison
+from pyrovae.evaluate.plots import new_figure
 from pyrovae.infer.log_weights import same_random_state
 from pyrovae.pair import Pair
 
@@ -26,12 +27,11 @@ STYLES = ("-", "--", ":", "-.")
 
 
 def plot_training(comparison: Comparison) -> Figure:
-    """What each method maximises on the training rows, against seconds and against passes over the data.
+    """The log evidence on the way, see :class:`Cell`, against seconds and against passes over the data.
 
-    EM and the closed form: the exact log likelihood. SVI: its own bound, which for the ELBO lies below the evidence by
-    the gap. Lines are means over seeds, bands their standard errors.
+    Lines are means over seeds, bands their standard errors.
     """
-    figure = Figure(figsize=(11, 5), layout="constrained")
+    figure = new_figure(11, 5)
     panels = figure.subplots(1, 2, sharey=True)
     groups: dict[str, list[Cell]] = {}
     for cell in comparison.cells:
@@ -41,15 +41,13 @@ def plot_training(comparison: Comparison) -> Figure:
     for index, (label, cells) in enumerate(groups.items()):
         look: dict[str, Any] = {"color": COLORS[index % len(COLORS)], "label": label, "linewidth": 1.4}
         if len(cells[0].trace["passes"]) == 1:
-            (value,) = cells[0].trace["objective"]
+            (value,) = cells[0].trace["log_evidence"]
             for axes in panels:
                 axes.axhline(value, linestyle=(0, (1, 1)), **look)
             shown.append(np.array([value]))
             continue
         passes, seconds, mean, error = _average(cells)
-        shown.append(
-            mean[passes > passes[-1] / 3]
-        )  # the first passes are far below the rest: show what happens after them
+        shown.append(mean[passes > passes[-1] / 10])  # the first passes are far below: show what happens after them
         look["linestyle"] = STYLES[index // len(COLORS) % len(STYLES)]
         for axes, place in zip(panels, (seconds, passes), strict=True):
             axes.plot(place, mean, **look)
@@ -63,7 +61,8 @@ def plot_training(comparison: Comparison) -> Figure:
         axes.set_xscale("log")
         axes.set_xlabel(name)
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("objective (nats per training datum)")
+    exact = any(cell.exact for cell in comparison.cells)
+    panels[0].set_ylabel(f"log evidence ({'nats per training datum' if exact else 'nats per datum, few samples'})")
     count = len(comparison.seeds)
     bands = f"; mean ± standard error over {count} seeds" if count > 1 else ""
     figure.suptitle(f"{comparison.title}: training{bands}", parse_math=False)
@@ -73,30 +72,21 @@ def plot_training(comparison: Comparison) -> Figure:
 
 
 def _average(cells: list[Cell]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Passes, mean seconds, mean objective and its standard error; a run that ended keeps its last value.
-
-    Neighbouring passes are averaged, evenly on a logarithmic axis: the noise of the batches would hide the lines.
-    """
+    """Passes, mean seconds, mean log evidence and its standard error; a run that ended keeps its last value."""
     grid = np.array(max((cell.trace["passes"] for cell in cells), key=len), dtype=float)
-    edges = np.unique(np.geomspace(1, len(grid) + 1, 80).astype(int) - 1)[:-1]
-    counts = np.diff(edges, append=len(grid))
-
-    def thinned(values: Any) -> np.ndarray:
-        return np.add.reduceat(values, edges) / counts
-
-    seconds, objective = (
-        np.stack([thinned(np.interp(grid, cell.trace["passes"], cell.trace[name])) for cell in cells])
-        for name in ("seconds", "objective")
+    seconds, evidence = (
+        np.stack([np.interp(grid, cell.trace["passes"], cell.trace[name]) for cell in cells])
+        for name in ("seconds", "log_evidence")
     )
-    error = objective.std(0, ddof=1) / np.sqrt(len(cells)) if len(cells) > 1 else np.zeros(len(edges))
-    return thinned(grid), seconds.mean(0), objective.mean(0), error
+    error = evidence.std(0, ddof=1) / np.sqrt(len(cells)) if len(cells) > 1 else np.zeros(len(grid))
+    return grid, seconds.mean(0), evidence.mean(0), error
 
 
 def plot_gaps(comparison: Comparison) -> Figure:
     """Stacked bars of what each method misses, in nats per datum: its log evidence below the best one here, then
     the gap from evidence to ELBO, as approximation and amortization where that is known. Means over seeds."""
     rows = [row for row in comparison.table if row.mean["log_evidence"] is not None]
-    figure = Figure(figsize=(9, 1.6 + 0.45 * len(rows)), layout="constrained")
+    figure = new_figure(9, 1.6 + 0.45 * len(rows))
     axes = figure.subplots()
     labels = [comparison.label(row) for row in rows]
     best = max((row.mean["log_evidence"] or 0.0 for row in rows), default=0.0)
@@ -170,7 +160,7 @@ def plot_responsibilities(
         shown, names = torch.cat([shown, torch.zeros_like(shown)], 1), [*names, ""]
     columns = min(columns, len(pairs))
     lines = -(-len(pairs) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.6 * lines + 0.3), layout="constrained")
+    figure = new_figure(4.2 * columns, 3.6 * lines + 0.3)
     grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     for axes in grid.flat[len(pairs) :]:
         axes.set_axis_off()

@@ -41,7 +41,8 @@ class Cell:
     passes: int | None = None
     """Passes over the training data."""
     trace: dict[str, list[float]] = field(default_factory=dict)
-    """``passes``, ``seconds`` and ``objective``: what the method maximises on the training rows, nats per datum."""
+    """``passes``, ``seconds`` of training and ``log_evidence`` on the way, nats per datum: exact, of the training rows,
+    where the pair has ``log_prob``; else of at most 500 scored rows, from at most 200 importance samples."""
     note: str | None = None
     """What went wrong, or keeps the numbers from meaning what they usually do."""
 
@@ -131,7 +132,7 @@ class Comparison:
         return plain | {"cells": [asdict(cell) | {"gap": cell.gap} for cell in self.cells]}
 
     def plot(self) -> Figure:
-        """What each method maximises, against seconds and against passes over the data."""
+        """The log evidence on the way, against seconds and against passes over the data."""
         from pyrovae.compare.plots import plot_training
 
         return plot_training(self)

@@ -82,11 +82,16 @@ class AnnealedEvidence(_Annealing):
     """Standard error of ``log_evidence`` as an estimate for the population that the data were drawn from."""
     log_evidence_per_datum: Tensor
     """(N,), float64."""
+    by_importance: float | None = None
+    """Of the same data by importance sampling from the guide, where :func:`evaluate` measured both."""
 
     def __repr__(self) -> str:
         """A table, for reading."""
         errors = _errors(self.log_evidence_stderr, self.log_evidence_stderr_data)
-        return self._table("data", [("log evidence, annealed", self.log_evidence, errors)])
+        rows = [("log evidence, annealed", self.log_evidence, errors)]
+        if self.by_importance is not None:
+            rows.append(("log evidence, guide", self.by_importance, "by importance sampling, of the same data"))
+        return self._table("data", rows)
 
 
 @dataclass(frozen=True, repr=False, eq=False)

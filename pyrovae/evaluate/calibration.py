@@ -303,7 +303,7 @@ def plot_calibration(calibration: Calibration, *, kind: str = "histogram", max_p
             uniform one, with a band that holds all of it with 99% (Säilynoja, Bürkner and Vehtari 2022).
         max_panels: the most dimensions shown.
     """
-    from pyrovae.evaluate.plots import _figure
+    from pyrovae.evaluate.plots import new_figure
 
     check_choice("kind", kind, ("histogram", "ecdf"))
     check_positive("max_panels", max_panels, integer=True)
@@ -312,7 +312,7 @@ def plot_calibration(calibration: Calibration, *, kind: str = "histogram", max_p
     panels = sorted(panels, key=lambda panel: panel[1].p_values[panel[2]])[:max_panels]
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = _figure(max(4.5, 3.2 * columns), 2.6 * rows + 0.5)
+    figure = new_figure(max(4.5, 3.2 * columns), 2.6 * rows + 0.5)
     grid = np.atleast_1d(figure.subplots(rows, columns)).ravel()
     band = ecdf_band(calibration.num_simulations, calibration.num_draws + 1) if kind == "ecdf" else None
     for axes, (name, test, i) in zip(grid, panels, strict=False):

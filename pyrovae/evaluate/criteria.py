@@ -279,12 +279,12 @@ def plot_selection(selection: Selection) -> Figure:
     """
     from matplotlib.ticker import MaxNLocator
 
-    from pyrovae.evaluate.plots import MODEL, _figure
+    from pyrovae.evaluate.plots import MODEL, new_figure
 
     winners = selection.winners()
     shown = [name for name in CRITERIA if any(getattr(c.criteria, name) is not None for c in selection.candidates)]
     families = sorted({c.family for c in selection.candidates})
-    figure = _figure(4.2 * len(shown), 3.8)
+    figure = new_figure(4.2 * len(shown), 3.8)
     for axes, criterion in zip(np.atleast_1d(figure.subplots(1, len(shown))), shown, strict=True):
         having = [c for c in selection.candidates if getattr(c.criteria, criterion) is not None]
         winner = winners.get(criterion)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from pyrovae.evaluate.decomposition import kl_decomposition
 from pyrovae.evaluate.gaps import inference_gaps
 from pyrovae.evaluate.mixtures import check_labels, mixture_scores
 from pyrovae.evaluate.predictive import posterior_predictive_check
-from pyrovae.evaluate.prepare import NotApplicable
+from pyrovae.evaluate.prepare import NotApplicable, prepared
 from pyrovae.evaluate.scores import Scores, importance_scores
 from pyrovae.pair import Pair
 
@@ -81,6 +82,9 @@ def evaluate(
         pair, x, num_samples=num_samples, binarize=binarize, device=device, seed=seed, progress=progress
     )
     settings = {"device": device, "seed": seed}
+    if binarize and names:  # all that follows is measured on the same data
+        with prepared(pair, x, binarize=True, device=device, seed=seed) as rows:
+            x = rows.to(x.device)
     for name in names:
         if name in OF_TWO_DATA and len(x) < 2:
             scores.left_out[name] = f"{name} needs two data or more to tell apart; {type(pair).__name__} was given one."
@@ -92,13 +96,18 @@ def evaluate(
                 scores.also[name] = function(pair, data_dim=x.shape[1], **more)
             else:
                 more |= {"labels": labels} if name == "mixture_scores" else {}
-                scores.also[name] = function(pair, _some(x, most, seed), binarize=binarize, **more)
+                chosen = _some(len(x), most, seed)
+                found = function(pair, x[chosen], **more)
+                if name == "annealed_evidence" and scores.log_evidence_per_datum is not None:
+                    found = replace(found, by_importance=float(scores.log_evidence_per_datum[chosen].mean()))
+                scores.also[name] = found
         except NotApplicable as reason:
             scores.left_out[name] = str(reason)
     return scores
 
 
-def _some(x: Tensor, most: int | None, seed: int) -> Tensor:
-    if most is None or len(x) <= most:
-        return x
-    return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:most]]
+def _some(num_data: int, most: int | None, seed: int) -> Tensor:
+    """Which data: all, or ``most`` of them."""
+    if most is None or num_data <= most:
+        return torch.arange(num_data)
+    return torch.randperm(num_data, generator=torch.Generator().manual_seed(seed))[:most]

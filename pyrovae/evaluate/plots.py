@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from pyrovae.infer.log_weights import same_random_state
 from pyrovae.pair import Pair
 
 __all__ = [
+    "new_figure",
     "plot_densities",
     "plot_density",
     "plot_history",
@@ -35,8 +37,18 @@ __all__ = [
 DATA, MODEL = "#33658a", "#d1495b"  # told apart in grey and by colour-blind eyes
 
 
-def _figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), layout="constrained")
+class _Figure(Figure):
+    """A figure that a notebook shows even where pyplot was not loaded."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=100)
+        return buffer.getvalue()
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty one, in inches, outside pyplot's global state."""
+    return _Figure(figsize=(width, height), layout="constrained")
 
 
 def _axis_names(feature_names: Sequence[str] | None, x: Tensor) -> tuple[str, ...]:
@@ -66,7 +78,7 @@ def save_figures(figures: dict[str, Callable[[], Figure]], folder: Path) -> list
 
 def plot_history(history: Sequence[dict[str, float]]) -> Figure:
     """The bound against epochs, on training and held-out data (nats per datum)."""
-    figure = _figure(6, 4)
+    figure = new_figure(6, 4)
     axes = figure.subplots()
     epochs = [row["epoch"] for row in history]
     curves = {"training data": [row["train_bound"] for row in history]}
@@ -98,7 +110,7 @@ def plot_images(images: Tensor, image_shape: tuple[int, int], *, columns: int = 
         top, left = (index // columns) * (height + 1), (index % columns) * (width + 1)
         grid[top : top + height, left : left + width] = image
     across = min(8.0, max(4.0, 0.8 * columns))
-    figure = _figure(across, across * grid.shape[0] / grid.shape[1] + 0.4)
+    figure = new_figure(across, across * grid.shape[0] / grid.shape[1] + 0.4)
     axes = figure.subplots()
     axes.imshow(grid, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
     axes.set_axis_off()
@@ -133,7 +145,7 @@ def plot_samples(
         if pca is not None:
             shown, drawn = (torch.from_numpy(pca.transform(rows.numpy())) for rows in (shown, drawn))
             labels = ("first principal component", "second principal component")
-    figure = _figure(6, 5)
+    figure = new_figure(6, 5)
     axes = figure.subplots()
     if x.shape[1] == 1:
         bins = np.histogram_bin_edges(torch.cat([shown, drawn]).numpy(), bins=40).tolist()
@@ -171,7 +183,7 @@ def plot_reconstructions(pair: Pair, x: Tensor, *, image_shape: tuple[int, int] 
     means = reconstruct(pair, rows, seed=seed).cpu()
     rows = rows.cpu()
     loc, scale = rows.mean(0), rows.std(0, correction=0).clamp(min=1e-12)
-    figure = _figure(5, 5)
+    figure = new_figure(5, 5)
     axes = figure.subplots()
     axes.scatter(((rows - loc) / scale).flatten(), ((means - loc) / scale).flatten(), s=6, alpha=0.4, color=DATA)
     limits = [float(((rows - loc) / scale).min()), float(((rows - loc) / scale).max())]
@@ -206,7 +218,7 @@ def plot_densities(
     height: float = 4,
 ) -> Figure:
     """:func:`plot_density` of several pairs by title, side by side."""
-    figure = _figure(width * len(pairs), height)
+    figure = new_figure(width * len(pairs), height)
     for axes, (title, pair) in zip(np.atleast_1d(figure.subplots(1, len(pairs))), pairs.items(), strict=True):
         _draw_density(axes, pair, x)
         _name_axes(axes, _axis_names(feature_names, x))
@@ -275,7 +287,7 @@ def plot_manifold(
 def plot_latents(pair: Pair, x: Tensor, name: str, *, labels: Tensor | None = None, seed: int = 0) -> Figure:
     """The guide's means of a 2-D latent, coloured by label where there are labels."""
     means = latents(pair, x, mean=True, seed=seed)[name].cpu().numpy()
-    figure = _figure(6, 5)
+    figure = new_figure(6, 5)
     axes = figure.subplots()
     if labels is None:
         axes.scatter(means[:, 0], means[:, 1], s=12, alpha=0.7, linewidth=0, color=DATA)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyrovae.evaluate.collapse import USED_NATS
-from pyrovae.evaluate.plots import DATA, MODEL, plot_images
+from pyrovae.evaluate.plots import DATA, MODEL, new_figure, plot_images
 from pyrovae.evaluate.predict import decode, latents, local_latents, mean_or_value
 from pyrovae.infer.log_weights import same_random_state
 
@@ -32,14 +32,10 @@ GREY = "#9a9a9a"
 GAP = "#e0a030"
 
 
-def _figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def plot_kl(kl_per_dimension: Mapping[str, Sequence[float]]) -> Figure:
     """The KL of each latent dimension, largest first; those below ``USED_NATS`` in grey: they carry nothing."""
     latent_names = list(kl_per_dimension)
-    figure = _figure(7, 1.2 + 2.0 * len(latent_names))
+    figure = new_figure(7, 1.2 + 2.0 * len(latent_names))
     for axes, name in zip(np.atleast_1d(figure.subplots(len(latent_names), 1)), latent_names, strict=True):
         values = sorted((max(v, 0.0) for v in kl_per_dimension[name]), reverse=True)
         used = sum(v > USED_NATS for v in values)
@@ -75,7 +71,7 @@ def plot_pareto_k(pareto_k: Tensor) -> Figure:
     for infinity, text in ((-math.inf, "no tail (k̂ = −∞)"), (math.inf, "no fit (k̂ = ∞)")):
         if count := int((pareto_k == infinity).sum()):
             title += f"\n{count} of them: {text}"
-    figure = _figure(6, 3.2)
+    figure = new_figure(6, 3.2)
     axes = figure.subplots()
     low, high = (min(-0.25, float(k.min())), max(1.0, float(k.max()))) if len(k) else (-0.25, 1.0)
     edges = np.linspace(low, high, 41).tolist()
@@ -91,7 +87,7 @@ def plot_pareto_k(pareto_k: Tensor) -> Figure:
 def plot_gaps(gaps: Mapping[str, InferenceGaps]) -> Figure:
     """Bars of what separates each ELBO from the evidence: approximation gap, then amortization gap (nats per datum)."""
     names = list(gaps)
-    figure = _figure(7, 1.3 + 0.6 * len(names))
+    figure = new_figure(7, 1.3 + 0.6 * len(names))
     axes = figure.subplots()
     approximation = [max(g.approximation_gap, 0.0) for g in gaps.values()]  # below 0 by Monte Carlo error
     amortization = [max(g.amortization_gap, 0.0) for g in gaps.values()]

@@ -60,6 +60,8 @@ class Scores:
     """Exact log p(x), where the pair has ``log_prob``."""
     bits_per_dim: float
     """−log_evidence / (D log 2)."""
+    log_evidence_per_datum: Tensor | None = field(default=None, compare=False)
+    """(N,), float64, on the CPU; None with a global latent."""
     guide: GuideQuality | None = field(default=None, compare=False)
     """Pareto-k̂ and effective sample size of the weights behind ``log_evidence``, datum by datum."""
     also: dict[str, Any] = field(default_factory=dict, compare=False)
@@ -72,6 +74,7 @@ class Scores:
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON. It has no infinity and no NaN: such a number is None."""
         plain = vars(self) | {"guide": None if self.guide is None else self.guide.to_dict()}
+        del plain["log_evidence_per_datum"]
         return _finite(plain | {"also": {name: result.to_dict() for name, result in self.also.items()}})
 
     def rows(self) -> list[tuple[str, str, str]]:
@@ -333,6 +336,7 @@ class _Parts:
             units_per_latent=units,
             log_likelihood=exact,
             bits_per_dim=-log_evidence / (x.shape[1] * math.log(2)),
+            log_evidence_per_datum=evidence.cpu() if len(evidence) == num_data else None,
             guide=summarise(self.quality, num_data, num_samples) if self._fits_tails else None,
             notes=notes,
         )
