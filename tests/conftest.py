@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: tests run side by side, and threads would spin for each other
+
 import random
 from collections.abc import Iterator
 from pathlib import Path

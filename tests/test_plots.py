@@ -271,3 +271,8 @@ assert raw() == before
 def test_every_plot_is_tested():
     source = Path(__file__).read_text(encoding="utf-8")
     assert all(f"p.{name}(" in source for name in p.__all__)
+
+
+def test_a_notebook_shows_a_figure_without_pyplot():
+    figure = p.new_figure(2, 1)
+    assert figure._repr_png_().startswith(b"\x89PNG")

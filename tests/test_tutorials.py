@@ -74,7 +74,8 @@ def execute(name: str) -> Any:
         extra_arguments=["--log-level=ERROR"],
     )
     # `import pyro` in a kernel without ipywidgets makes tqdm say that it will draw plain bars.
-    client.execute(env=os.environ | {"PYTHONWARNINGS": "ignore:IProgress not found"})
+    # One thread: of two notebooks at once on two cores, the threads would spin for each other.
+    client.execute(env=os.environ | {"PYTHONWARNINGS": "ignore:IProgress not found", "OMP_NUM_THREADS": "1"})
     notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"], "language_info": {"name": "python"}}
     return notebook
 
