@@ -394,12 +394,12 @@ def test_chunks_are_filled_up_and_cut_off(monkeypatch):
     pair, x = Linear(), torch.randn(17, 3)
     sizes = set()
 
-    def gradient(self, u, x, beta, own=ais._Density.gradient):
+    def gradient(self, u, x, beta, own=ais.Density.gradient):
         sizes.add((u.shape, x.shape))
         return own(self, u, x, beta)
 
     monkeypatch.setattr(ais, "runs_at_a_time", lambda device, width: 5 * 32)
-    monkeypatch.setattr(ais._Density, "gradient", gradient)
+    monkeypatch.setattr(ais.Density, "gradient", gradient)
     monkeypatch.setattr(ais, "CALLS_WORTH_RECORDING", math.inf)
     found = annealed_evidence(pair, x, num_temperatures=40, num_chains=32, num_leapfrog=3)
     assert sizes == {((32, 5, 2), (5, 3))}
@@ -409,8 +409,8 @@ def test_chunks_are_filled_up_and_cut_off(monkeypatch):
 def test_layout_of_latents_goes_there_and_back():
     """Plates inside a datum, event dims and the data axis: pack inverts what the model is given."""
     pair, x = Parts(), torch.randn(4, 2)
-    latents = ais._Latents(pair, poutine.trace(pair.model).get_trace(x))
-    density = ais._Density(pair, latents)
+    latents = ais.Latents(pair, poutine.trace(pair.model).get_trace(x))
+    density = ais.Density(pair, latents)
     u = density.draw(x, 3)
     assert (u.shape, latents.dim) == ((3, 4, 3), 3)
     _, given = density.terms(pair.model, u, x)
