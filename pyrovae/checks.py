@@ -21,7 +21,8 @@ def check_choice(argument: str, value: str, choices: Iterable[str]) -> None:
         return
     near = difflib.get_close_matches(str(value), choices, n=3, cutoff=0.4)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-    raise ValueError(f"{argument}: expected one of {', '.join(choices)}; got {value!r}.{hint}")
+    shown = map(repr, choices) if any("," in choice for choice in choices) else choices
+    raise ValueError(f"{argument}: expected one of {', '.join(shown)}; got {value!r}.{hint}")
 
 
 def check_positive(argument: str, value: Any, *, integer: bool = False) -> None:

@@ -318,11 +318,13 @@ def _score(
     num_samples: int,
     seconds: float | None,
     also: Iterable[str] = (),
+    earlier: dict[str, Any] | None = None,
 ) -> str:
     """Score on the test rows, or the training rows where there are no others; write scores.json; return the table."""
     import pyrovae
 
     start = time.perf_counter()
+    earlier = earlier or {}
     which, rows, labels = dataset.scored
     scores = pyrovae.evaluate(
         pair,
@@ -335,6 +337,7 @@ def _score(
         seed=config.seed,
     )
     record = {"data": config.data, "rows": which, **scores.to_dict(), "evaluation_seconds": time.perf_counter() - start}
+    record["also"] = earlier | record["also"]  # of the same weights: what took minutes is not thrown away
     if seconds is not None:
         record["training_seconds"] = seconds
     folder.write_scores(record)
@@ -370,8 +373,9 @@ def evaluate(
     names = _also(also, everything, default=())
     folder = RunFolder(run)
     config, pair, dataset = folder.load()
-    seconds = folder.read_scores().get("training_seconds")
-    print(_score(folder, config, pair, dataset, device, num_samples or config.num_samples, seconds, names))
+    before = folder.read_scores()
+    seconds, earlier = before.get("training_seconds"), before.get("also")
+    print(_score(folder, config, pair, dataset, device, num_samples or config.num_samples, seconds, names, earlier))
 
 
 def _also(also: list[str] | None, everything: bool, default: Iterable[str]) -> list[str]:
@@ -413,6 +417,7 @@ def report(
     pyrovae report --compare runs/compare-gmm-faithful
     """
     from pyrovae.checks import check_positive
+    from pyrovae.compare.folder import read_comparison
     from pyrovae.evaluate import ALSO
     from pyrovae.report import Page, report_comparison, report_run
     from pyrovae.runs import RunFolder
@@ -430,6 +435,10 @@ def report(
     out = out or (run or compare or Path()) / "report.html"
     if out.suffix != ".html":
         raise ValueError(f"--out: expected an .html file; got {out}.")
+    if run is not None:
+        RunFolder(run).read_config()
+    if compare is not None:
+        read_comparison(compare)
     if out.exists() and not overwrite:
         raise FileExistsError(f"--out: {out} exists. Pass --overwrite to replace it, or another name.")
     if out.is_dir():
@@ -543,7 +552,7 @@ def compare(
 
     \b
     pyrovae compare gmm --data faithful --seeds 5
-    pyrovae compare vae iwae --data digits --set latent_dim=8 --losses Trace_ELBO,RenyiELBO:K=50
+    pyrovae compare vae iwae --data digits --losses Trace_ELBO,RenyiELBO:K=50
     pyrovae compare ppca --data mydata.csv --set latent_dim=3
     pyrovae compare --resume runs/compare-gmm-faithful
     """
@@ -578,7 +587,7 @@ def compare(
             settings or [],
             binarize,
             [parse_method(spec, "--losses") for spec in split_methods(losses or [])],
-            title=f"{', '.join(short)} on {_file_name(data)}",
+            title=_file_name(data),
             seeds=seeds,
             epochs=epochs,
             batch_size=batch_size,

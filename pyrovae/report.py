@@ -16,6 +16,7 @@ import torch
 from pyrovae.compare.folder import read_comparison
 from pyrovae.compare.tables import head, to_rows
 from pyrovae.evaluate import evaluate
+from pyrovae.evaluate.prepare import prepared
 from pyrovae.evaluate.scores import title_of
 from pyrovae.pictures import Picture, pictures_of_run, pictures_of_scores
 
@@ -149,17 +150,19 @@ def report_run(folder: RunFolder, *, num_data: int, num_samples: int | None, als
     if len(rows) > num_data:
         chosen = torch.randperm(len(rows), generator=generator)[:num_data]
         rows, labels = rows[chosen], None if labels is None else labels[chosen]
-    if config.binarize == "dynamic":
-        rows = torch.bernoulli(rows, generator=generator)
+    anew = config.binarize == "dynamic"
     scores = evaluate(
         pair,
         rows,
         num_samples=num_samples or config.num_samples,
         also=also,
         labels=labels,
+        binarize=anew,
         device=device,
         seed=config.seed,
     )
+    with prepared(pair, rows, binarize=anew, device=device, seed=config.seed) as placed:  # the very pixels scored
+        rows = placed.cpu()
     fitted = Section("What was fitted", texts=[_first_line(pair)], rows=_facts(config, pair, data, history, seconds))
     table = Section(
         "Scores",
@@ -175,7 +178,8 @@ def report_run(folder: RunFolder, *, num_data: int, num_samples: int | None, als
     measured = Section("The guide and the latents, measured")
     measured.draw(pictures_of_scores(pair, data, rows, scores).values())
     measured.blocks = [Block.of(name, result) for name, result in scores.also.items()]
-    measured.texts = [f"Left out: {reason}" for reason in scores.left_out.values()]
+    if scores.left_out:
+        measured.texts = [f"Does not apply to this pair: {', '.join(map(title_of, scores.left_out))}."]
     sections = [section for section in (fitted, table, training, model, measured) if not section.is_empty]
     lead = f"Log evidence {scores.log_evidence:.3f} nats per datum, on {which} rows."
     return Page(f"{type(pair).__name__} on {Path(config.data).name}", lead, sections)

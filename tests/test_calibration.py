@@ -287,7 +287,7 @@ def test_two_layers_and_a_sampled_category():
         "z2": (200, 2),
         LIKELIHOOD: (200, 1),
     }
-    assert found.verdict != "ranks uniform"  # untrained
+    assert found.verdict != "no misfit found"  # untrained
     amortized = simulation_based_calibration(GMM(3, 2, amortized=True))
     assert (amortized.source, list(amortized.tests)) == ("guide", ["z", LIKELIHOOD])
 
@@ -514,7 +514,7 @@ def test_predictive_check_reads_as_a_table_and_as_json():
     found = posterior_predictive_check(pair, sample(pair, 25, seed=0), num_replicates=99)
     text = repr(found)
     assert text.startswith("25 data, 99 replicates: new data from the model\nstatistic ")
-    assert f"mean, feature {found.statistics[0].feature}" in text
+    assert f"mean, most of all: feature {found.statistics[0].feature}" in text
     assert json.loads(json.dumps(found.to_dict()))["statistics"][0]["name"] == "mean"
     assert "made from it" in repr(
         posterior_predictive_check(pair, sample(pair, 5, seed=0), replicates="posterior", num_replicates=3)

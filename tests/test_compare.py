@@ -108,7 +108,7 @@ def test_images_and_two_pairs_on_test_rows(capsys):
     small = ["--set", "hidden_dims=8", "--set", "latent_dims=5", "--epochs", 2, "--num-samples", 20]
     assert call("compare", "vae", "iwae", *small, "-o", "out") == 0
     shown = capsys.readouterr().out
-    assert "vae, iwae on digits: 360 test rows" in shown
+    assert "vae (hidden_dims=(8,)), iwae (hidden_dims=((8,),), latent_dims=(5,)) on digits: 360 test rows" in shown
     assert "by importance sampling, 20 samples" in shown
     rows = list(csv.DictReader(io.StringIO(Path("out/comparison.csv").read_text())))
     losses = ["Trace_ELBO", "TraceMeanField_ELBO", "RenyiELBO:K=5"]
@@ -337,7 +337,7 @@ def test_an_own_pair(capsys):
     np.save("x.npy", x)
     options = ["--data", "x.npy", "--set", "shift=1", "--epochs", 400, "--lr", 0.05]
     assert call("compare", "mine.py:Mean", *options) == 0
-    assert "mean on x.npy: 50 training rows" in capsys.readouterr().out
+    assert "mean (shift=1) on x.npy: 50 training rows" in capsys.readouterr().out
     record = json.loads(Path("runs/compare-mean-x/comparison.json").read_text())
     em, svi = record["cells"]
     exact = (-0.5 * (np.log(4 * np.pi) * x.size + ((x - x.mean(0)) ** 2).sum() / 2)) / 50

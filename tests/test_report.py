@@ -219,9 +219,7 @@ def test_scores_are_those_of_the_run(digits, page):
     config, pair, data = folder.load()
     generator = torch.Generator().manual_seed(config.seed)
     rows = data.test[torch.randperm(len(data.test), generator=generator)[:30]]
-    scores = everything.evaluate(
-        pair, torch.bernoulli(rows, generator=generator), num_samples=40, also="all", device="cpu", seed=config.seed
-    )
+    scores = everything.evaluate(pair, rows, num_samples=40, also="all", binarize=True, device="cpu", seed=config.seed)
     cells = [text for tag, text in page.texts if tag in ("th", "td")]
     for name, value, remark in scores.rows():
         at = cells.index(name.strip())
@@ -232,7 +230,7 @@ def test_scores_are_those_of_the_run(digits, page):
     for result in scores.also.values():
         for line in repr(result).splitlines()[:-1]:
             assert line.replace("NOTE: ", "Note: ").strip() in html.unescape(page.source), line
-    assert "Left out: mixture scores do not apply to VAE" in page.text
+    assert "Does not apply to this pair: Mixture scores." in page.text
 
 
 def test_the_facts_of_the_run(digits, page):
@@ -343,7 +341,7 @@ def test_rows_without_a_test_split_labels_and_sampling(table):
     assert call("fit", "gmm", "--data", table, "--epochs", 2, "--num-samples", 10, "-o", "run") == 0
     page = read("run", "--also", "mixture_scores", "--also", "inference_gaps")
     assert "30 of 40 train rows, drawn at random; exact: nothing is sampled" in page.text
-    assert re.search(r"Left out: [^.]*does not apply to GMM", page.text)
+    assert re.search(r"Does not apply to this pair: [A-Z]", page.text)
     alts = " ".join(image["alt"] for image in page.all("img"))
     assert "contours of the fitted density" in alts
     assert "Pareto" not in alts
@@ -370,7 +368,7 @@ def test_a_pair_of_ones_own(no_pictures):
     assert page.headings[0] == (1, "MyPair on digits")
     assert "<script>alert(1)</script> & pixels," in page.text
     assert "<script" not in page.source
-    assert "mixture scores do not apply to MyPair" in page.text
+    assert "Does not apply to this pair: " in page.text
 
 
 GLOBAL = """
@@ -403,7 +401,7 @@ def test_a_global_latent(digits):
     alts = " ".join(image["alt"] for image in page.all("img"))
     assert "each row changes" not in alts  # no datum has a value of it
     assert "Pareto" not in alts  # one k̂ makes no histogram
-    assert page.text.count("Left out:") == 5
+    assert "Does not apply to this pair: Collapse, KL decomposition, Inference gaps, " in page.text
 
 
 # When something fails

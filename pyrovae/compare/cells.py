@@ -232,7 +232,13 @@ def _score(pair: Pair, job: Job, settings: Settings) -> dict[str, Any]:
         return {"note": f"{' and '.join(bad).replace('_', ' ')} not finite: some rows are impossible under the model"}
     if settings.gaps and job.method.uses_svi:
         found |= _gaps(scored, rows, settings, job.seed)
-    return {**found, "exact": exact, "note": "; ".join(scores.notes)}
+    notes = list(scores.notes)
+    if not exact and scores.guide is not None and scores.guide.num_bad > len(scores.guide.k) / 100:
+        notes.append(
+            f"k̂ above 0.7 for {scores.guide.num_bad} of {len(scores.guide.k)} data, Monte Carlo error "
+            f"{scores.log_evidence_stderr:.4f} and more: its evidence may be too low; raise num_samples"
+        )
+    return {**found, "exact": exact, "note": "; ".join(notes)}
 
 
 def _gaps(pair: Pair, rows: Tensor, settings: Settings, seed: int) -> dict[str, Any]:

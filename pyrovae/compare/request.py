@@ -75,6 +75,10 @@ class Request:
                 f"PAIR: expected likelihoods over the same values; got {each}: a probability and a density do not "
                 "compare. Choose one likelihood with --set, or compare these pairs apart."
             )
+        # An option that some pair lacks does not reach it: the title says which each was built with.
+        built_with = {name: ", ".join(f"{k}={v}" for k, v in given.items()) for name, given in options.items()}
+        shown = ", ".join(f"{name} ({text})" if text else name for name, text in built_with.items())
+        settings["title"] = f"{shown} on {settings['title']}"
         digests = {absolute(name): file_digest(name) for name in (*specs, data)}
         versions = {name: version(name) for name in ("pyrovae", "torch", "pyro-ppl")}
         request = cls(pairs, options, absolute(data), drawn, methods, settings, digests, versions)

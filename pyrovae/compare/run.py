@@ -236,6 +236,10 @@ def _notes(cells: list[Cell], num_data: int) -> list[str]:
         notes.append(f"{first.pair}, {first.method}, seed {first.seed}{more}: {first.note}")
     if any(cell.gap == 0 for cell in cells):
         notes.append("Where the gap is 0 the latents are summed out exactly: the ELBO is the log evidence.")
-    if num_data > ROWS_OF_GAPS and any(cell.amortization_gap is not None for cell in cells):
-        notes.append(f"Approximation and amortization gaps are of the first {ROWS_OF_GAPS} rows.")
+    if any(cell.amortization_gap is not None for cell in cells):
+        rows = f" of the first {ROWS_OF_GAPS} rows," if num_data > ROWS_OF_GAPS else ""
+        notes.append(
+            f"Approximation and amortization gaps are{rows} from draws of their own: their sum is the gap to Monte "
+            "Carlo error."
+        )
     return notes

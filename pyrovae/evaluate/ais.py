@@ -84,7 +84,7 @@ class AnnealedEvidence(_Annealing):
     def __repr__(self) -> str:
         """A table, for reading."""
         errors = _errors(self.log_evidence_stderr, self.log_evidence_stderr_data)
-        rows = [("log evidence, annealed", self.log_evidence, errors)]
+        rows = [("log evidence, annealed", self.log_evidence, f"{errors}; in expectation a lower bound".lstrip("; "))]
         if self.by_importance is not None:
             rows.append(("log evidence, guide", self.by_importance, "by importance sampling, of the same data"))
         return self._table("data", rows)
@@ -119,12 +119,12 @@ class BidirectionalEvidence(_Annealing):
 
     def __repr__(self) -> str:
         """A table, for reading."""
-        rows = [("log evidence, upper", self.upper, "")]
+        rows = [("log evidence, upper", self.upper, "in expectation; its error is that of the gap")]
         if self.log_likelihood is not None:
             rows.append(("log likelihood, exact", self.log_likelihood, ""))
         samples = f"{self.num_guide_samples} sample{'s' * (self.num_guide_samples > 1)} each"
         rows += [
-            ("log evidence, lower", self.lower, _errors(self.lower_stderr, None)),
+            ("log evidence, lower", self.lower, f"{_errors(self.lower_stderr, None)}; in expectation".lstrip("; ")),
             ("gap", self.gap, _errors(None, self.gap_stderr)),
             ("log evidence, guide", self.guide, f"{_errors(self.guide_stderr, None)}, {samples}"),
         ]

@@ -32,7 +32,7 @@ __all__ = [
 LIKELIHOOD = "log p(x | z)"
 """Name of the rank test of the log likelihood."""
 LEVEL = 0.01  # of the verdicts, and of what lies outside the bands in pictures
-UNIFORM = "ranks uniform"
+UNIFORM = "no misfit found"
 
 
 @dataclass(frozen=True, repr=False)
@@ -54,7 +54,7 @@ class RankTest:
     shape: list[float]
     """z score of the ranks' distance from their middle, by dimension: above 0 the draws are too narrow."""
     verdicts: list[str]
-    """By dimension, in words. Not ``ranks uniform`` only where ``adjusted`` is below 0.01."""
+    """By dimension, in words. Not ``no misfit found`` only where ``adjusted`` is below 0.01."""
 
     @property
     def p_value(self) -> float:
@@ -96,7 +96,7 @@ class Calibration:
 
     @property
     def verdict(self) -> str:
-        """``ranks uniform``, or what is wrong with which latent."""
+        """``no misfit found``, or what is wrong with which latent."""
         wrong = [f"{name}: {test.verdict}" for name, test in self.tests.items() if test.verdict != UNIFORM]
         return "; ".join(wrong) or UNIFORM
 
@@ -321,7 +321,7 @@ def plot_calibration(calibration: Calibration, *, kind: str = "histogram", max_p
         else:
             _draw_ecdf(axes, test.ranks[:, i], calibration, band)
         label = name if len(test.p_values) == 1 else f"{name}[{i}]"
-        axes.set_title(f"{label}: p = {test.p_values[i]:.2g}\n{test.verdicts[i]}", fontsize=9, parse_math=False)
+        axes.set_title(f"{label}: p = {test.adjusted[i]:.2g}\n{test.verdicts[i]}", fontsize=9, parse_math=False)
         axes.set_xlabel("rank of the truth among the draws", fontsize=8)
         axes.tick_params(labelsize=8)
     for axes in grid[len(panels) :]:

@@ -173,7 +173,7 @@ def _judge(information: Sequence[float], total: float | None) -> tuple[str, str,
             return "partly collapsed", f"none of {size} {dimensions} tells {USED_NATS} nats, all of them {total:.2f}", 0
         return "collapsed", f"no dimension of {size} carries more than {USED_NATS} nats of information", 0
     carriers, few = (_carriers(information, share) for share in (SHARE, 0.9))
-    nats = f"({together:.2f} nats)"
+    nats = f"({together:.2f} nats{'' if size == 1 else ', summed over dimensions'})"  # not of z: dimensions share some
     if telling == size and carriers >= 0.9 * size:
         return "alive", f"{'it carries' if size == 1 else f'all {size} dimensions carry'} information {nats}", size
     used = min(carriers, telling)

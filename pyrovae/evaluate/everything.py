@@ -71,6 +71,8 @@ def evaluate(
         TypeError, ValueError: bad data or options, before work starts.
     """
     x = check_data(x, data_dim=getattr(pair, "data_dim", None))
+    if not isinstance(also, str | list | tuple):
+        raise TypeError(f"also: expected names of quantities, or 'all'; got {also!r}.")
     names = [also] if isinstance(also, str) else list(dict.fromkeys(also))
     for name in names:
         check_choice("also", name, ["all", *ALSO])

@@ -49,7 +49,9 @@ class PredictiveCheck:
     def __repr__(self) -> str:
         """A table, for reading."""
         of = {"prior": "new data from the model", "posterior": "drawn again at the latents of each datum"}
-        names = [s.name if s.feature is None else f"{s.name}, feature {s.feature}" for s in self.statistics]
+        names = [
+            s.name if s.feature is None else f"{s.name}, most of all: feature {s.feature}" for s in self.statistics
+        ]
         width = max(9, *map(len, names)) + 2
         lines = [
             f"{self.num_data} data, {self.num_replicates} replicates: {of[self.replicates]}",

@@ -120,7 +120,7 @@ class Scores:
         foot = [f"does not apply to this pair: {', '.join(absent)}"] if absent else []
         table = "\n".join([head, *lines, *foot, *(f"NOTE: {note}" for note in self.notes)])
         more = [f"{title_of(name)}: {result!r}" for name, result in self.also.items()]
-        reasons = [f"LEFT OUT: {reason}" for reason in self.left_out.values()]
+        reasons = [f"LEFT OUT, {title_of(name)}: {reason}" for name, reason in self.left_out.items()]
         return "\n\n".join([table, *more, *(["\n".join(reasons)] if reasons else [])])
 
 
