@@ -261,6 +261,7 @@ def _train(folder: Any, config: Any, pair: Any, dataset: Any, device: str, *, re
     from pyrovae.runs import build_loss
 
     check_positive("--num-samples", config.num_samples, integer=True)
+    epochs_before, also_before = len(folder.read_history()), folder.read_scores().get("also")
     picked, parameters = pick_device(device), sum(p.numel() for p in pair.parameters())
     anew = config.binarize == "dynamic"
 
@@ -299,7 +300,11 @@ def _train(folder: Any, config: Any, pair: Any, dataset: Any, device: str, *, re
     print(result)
     pair.save(folder.weights)
     folder.write_history(result.history)
-    scores = _score(folder, config, pair, dataset, device, config.num_samples, seconds=result.seconds)
+    finished = resume and len(result.history) == epochs_before
+    if finished:
+        print("The run was finished already: nothing was trained.")
+    earlier = also_before if finished else None
+    scores = _score(folder, config, pair, dataset, device, config.num_samples, seconds=result.seconds, earlier=earlier)
     print(f"\n{scores}\n", flush=True)  # before the pictures, of which one may fail
     _, rows, labels = dataset.scored
     if anew:  # the guide is shown what it was trained and scored on

@@ -285,6 +285,10 @@ def test_evaluate_measures_more_on_demand(capsys, digits_run):
     assert scores["training_seconds"] > 0
     assert call("evaluate", run) == 0  # the weights are the same: what was measured before stays
     assert json.loads((run / "scores.json").read_text())["also"] == scores["also"]
+    capsys.readouterr()
+    assert call("fit", "--resume", run) == 0
+    assert "The run was finished already" in capsys.readouterr().out
+    assert json.loads((run / "scores.json").read_text())["also"] == scores["also"]
 
 
 @pytest.mark.parametrize(
