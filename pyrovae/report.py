@@ -188,7 +188,7 @@ def report_run(folder: RunFolder, *, num_data: int, num_samples: int | None, als
 def report_comparison(folder: Path) -> Page:
     """The table and the pictures of a comparison."""
     comparison = read_comparison(folder)
-    header, *rows = to_rows(comparison)
+    header, *rows = [[cell.replace("± ", "±\N{NO-BREAK SPACE}") for cell in row] for row in to_rows(comparison)]
     table = Section("Methods", head=header, rows=rows, numbers=len(header) - 1, texts=comparison.notes)
     methods = ", ".join(dict.fromkeys(row.method for row in comparison.table))
     alts = {
