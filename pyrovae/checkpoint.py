@@ -1,4 +1,4 @@
-"""States on disk: tensors and plain values in one safetensors file, written atomically, never unpickled."""
+"""Files that are written in one step: states (tensors and plain values, never unpickled) and text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["load_state", "save_state"]
+__all__ = ["load_state", "save_state", "write_text"]
 
 
 def save_state(path: str | Path, state: dict[Any, Any]) -> None:
@@ -44,6 +44,16 @@ def load_state(path: str | Path) -> dict[Any, Any]:
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"path: {path} is damaged or is no pyrovae checkpoint ({error}).") from error
     return state
+
+
+def write_text(path: Path, text: str) -> None:
+    """A crash or an error leaves the old file or the new, whole."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:

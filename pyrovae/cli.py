@@ -422,7 +422,6 @@ def report(
     pyrovae report --compare runs/compare-gmm-faithful
     """
     from pyrovae.checks import check_positive
-    from pyrovae.compare.folder import read_comparison
     from pyrovae.evaluate import ALSO
     from pyrovae.report import Page, report_comparison, report_run
     from pyrovae.runs import RunFolder
@@ -442,15 +441,11 @@ def report(
         raise ValueError(f"--out: expected an .html file; got {out}.")
     if run is not None:
         RunFolder(run).read_config()
-    if compare is not None:
-        read_comparison(compare)
+    pages: list[Page] = [] if compare is None else [report_comparison(compare)]
     if out.exists() and not overwrite:
         raise FileExistsError(f"--out: {out} exists. Pass --overwrite to replace it, or another name.")
     if out.is_dir():
         raise IsADirectoryError(f"--out: expected an .html file; {out} is a folder.")
-    pages: list[Page] = []
-    if compare is not None:
-        pages.append(report_comparison(compare))
     if run is not None:
         pages.insert(
             0, report_run(RunFolder(run), num_data=num_data, num_samples=num_samples, also=names, device=device)

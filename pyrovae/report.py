@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pyrovae.checkpoint import write_text
 from pyrovae.compare.folder import read_comparison
 from pyrovae.compare.tables import head, to_rows
 from pyrovae.evaluate import evaluate
@@ -123,12 +123,7 @@ class Page:
         template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
         versions = ", ".join(f"{name} {version(name)}" for name in ("pyrovae", "torch", "pyro-ppl"))
         html = template.render(title=self.title, lead=self.lead, sections=self.sections, footer=f"Made by {versions}.")
-        temporary = path.with_name(f"{path.name}.tmp")
-        try:
-            temporary.write_text(html, encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_text(path, html)
 
 
 def _png(figure: Figure) -> bytes:

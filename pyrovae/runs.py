@@ -12,23 +12,20 @@ import sys
 from ast import literal_eval
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import constraints
 
 from pyrovae import data as datasets
-from pyrovae.checkpoint import load_state
+from pyrovae.checkpoint import load_state, write_text
 from pyrovae.checks import check_choice
 from pyrovae.checks_pair import observed_support
 from pyrovae.data import DataSet
 from pyrovae.infer import LOSSES
 from pyrovae.models import DEFAULT_DATA, DEFAULT_OPTIONS, REGISTRY
 from pyrovae.pair import Pair
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = [
     "Config",
@@ -401,9 +398,7 @@ class RunFolder:
             return {}
 
     def _write_text(self, name: str, text: str) -> None:
-        temporary = self.path / f"{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, self.path / name)
+        write_text(self.path / name, text)
 
     def draw(
         self, pair: Pair, data: DataSet, rows: Tensor, labels: Tensor | None, history: list[dict[str, float]]

@@ -191,14 +191,12 @@ def _train_em(pair: Pair, settings: Settings, seed: int) -> dict[str, Any]:
 
 
 def _train_closed_form(pair: Any, settings: Settings, seed: int) -> dict[str, Any]:
-    x, began = settings.x, time.perf_counter()
-    pair.fit_closed_form(x)
+    began = time.perf_counter()
+    pair.fit_closed_form(settings.x)
     seconds = time.perf_counter() - began
     trace: dict[str, list[float]] = {}
     if pair.log_prob is not None:
-        with torch.no_grad():
-            evidence = float(pair.log_prob(x.to(next(pair.parameters(), x).dtype)).double().mean())
-        trace = {"passes": [1.0], "seconds": [seconds], "log_evidence": [evidence]}
+        trace = {"passes": [1.0], "seconds": [seconds], "log_evidence": [_evidence(pair, settings, seed)]}
     return {"seconds": seconds, "steps": 1, "passes": 1, "trace": trace}
 
 

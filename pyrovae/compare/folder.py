@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from pyrovae.checkpoint import write_text
 from pyrovae.compare.cells import Job
 from pyrovae.compare.result import Cell, Comparison
-from pyrovae.compare.tables import write_text
 from pyrovae.pair import Pair
 
 if TYPE_CHECKING:

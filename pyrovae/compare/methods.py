@@ -12,12 +12,11 @@ import torch
 from pyro import poutine
 from pyro.infer import ELBO
 from pyro.poutine.enum_messenger import EnumMessenger
-from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from pyrovae.checks import check_choice
 from pyrovae.infer import LOSSES
-from pyrovae.infer.log_weights import Structure, same_random_state
+from pyrovae.infer.log_weights import Structure, same_random_state, sample_sites
 from pyrovae.pair import Pair
 
 __all__ = [
@@ -210,8 +209,7 @@ def _look(pair: Pair, few: Tensor) -> _Look:
     structure = Structure.of(pair.model, pair.guide, (few,), {})
     enumerate_sites = EnumMessenger(first_available_dim=-1 - structure.max_plate_nesting)  # some mark only when asked
     with same_random_state(), torch.no_grad(), pyro.validation_enabled(False), enumerate_sites:
-        trace = prune_subsample_sites(poutine.trace(pair.guide).get_trace(few))
-    sites: list[Any] = [site for site in trace.nodes.values() if site["type"] == "sample"]
+        sites = list(sample_sites(poutine.trace(pair.guide).get_trace(few)).values())
     discrete = [site for site in sites if not site["fn"].has_rsample]
     marked = all(site["infer"].get("enumerate") == "parallel" for site in discrete)
     return _Look(bool(structure.enumerated), bool(sites), bool(discrete), bool(discrete) and marked)

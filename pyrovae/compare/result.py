@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
+from pyrovae.checkpoint import write_text
 from pyrovae.compare import tables
 from pyrovae.pair import Pair
 
@@ -157,5 +158,5 @@ def _row(cells: list[Cell]) -> Row:
 
 def _write(text: str, path: str | Path | None) -> str:
     if path is not None:
-        tables.write_text(Path(path), text)
+        write_text(Path(path), text)
     return text

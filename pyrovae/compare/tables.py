@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pyrovae.compare.result import Cell, Comparison, Row
 
-__all__ = ["describe", "head", "to_csv", "to_latex", "to_markdown", "to_rows", "to_text", "write_text"]
+__all__ = ["describe", "head", "to_csv", "to_latex", "to_markdown", "to_rows", "to_text"]
 
 DECIMALS = {"seconds": 2, "steps": 1}
 MISSING = "–"
@@ -100,13 +98,6 @@ def describe(cell: Cell) -> str:
     numbers += [] if cell.seconds is None else [f"{cell.seconds:.2f} s", f"{cell.steps} step{'s' * (cell.steps != 1)}"]
     numbers += [] if cell.note is None else [cell.note]
     return f"{cell.pair}, {cell.method}, seed {cell.seed}: {', '.join(numbers)}"
-
-
-def write_text(path: Path, text: str) -> None:
-    """A crash leaves the old file or the new, whole."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def head(comparison: Comparison) -> list[str]:
