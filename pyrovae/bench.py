@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import pyrovae as pv
 from pyrovae.infer import SVI, RenyiELBO, Trace_ELBO
+from pyrovae.infer.products import is_faster_in_onednn, onednn_mm, processor
 from pyrovae.pair import Pair
 
 __all__ = ["CASES", "Result", "run_cases"]
@@ -87,7 +88,7 @@ def run_cases(
 
 def machine(device: str) -> dict[str, Any]:
     """What the figures were taken on."""
-    found = {"processor": _processor(), "threads": torch.get_num_threads(), "python": platform.python_version()}
+    found = {"processor": processor(), "threads": torch.get_num_threads(), "python": platform.python_version()}
     if device == "cuda":
         found["gpu"] = torch.cuda.get_device_name()
     for package in ("pyrovae", "torch", "pyro-ppl", "numpyro", "jax", "scikit-learn"):
@@ -96,12 +97,6 @@ def machine(device: str) -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def _time(
@@ -242,9 +237,15 @@ def _torch_by_hand(pair: Any, x: Tensor, num_particles: int, compiled: bool) -> 
 
 
 def _products(pair: Any, x: Tensor, num_particles: int) -> Run:
-    """The step's matrix products, forward and backward, and nothing else."""
+    """The step's matrix products, forward and backward, by the faster library, and nothing else."""
     networks = [e.network for e in pair.encoders] + [d.network for d in pair.decoders] + [pair.likelihood]
-    calls = []
+
+    def fastest(left: Tensor, right: Tensor) -> Callable[[], Tensor]:
+        layouts = [(x.shape, x.stride()) for x in (left, right)]
+        product = onednn_mm if not x.is_cuda and is_faster_in_onednn(*layouts) else torch.mm
+        return lambda: product(left, right)
+
+    products: list[Callable[[], Tensor]] = []
     for position, network in enumerate(networks):
         # The first encoder sees the batch once; everything above it, once for each particle.
         rows = len(x) * (1 if position == 0 else num_particles)
@@ -254,14 +255,13 @@ def _products(pair: Any, x: Tensor, num_particles: int) -> Run:
                 data = torch.randn(rows, weight.shape[1], device=x.device)
                 error = torch.randn(rows, weight.shape[0], device=x.device)
                 needs_input_gradient = not (position == 0 and layer is network[0])
-                calls.append((data, weight, error, needs_input_gradient))
+                products += [fastest(data, weight.t()), fastest(error.t(), data)]
+                if needs_input_gradient:
+                    products.append(fastest(error, weight))
 
     def step() -> None:
-        for data, weight, error, needs_input_gradient in calls:
-            data @ weight.t()
-            error.t() @ data
-            if needs_input_gradient:
-                error @ weight
+        for product in products:
+            product()
 
     return _repeat(step)
 

@@ -27,6 +27,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 from pyrovae.infer.log_weights import same_random_state
+from pyrovae.infer.rewrite import rewritten
 from pyrovae.infer.surroundings import Surroundings
 
 __all__ = ["Program", "Untraceable", "say_once"]
@@ -74,9 +75,11 @@ class Program:
                 from torch import _inductor
 
                 # Random operations stay torch's own, so that compiled and recorded noise are equal.
+                inputs: list[Any] = [*self.inputs, *args]
+                graph = rewritten(self.graph, inputs)
                 with _cached_on_disk():
-                    run = _inductor.compile(self.graph, [*self.inputs, *args], options={"fallback_random": True})
-                run(*self.inputs, *args)
+                    run = _inductor.compile(graph, inputs, options={"fallback_random": True})
+                run(*inputs)
         except Exception as error:  # whatever stops a compiler, the record still runs
             reason = str(error).strip().splitlines() or [type(error).__name__]
             say_once(f"pyrovae: cannot compile the step here ({reason[0]}); it runs recorded, but not compiled.")

@@ -29,6 +29,7 @@ class Update:
         self._optimizer: Optimizer | None = optim if self._pyro is None else _merged(optim, self._params)
         self._lists: tuple[list[Tensor], ...] = ()
         self._lists_of: Sequence[Tensor] = ()
+        self._ones: list[Tensor] = []
 
     @property
     def is_capturable(self) -> bool:
@@ -90,12 +91,13 @@ class Update:
             if not of_one_kind or not all("exp_avg" in state.get(param, {}) for param in params):
                 return False
             self._lists = tuple([state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq", "step"))
+            self._ones = [torch.ones_like(step) for step in self._lists[2]]  # a Python number takes twice as long
             self._lists_of = params
         means, squares, steps = self._lists
         # Learning-rate schedulers warn unless the optimizer's own step was called.
         self._optimizer._opt_called = True  # type: ignore[attr-defined]
         with torch.no_grad():
-            torch._foreach_add_(steps, 1)
+            torch._foreach_add_(steps, self._ones)
             (torch._fused_adamw_ if _decouples(self._optimizer) else torch._fused_adam_)(
                 list(params),
                 list(gradients),

@@ -1,0 +1,108 @@
+"""Which of a CPU's two libraries multiplies matrices of given shapes faster: torch's BLAS (MKL, mostly) or oneDNN."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from pyrovae.checkpoint import write_text
+
+__all__ = ["is_faster_in_onednn", "onednn_mm", "processor"]
+
+MARGIN = 0.9
+"""oneDNN is chosen where it takes at most this part of the other's time."""
+REPEATS = 5
+
+_library = torch.library.Library("pyrovae", "DEF")
+_library.define("onednn_mm(Tensor left, Tensor right) -> Tensor")
+
+
+@torch.library.impl(_library, "onednn_mm", "CPU")
+def _onednn_mm(left: Tensor, right: Tensor) -> Tensor:
+    # The name in torch; an operator of our own, since the compiler's rule for that one asks for constant weights.
+    return torch.ops.mkldnn._linear_pointwise(left, right.t(), None, "none", [], "")
+
+
+@torch.library.register_fake("pyrovae::onednn_mm")
+def _(left: Tensor, right: Tensor) -> Tensor:
+    return left.new_empty(left.shape[0], right.shape[1])
+
+
+onednn_mm = torch.ops.pyrovae.onednn_mm.default
+
+Layout = tuple[Sequence[int], Sequence[int]]
+"""Shape and strides."""
+
+
+def is_faster_in_onednn(left: Layout, right: Layout) -> bool:
+    """Whether oneDNN multiplies two float32 matrices faster.
+
+    Measured once on a machine and remembered on disk, so that later processes compile the same program.
+    """
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return False
+    key = f"{tuple(left[0])} {tuple(left[1])} by {tuple(right[0])} {tuple(right[1])}, {torch.get_num_threads()} threads"
+    known = _read()
+    if key not in known:
+        seconds = _measure(left, right)
+        known[key] = seconds["onednn"] <= MARGIN * seconds["blas"]
+        _write(known)
+    return known[key]
+
+
+def _measure(left: Layout, right: Layout) -> dict[str, float]:
+    """Seconds a product, the least of five repeats in turn."""
+    with _disable_current_modes(), torch.no_grad():
+        a, b = (torch.empty_strided(*layout).fill_(0.5) for layout in (left, right))
+        out = torch.empty(a.shape[0], b.shape[1])
+        products: dict[str, Callable[[], object]] = {
+            "blas": lambda: torch.mm(a, b, out=out),
+            "onednn": lambda: onednn_mm(a, b),
+        }
+        best = dict.fromkeys(products, float("inf"))
+        for repeat in range(REPEATS + 1):
+            for name, product in products.items():
+                # The first is a warm-up, and tells how many fill a millisecond.
+                calls = 1 if repeat == 0 else max(1, min(50, int(1e-3 / best[name])))
+                start = time.perf_counter()
+                for _ in range(calls):
+                    product()
+                seconds = (time.perf_counter() - start) / calls
+                best[name] = seconds if repeat <= 1 else min(best[name], seconds)
+        return best
+
+
+def processor() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _file() -> Path:
+    """Beside what torch's compiler keeps."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir()) / f"pyrovae-products-{torch.__version__}-{re.sub(r'[^a-zA-Z0-9]+', '-', processor())}.json"
+
+
+def _read() -> dict[str, bool]:
+    try:
+        known = json.loads(_file().read_text(encoding="utf-8"))
+    except (ImportError, OSError, ValueError):  # none so far, or damaged
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _write(known: dict[str, bool]) -> None:
+    with suppress(ImportError, OSError):  # a later process measures again
+        write_text(_file(), json.dumps(known, indent=1))

@@ -1,0 +1,232 @@
+"""A faster graph computes the numbers of the record, and products go to the library that is faster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
+
+from pyrovae.infer import products
+from pyrovae.infer.program import Program
+from pyrovae.infer.rewrite import rewritten
+
+aten = torch.ops.aten
+
+
+def record(function: Callable, *args: Tensor) -> Program:
+    return Program(function, args)
+
+
+def faster(program: Program, *args: Tensor) -> GraphModule:
+    return rewritten(program.graph, [*program.inputs, *args])
+
+
+def calls(graph: GraphModule) -> set:
+    return {node.target for node in graph.graph.nodes if node.op == "call_function"}
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A place of the test's own for what was measured."""
+    file = tmp_path / "products.json"
+    monkeypatch.setattr(products, "_file", lambda: file)
+    return file
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch, memory: Path) -> list:
+    """How often products were measured; oneDNN takes half the time."""
+    times: list = []
+
+    def measure(*layouts: object) -> dict[str, float]:
+        times.append(layouts)
+        return {"blas": 1.0, "onednn": 0.5}
+
+    monkeypatch.setattr(products, "_measure", measure)
+    return times
+
+
+# --- elementary functions ------------------------------------------------------------------------
+
+
+def values() -> Tensor:
+    small = torch.logspace(-30, 0, 20_001)
+    return torch.cat([torch.linspace(-100, 100, 400_001), torch.linspace(-10, 10, 400_001), small, -small])
+
+
+def test_tanh() -> None:
+    x = values()
+    program = record(torch.tanh, x)
+    graph = faster(program, x)
+    assert calls(program.graph) == {aten.tanh.default}
+    assert aten.tanh.default not in calls(graph)
+    y = graph(x)
+    exact = x.double().tanh()
+    assert ((y - exact).abs() <= 4e-7 * exact.abs()).all()
+    assert (y.abs() <= 1).all()
+    assert torch.equal(graph(-x), -y)
+    ends = torch.full_like(x, torch.inf)
+    assert torch.equal(graph(ends), torch.ones_like(x))
+    assert graph(torch.full_like(x, torch.nan)).isnan().all()
+    assert not graph(torch.zeros_like(x)).any()
+
+
+@pytest.mark.parametrize("target", [0.0, 0.3, 1.0])
+def test_cross_entropy(target: float) -> None:
+    x = values()
+    targets = torch.full_like(x, target)
+    graph = faster(record(lambda x, t: cross_entropy(x, t, reduction="none"), x, targets), x, targets)
+    assert aten.binary_cross_entropy_with_logits.default not in calls(graph)
+    exact = cross_entropy(x.double(), targets.double(), reduction="none")
+    error = (graph(x, targets) - exact).abs()
+    eager = (cross_entropy(x, targets, reduction="none") - exact).abs()
+    assert (error <= 2.5e-7 * x.abs().clamp(min=1)).all()
+    assert error.max() <= 1.5 * eager.max()
+    if target == 1:  # log(1 + exp(-x)) alone: relative precision however small it is
+        tail = (x > 1) & (x < 80)
+        assert (error[tail] <= 2e-5 * exact[tail]).all()
+
+
+@pytest.mark.parametrize("extreme", [torch.inf, -torch.inf, torch.nan, 1e30, -1e30])
+@pytest.mark.parametrize("target", [0.0, 1.0])
+def test_cross_entropy_of_extremes_is_torchs(extreme: float, target: float) -> None:
+    x, targets = torch.tensor([extreme]), torch.tensor([target])
+    graph = faster(record(lambda x, t: cross_entropy(x, t, reduction="none"), x, targets), x, targets)
+    expected = cross_entropy(x, targets, reduction="none")
+    torch.testing.assert_close(graph(x, targets), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_what_is_left_alone() -> None:
+    x, weight = torch.randn(3, 2), torch.rand(2)
+    double, mean = torch.randn(3, 2, dtype=torch.float64), torch.rand(3, 2)
+    bias = torch.randn(3, 2)  # one for each row
+    assert aten.tanh.default in calls(faster(record(torch.tanh, double), double))
+    for function in (
+        lambda x: cross_entropy(x, mean, reduction="none", pos_weight=weight),
+        lambda x: cross_entropy(x, mean, reduction="none", weight=weight),
+        lambda x: cross_entropy(x, mean),
+    ):
+        program = record(function, x)
+        graph = faster(program, x)
+        assert aten.binary_cross_entropy_with_logits.default in calls(graph)
+        assert torch.equal(graph(*program.inputs, x), function(x))
+    for function in (lambda x: torch.addmm(bias, x, x[:2]), lambda x: torch.addmm(weight, x, x[:2], beta=0.5)):
+        assert aten.addmm.default in calls(faster(record(function, x), x))
+
+
+def test_noise_gradients_and_buffers_stay_the_records() -> None:
+    layers = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
+    x, targets = torch.randn(16, 4), torch.rand(16, 3).round()
+    parameters = list(layers.parameters())
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        loss = cross_entropy(layers(x + torch.randn(16, 4)), targets, reduction="none").sum()
+        return loss, *torch.autograd.grad(loss, parameters)
+
+    program = record(function, x)
+    before = torch.get_rng_state()
+    graph = faster(program, x)
+    assert torch.equal(torch.get_rng_state(), before)
+    expected = program(x)
+    torch.set_rng_state(before)
+    with torch.no_grad():
+        torch.testing.assert_close(graph(*program.inputs, x), expected)
+    assert not calls(graph) & {aten.addmm.default, aten.tanh.default, aten.binary_cross_entropy_with_logits.default}
+
+
+@pytest.mark.slow
+def test_the_compiler_does_not_put_biases_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor.utils import run_and_get_code
+
+    layers, x = nn.Linear(4, 8), torch.randn(16, 4)
+    program = record(lambda x: layers(x).relu(), x)
+    _, (code, *_) = run_and_get_code(program.compile, (x,))
+    assert program.is_compiled
+    assert "extern_kernels.mm(" in code
+    assert "addmm" not in code
+    torch.testing.assert_close(program(x), layers(x).relu())
+
+
+# --- products ------------------------------------------------------------------------------------
+
+
+def layouts(*tensors: Tensor) -> list:
+    return [(x.shape, x.stride()) for x in tensors]
+
+
+@pytest.mark.parametrize("transpose", [(False, False), (True, False), (False, True), (True, True)])
+def test_onednn_multiplies_matrices_of_any_strides(transpose: tuple[bool, bool]) -> None:
+    left = torch.randn(7, 5).t() if transpose[0] else torch.randn(5, 7)
+    right = torch.randn(3, 7).t() if transpose[1] else torch.randn(7, 3)
+    torch.testing.assert_close(products.onednn_mm(left, right), left @ right)
+    torch.library.opcheck(products.onednn_mm, (left, right))
+
+
+@pytest.mark.slow
+def test_products_go_to_the_faster_library(measured: list) -> None:
+    weight = nn.Parameter(torch.randn(5, 4))
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        loss = (x @ weight.t()).square().sum()
+        return loss, *torch.autograd.grad(loss, [weight])
+
+    x = torch.randn(6, 4)
+    program = record(function, x)
+    graph = faster(program, x)
+    assert products.onednn_mm in calls(graph)
+    assert aten.mm.default not in calls(graph)
+    assert len(measured) == 2  # forward, and backward to the weight
+    program.compile((x,))
+    assert program.is_compiled
+    torch.testing.assert_close(program(x), (function(x)[0].detach(), function(x)[1]))
+
+
+def test_products_in_double_precision_are_left_alone(measured: list) -> None:
+    x = torch.randn(3, 3, dtype=torch.float64)
+    assert aten.mm.default in calls(faster(record(lambda x: x @ x, x), x))
+    assert not measured
+
+
+def test_measuring_runs_both_libraries_and_leaves_the_generator_alone(memory: Path) -> None:
+    before = torch.get_rng_state()
+    seconds = products._measure(*layouts(torch.randn(20, 30), torch.randn(40, 30).t()))
+    torch.set_rng_state(before)
+    assert seconds.keys() == {"blas", "onednn"}
+    assert all(0 < time < 1 for time in seconds.values())
+
+
+def test_what_was_measured_is_remembered(measured: list, memory: Path) -> None:
+    shapes = layouts(torch.randn(2, 3), torch.randn(3, 4))
+    assert products.is_faster_in_onednn(*shapes)
+    assert products.is_faster_in_onednn(*shapes)
+    assert len(measured) == 1
+    other = layouts(torch.randn(2, 3), torch.randn(4, 3).t())  # other strides
+    assert products.is_faster_in_onednn(*other)
+    assert len(measured) == 2
+    memory.write_text("{ damaged")
+    assert products.is_faster_in_onednn(*shapes)
+    assert len(measured) == 3
+
+
+def test_a_small_gain_is_none(monkeypatch: pytest.MonkeyPatch, memory: Path) -> None:
+    monkeypatch.setattr(products, "_measure", lambda *layouts: {"blas": 1.0, "onednn": 0.95})
+    assert not products.is_faster_in_onednn(*layouts(torch.randn(2, 3), torch.randn(3, 4)))
+
+
+def test_where_nothing_can_be_kept_it_is_measured_anew(measured: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_file", lambda: Path("/no such folder") / "products.json")
+    shapes = layouts(torch.randn(2, 3), torch.randn(3, 4))
+    assert products.is_faster_in_onednn(*shapes)
+    assert products.is_faster_in_onednn(*shapes)
+    assert len(measured) == 2
+
+
+def test_without_onednn_products_stay_where_they_are(measured: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not products.is_faster_in_onednn(*layouts(torch.randn(2, 3), torch.randn(3, 4)))
+    assert not measured
