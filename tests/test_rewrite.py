@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -150,6 +151,87 @@ def test_the_compiler_does_not_put_biases_back(monkeypatch: pytest.MonkeyPatch) 
     assert "extern_kernels.mm(" in code
     assert "addmm" not in code
     torch.testing.assert_close(program(x), layers(x).relu())
+
+
+# --- densities of many data ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("condition", [1e1, 1e4, 1e7])
+def test_wide_triangular_solves_become_products_of_like_precision(condition: float) -> None:
+    torch.manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(2, 20, 20, dtype=torch.float64)).Q
+    scale = torch.linalg.cholesky(basis @ torch.logspace(0, math.log10(condition), 20).double().diag() @ basis.mT)
+    x = (scale @ torch.randn(2, 20, 200, dtype=torch.float64)).float()  # data of that covariance
+    scale = scale.float()
+
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.linalg.solve_triangular(scale, x, upper=False)
+        return y, torch.linalg.solve_triangular(scale.mT, y, upper=True)
+
+    program = record(function, x)
+    graph = faster(program, x)
+    assert sum(node.target is aten.bmm.default for node in graph.graph.nodes) == 2
+    y = torch.linalg.solve_triangular(scale.double(), x.double(), upper=False)
+    exact = y, torch.linalg.solve_triangular(scale.double().mT, y, upper=True)
+    for fast, eager, true in zip(graph(*program.inputs, x), function(x), exact, strict=True):
+        assert (fast - true).norm() <= 5 * (eager - true).norm()
+
+
+def test_other_solves_are_left_alone() -> None:
+    small, large = torch.eye(4).tril(), torch.eye(20).tril()
+    for function, x in (
+        (lambda x: torch.linalg.solve_triangular(small, x, upper=False), torch.randn(4, 200)),
+        (lambda x: torch.linalg.solve_triangular(large, x, upper=False), torch.randn(20, 40)),
+        (lambda x: torch.linalg.solve_triangular(large, x, upper=False, left=False), torch.randn(200, 20)),
+    ):
+        program = record(function, x)
+        graph = faster(program, x)
+        assert aten.linalg_solve_triangular.default in calls(graph)
+        assert torch.equal(graph(*program.inputs, x), function(x))
+
+
+@pytest.mark.parametrize(
+    "rows", [lambda: torch.arange(3), lambda: torch.arange(3).view(-1, 1), lambda: torch.arange(3)[None]]
+)
+def test_rows_in_order_are_the_table(rows: Callable) -> None:
+    table = nn.Parameter(torch.randn(3, 2))
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        loss = (table[rows()] * x).square().sum()
+        return loss, *torch.autograd.grad(loss, [table])
+
+    x = torch.randn(2)
+    program = record(function, x)
+    assert {aten.index.Tensor, aten.index_put.default} <= calls(program.graph)
+    graph = faster(program, x)
+    assert not {aten.index.Tensor, aten.index_put.default} & calls(graph)
+    with torch.no_grad():
+        torch.testing.assert_close(graph(*program.inputs, x), program(x))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        lambda x: torch.arange(2),  # of three
+        lambda x: torch.arange(2, -1, -1),
+        lambda x: torch.arange(3) % 2,
+        lambda x: x.argsort(),
+        lambda x: (torch.arange(3), torch.zeros(3, dtype=torch.long)),
+    ],
+)
+def test_other_rows_are_picked(rows: Callable) -> None:
+    table = nn.Parameter(torch.randn(3, 3))
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        loss = table[rows(x)].square().sum()
+        return loss, *torch.autograd.grad(loss, [table])
+
+    x = torch.randn(3)
+    program = record(function, x)
+    graph = faster(program, x)
+    assert {aten.index.Tensor, aten.index_put.default} <= calls(graph)
+    with torch.no_grad():
+        torch.testing.assert_close(graph(*program.inputs, x), program(x))
 
 
 # --- products ------------------------------------------------------------------------------------
