@@ -252,6 +252,14 @@ def test_attributes_of_a_pair_are_watched() -> None:
     assert see(lambda: setattr(pair, "weight", torch.ones(()))) == "Annealed.weight"
     assert see(lambda: pair.load_state_dict(pair.state_dict())) == ""
 
+    def exchange() -> None:  # as many attributes as before
+        del pair.temperature
+        pair.heat = 0.5
+
+    assert see(exchange) != ""
+    assert see(lambda: setattr(pair, "heat", 0.1)) == "Annealed.heat"
+    assert see(lambda: setattr(pair, "net", nn.Linear(2, 2))) == "Annealed.net"
+
 
 def test_a_state_that_comes_back_is_known() -> None:
     pair = Annealed()

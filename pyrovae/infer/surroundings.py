@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
-from operator import is_
+from operator import is_, itemgetter
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -20,6 +20,7 @@ from pyrovae.infer.log_weights import same_random_state
 __all__ = ["Surroundings"]
 
 _NUMBERS = (bool, int, float, complex, str, type(None))
+_BOOKKEEPING = vars(nn.Module()).keys() - {"training"}
 
 
 class Surroundings:
@@ -36,19 +37,22 @@ class Surroundings:
         self._met: set[int] = set()
         self._states: list[tuple[list[Any], tuple]] = []
         self._state = 0  # which of them is the last
+        self._pickers: list[tuple[itemgetter, dict]] = []
+        self._last_glance: list[Any] = []
         for function in functions:
             self._meet(function)
 
     def state(self) -> int:
         """A number that stands for all of it: it is the same as long as numbers are equal and objects the same."""
-        values = self._values()
         # Nearly always every object is the one seen last, which this tells in a few microseconds.
-        if not self._states or not _same_objects(values, self._states[self._state][0]):
-            key = self.key()
+        if not _same_objects(self._glance(), self._last_glance):
+            values, key = self._values(), self.key()
             keys = [known for _, known in self._states]
             self._state = keys.index(key) if key in keys else len(keys)
             # Holding on to the objects keeps their ids from being given to others.
             self._states[self._state : self._state + 1] = [(values, key)]
+            self._pickers = [(itemgetter(names[0], *names), space) for space, names in self._own_names() if names]
+            self._last_glance = self._glance()
         return self._state
 
     def key(self, state: int | None = None) -> tuple:
@@ -87,7 +91,7 @@ class Surroundings:
         self._met.add(id(thing))
         if isinstance(thing, nn.Module):
             self.modules.append(thing)
-            for space in (vars(thing), thing._parameters, thing._buffers):
+            for space in (vars(thing), thing._parameters, thing._buffers, thing._modules):
                 self._namespaces.append((type(thing).__name__, space))
             self._meet_all([*thing.children(), *(v for v in vars(thing).values() if isinstance(v, tuple))])
         elif isinstance(thing, MethodType):
@@ -123,9 +127,23 @@ class Surroundings:
         self._meet_all([_content(cell) for cell, _ in cells])
         self._meet_all([value for value in named.values() if isinstance(value, nn.Module)])
 
+    def _glance(self) -> list[Any]:
+        """The objects without those that ``nn.Module`` keeps for itself, nine in ten; empty where one is gone."""
+        try:
+            attributes = [pick(space) for pick, space in self._pickers]
+        except KeyError:
+            return []
+        return [*[len(space) for _, space in self._namespaces], *chain.from_iterable(attributes), *self._others()]
+
+    def _own_names(self) -> Iterator[tuple[dict, list[str]]]:
+        for _, space in self._namespaces:
+            yield space, [name for name in space if name not in _BOOKKEEPING]
+
     def _values(self) -> list[Any]:
+        return [*chain.from_iterable([space.values() for _, space in self._namespaces]), *self._others()]
+
+    def _others(self) -> list[Any]:
         return [
-            *chain.from_iterable([space.values() for _, space in self._namespaces]),
             *[space.get(name) for space, name in self._globals],
             *[_content(cell) for cell, _ in self._cells],
             *pyro.get_param_store()._params.values(),
