@@ -136,6 +136,14 @@ def _repeat(step: Callable[[], object]) -> Run:
     return run
 
 
+def _unvalidated(run: Run) -> Run:
+    def without(steps: int) -> None:
+        with pyro.validation_enabled(False):
+            run(steps)
+
+    return without
+
+
 def _pairs(make: Callable[[], Pair], x: Tensor, loss: Callable[[], Any], stock: Callable[[], Any]) -> dict[str, Run]:
     """The project compiled and eager, and stock Pyro, on copies of one pair."""
     on_gpu = x.is_cuda
@@ -145,21 +153,13 @@ def _pairs(make: Callable[[], Pair], x: Tensor, loss: Callable[[], Any], stock: 
         adam = torch.optim.Adam(pair.parameters(), lr=1e-3, fused=True, capturable=on_gpu)
         program = SVI(pair.model, pair.guide, adam, loss(), backend=backend)
 
-        def step() -> None:
-            with pyro.validation_enabled(False):
-                program.step(x)
-
-        return _repeat(step)
+        return _unvalidated(_repeat(lambda: program.step(x)))
 
     def pyro_itself() -> Run:
         pair = make().to(x.device)
         program = pyro.infer.SVI(pair.model, pair.guide, pyro.optim.Adam({"lr": 1e-3}), stock())  # type: ignore[attr-defined]
 
-        def step() -> None:
-            with pyro.validation_enabled(False):
-                program.step(x)
-
-        return _repeat(step)
+        return _unvalidated(_repeat(lambda: program.step(x)))
 
     return {
         OWN: svi("cudagraph" if on_gpu else "compiled"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import random
 from collections.abc import Callable
 from functools import partial
@@ -178,6 +179,28 @@ def test_without_a_compiler_the_record_runs(monkeypatch: pytest.MonkeyPatch) -> 
         program.compile((X,))
     record(torch.cos, X).compile((X,))  # said once
     assert not program.is_compiled
+    assert torch.equal(program(X), X.sin())
+
+
+def test_where_cpp_cannot_call_the_kernels_python_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._inductor
+
+    asked: list[dict] = []
+
+    def compile_without_cpp(graph: Callable, inputs: list, options: dict) -> Callable:
+        asked.append(options)
+        if "cpp_wrapper" in options:
+            raise NotImplementedError("an operation that C++ cannot call")
+        return graph
+
+    monkeypatch.setattr(torch._inductor, "compile", compile_without_cpp)
+    logger = logging.getLogger("torch._inductor.ir")
+    level = logger.level
+    program = record(torch.sin, X)
+    program.compile((X,))
+    assert asked == [{"fallback_random": True, "cpp_wrapper": True}, {"fallback_random": True}]
+    assert program.is_compiled
+    assert logger.level == level
     assert torch.equal(program(X), X.sin())
 
 

@@ -8,11 +8,12 @@ out, and the caller goes on without one.
 from __future__ import annotations
 
 import linecache
+import logging
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from itertools import zip_longest
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -72,23 +73,46 @@ class Program:
         try:
             with warnings.catch_warnings(), torch.no_grad(), self._surroundings.unchanged():
                 warnings.simplefilter("ignore")  # torch's, about itself
-                from torch import _inductor
-
-                # Random operations stay torch's own, so that compiled and recorded noise are equal.
-                inputs: list[Any] = [*self.inputs, *args]
-                graph = rewritten(self.graph, inputs)
-                with _cached_on_disk():
-                    run = _inductor.compile(graph, inputs, options={"fallback_random": True})
-                run(*inputs)
+                self._run = _compiled(self.graph, [*self.inputs, *args])
         except Exception as error:  # whatever stops a compiler, the record still runs
             reason = str(error).strip().splitlines() or [type(error).__name__]
             say_once(f"pyrovae: cannot compile the step here ({reason[0]}); it runs recorded, but not compiled.")
             return
-        self._run, self.is_compiled = run, True
+        self.is_compiled = True
 
     def __call__(self, *args: Tensor) -> Any:
         with torch.no_grad():
             return self._run(*self.inputs, *args)
+
+
+def _compiled(graph: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    from torch import _inductor
+
+    # Random operations stay torch's own, so that compiled and recorded noise are equal.
+    options = {"fallback_random": True}
+    graph = rewritten(graph, inputs)
+    if not any(x.is_cuda for x in inputs):
+        # Calling the kernels from C++ saves a quarter of a small step; not all that torch compiles can be called so.
+        with suppress(Exception), _quiet(), _cached_on_disk():
+            run = _inductor.compile(graph, inputs, options={**options, "cpp_wrapper": True})
+            run(*inputs)
+            return run
+    with _cached_on_disk():
+        run = _inductor.compile(graph, inputs, options=options)
+    run(*inputs)
+    return run
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No log of the operations that torch calls in a slower way."""
+    logger = logging.getLogger("torch._inductor.ir")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _cached_on_disk() -> AbstractContextManager:
