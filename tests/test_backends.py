@@ -338,6 +338,27 @@ def load_state(pair: Pair, optim: Any) -> None:
     optim.load_state_dict(state)
 
 
+def reset_step_counts(pair: Pair, optim: Any) -> None:
+    state = optim.state_dict()  # shares its tensors
+    for each in state["state"].values():
+        each["step"] = torch.tensor(0.0)
+    optim.load_state_dict(state)
+
+
+def exchange_one_moment(pair: Any, optim: Any) -> None:
+    last = list(pair.parameters())[-1]
+    optim.state[last]["exp_avg"] = torch.zeros_like(last)
+
+
+def forget_state(pair: Any, optim: Any) -> None:
+    optim.state.clear()
+
+
+def other_strides(pair: Any, optim: Any) -> None:
+    weight = pair.decoder[0].weight
+    weight.data = weight.data.t().contiguous().t()
+
+
 def load_weights(pair: Pair, optim: Any) -> None:
     pair.load_state_dict({name: value + 0.5 for name, value in pair.state_dict().items()})
 
@@ -363,6 +384,10 @@ ACTS: dict[str, tuple[Callable, Callable]] = {
     "nothing": (lambda pair, optim: None, fused_adam),
     "learning rate": (set_rate, fused_adam),
     "optimizer state": (load_state, fused_adam),
+    "step counts": (reset_step_counts, fused_adam),
+    "one moment": (exchange_one_moment, fused_adam),
+    "no state": (forget_state, fused_adam),
+    "strides": (other_strides, fused_adam),
     "weights": (load_weights, fused_adam),
     "frozen": (freeze, fused_adam),
     "frozen, not fused": (freeze, sgd),
@@ -377,6 +402,25 @@ def test_what_is_done_between_steps_counts(act: Callable, optim: Callable, calls
     eager, mine = (in_the_middle(act, optim, backend) for backend in ("eager", "compiled"))
     torch.testing.assert_close(mine, eager, rtol=2e-5, atol=2e-6)
     assert len(calls) == 5
+
+
+@pytest.mark.usefixtures("recorded")
+def test_another_loss_or_guide_counts(calls: list) -> None:
+    def losses(backend: str) -> list[float]:
+        pair = vae()
+        svi = SVI(pair.model, pair.guide, fused_adam(pair), Trace_ELBO(), backend=backend)
+        torch.manual_seed(7)
+        result = []
+        for step, x in enumerate(batches()):
+            if step == 3:
+                svi.loss = RenyiELBO(0, 4)
+            result.append(svi.step(x).item())
+        return result
+
+    eager = losses("eager")
+    assert not calls
+    assert losses("compiled") == pytest.approx(eager, rel=1e-5)
+    assert calls
 
 
 @pytest.mark.usefixtures("recorded")

@@ -112,6 +112,7 @@ def test_what_is_left_alone() -> None:
         lambda x: cross_entropy(x, mean, reduction="none", pos_weight=weight),
         lambda x: cross_entropy(x, mean, reduction="none", weight=weight),
         lambda x: cross_entropy(x, mean),
+        lambda x: cross_entropy(x, mean.bfloat16(), reduction="none"),
     ):
         program = record(function, x)
         graph = faster(program, x)
@@ -191,50 +192,6 @@ def test_other_solves_are_left_alone() -> None:
         assert torch.equal(graph(*program.inputs, x), function(x))
 
 
-@pytest.mark.parametrize(
-    "rows", [lambda: torch.arange(3), lambda: torch.arange(3).view(-1, 1), lambda: torch.arange(3)[None]]
-)
-def test_rows_in_order_are_the_table(rows: Callable) -> None:
-    table = nn.Parameter(torch.randn(3, 2))
-
-    def function(x: Tensor) -> tuple[Tensor, ...]:
-        loss = (table[rows()] * x).square().sum()
-        return loss, *torch.autograd.grad(loss, [table])
-
-    x = torch.randn(2)
-    program = record(function, x)
-    assert {aten.index.Tensor, aten.index_put.default} <= calls(program.graph)
-    graph = faster(program, x)
-    assert not {aten.index.Tensor, aten.index_put.default} & calls(graph)
-    with torch.no_grad():
-        torch.testing.assert_close(graph(*program.inputs, x), program(x))
-
-
-@pytest.mark.parametrize(
-    "rows",
-    [
-        lambda x: torch.arange(2),  # of three
-        lambda x: torch.arange(2, -1, -1),
-        lambda x: torch.arange(3) % 2,
-        lambda x: x.argsort(),
-        lambda x: (torch.arange(3), torch.zeros(3, dtype=torch.long)),
-    ],
-)
-def test_other_rows_are_picked(rows: Callable) -> None:
-    table = nn.Parameter(torch.randn(3, 3))
-
-    def function(x: Tensor) -> tuple[Tensor, ...]:
-        loss = table[rows(x)].square().sum()
-        return loss, *torch.autograd.grad(loss, [table])
-
-    x = torch.randn(3)
-    program = record(function, x)
-    graph = faster(program, x)
-    assert {aten.index.Tensor, aten.index_put.default} <= calls(graph)
-    with torch.no_grad():
-        torch.testing.assert_close(graph(*program.inputs, x), program(x))
-
-
 # --- products ------------------------------------------------------------------------------------
 
 
@@ -267,6 +224,29 @@ def test_products_go_to_the_faster_library(measured: list) -> None:
     program.compile((x,))
     assert program.is_compiled
     torch.testing.assert_close(program(x), (function(x)[0].detach(), function(x)[1]))
+
+
+@pytest.mark.slow
+def test_products_of_products_compile() -> None:
+    weight = torch.randn(4, 4)
+    program = record(lambda x: x @ weight @ weight, torch.randn(3, 4))
+    x = torch.randn(3, 4)
+    program.compile((x,))
+    assert program.is_compiled
+    torch.testing.assert_close(program(x), x @ weight @ weight)
+
+
+def test_products_without_numbers(measured: list) -> None:
+    assert not products.is_faster_in_onednn(*layouts(torch.randn(3, 0), torch.randn(0, 4)))
+    assert not measured
+
+
+def test_measuring_is_in_single_precision_whatever_the_default(memory: Path) -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert products._measure(((4, 3), (3, 1)), ((3, 2), (2, 1))).keys() == {"blas", "onednn"}
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_products_in_double_precision_are_left_alone(measured: list) -> None:

@@ -88,19 +88,20 @@ class Program:
 def _compiled(graph: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     from torch import _inductor
 
-    # Random operations stay torch's own, so that compiled and recorded noise are equal.
-    options = {"fallback_random": True}
-    graph = rewritten(graph, inputs)
+    # Compiled and recorded noise are equal: random operations stay torch's own, and in their order.
+    options = {"fallback_random": True, "reorder_for_peak_memory": False}
+
+    def compile_it(graph: GraphModule, options: dict[str, Any]) -> Callable[..., Any]:
+        with _cached_on_disk():
+            run = _inductor.compile(graph, inputs, options=options)
+        run(*inputs)
+        return run
+
     if not any(x.is_cuda for x in inputs):
-        # Calling the kernels from C++ saves a quarter of a small step; not all that torch compiles can be called so.
-        with suppress(Exception), _quiet(), _cached_on_disk():
-            run = _inductor.compile(graph, inputs, options={**options, "cpp_wrapper": True})
-            run(*inputs)
-            return run
-    with _cached_on_disk():
-        run = _inductor.compile(graph, inputs, options=options)
-    run(*inputs)
-    return run
+        # Calling the kernels from C++ saves a quarter of a small step. What this cannot do, the plain way may.
+        with suppress(Exception), _quiet():
+            return compile_it(rewritten(graph, inputs), options | {"cpp_wrapper": True})
+    return compile_it(graph, options)
 
 
 @contextmanager

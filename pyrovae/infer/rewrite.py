@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyrovae.infer.log_weights import same_random_state
@@ -29,9 +29,7 @@ def rewritten(graph: GraphModule, args: list[Tensor]) -> GraphModule:
         return graph
     with same_random_state():
         faster = make_fx(graph, decomposition_table=_FASTER)(*args)
-    _read_in_order(faster)
     _choose_products(faster)
-    faster.graph.eliminate_dead_code()
     faster.recompile()
     return faster
 
@@ -48,40 +46,9 @@ def _choose_products(graph: GraphModule) -> None:
             more = graph.graph.call_function(aten.unsqueeze.default, (node, 0))
         with graph.graph.inserting_after(more):
             less = graph.graph.call_function(aten.squeeze.dim, (more, 0))
+        less.meta = node.meta
         for use in uses:
             use.replace_input_with(node, less)
-
-
-def _read_in_order(graph: GraphModule) -> None:
-    """All rows in order are the tensor itself: so does an enumerated site with values 0, 1, ... pick its parameters."""
-    for node in graph.graph.nodes:
-        if node.target not in (aten.index.Tensor, aten.index_put.default):
-            continue
-        table, indices, *rest = node.args
-        size = _shape(table)[0]
-        if len(indices) != 1 or not _counts_to(size, indices[0]):
-            continue
-        if node.target is aten.index.Tensor:
-            source = table
-        elif table.target is aten.new_zeros.default and _shape(rest[0]).numel() == _shape(table).numel():
-            source = rest[0]
-        else:
-            continue
-        with graph.graph.inserting_before(node):
-            same = graph.graph.call_function(aten.reshape.default, (source, list(_shape(node))))
-        same.meta = node.meta
-        node.replace_all_uses_with(same)
-
-
-def _counts_to(size: int, index: Any) -> bool:
-    """Whether ``index`` is 0, 1, ..., ``size`` - 1, in any shape."""
-    while index.target in (aten.view.default, aten.unsqueeze.default):
-        index = index.args[0]
-    return index.target is aten.arange.default and index.args == (size,)
-
-
-def _shape(node: Node) -> torch.Size:
-    return node.meta["tensor_meta"].shape
 
 
 # Elementary functions -------------------------------------------------------------------------------------------
@@ -128,7 +95,8 @@ def _log_sigmoid(x: Tensor) -> Tensor:
 def _cross_entropy(
     x: Tensor, target: Tensor, weight: Tensor | None = None, pos_weight: Tensor | None = None, reduction: int = 1
 ) -> Any:
-    if x.dtype != torch.float32 or weight is not None or pos_weight is not None or reduction != 0:
+    plain = weight is None and pos_weight is None and reduction == 0
+    if not plain or not x.dtype == target.dtype == torch.float32:
         return NotImplemented
     return (1 - target) * x - _log_sigmoid(x)
 

@@ -30,22 +30,18 @@ class Surroundings:
     """
 
     def __init__(self, *functions: Any) -> None:
-        self.modules: list[nn.Module] = []
-        self._namespaces: list[tuple[str, dict]] = []
-        self._globals: list[tuple[dict, str]] = []
-        self._cells: list[tuple[Any, str]] = []
-        self._met: set[int] = set()
+        self._functions = functions
         self._states: list[tuple[list[Any], tuple]] = []
         self._state = 0  # which of them is the last
         self._pickers: list[tuple[itemgetter, dict]] = []
         self._last_glance: list[Any] = []
-        for function in functions:
-            self._meet(function)
+        self._look()
 
     def state(self) -> int:
         """A number that stands for all of it: it is the same as long as numbers are equal and objects the same."""
         # Nearly always every object is the one seen last, which this tells in a few microseconds.
         if not _same_objects(self._glance(), self._last_glance):
+            self._look()
             values, key = self._values(), self.key()
             keys = [known for _, known in self._states]
             self._state = keys.index(key) if key in keys else len(keys)
@@ -84,6 +80,15 @@ class Surroundings:
                 del values[length:]
             for buffer, value in buffers:
                 buffer.data.copy_(value)
+
+    def _look(self) -> None:
+        """Find what there is to watch; a module may have come in another's place."""
+        self.modules: list[nn.Module] = []
+        self._namespaces: list[tuple[str, dict]] = []
+        self._globals: list[tuple[dict, str]] = []
+        self._cells: list[tuple[Any, str]] = []
+        self._met: set[int] = set()
+        self._meet_all(self._functions)
 
     def _meet(self, thing: Any) -> None:
         if id(thing) in self._met or isinstance(thing, type | ModuleType):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 import pyro
@@ -54,8 +55,8 @@ class SVI:
     buffers and other tensors anew, and a learning rate too, but hold Python numbers fixed. When an attribute of one of
     the pair's modules changes (a KL weight, a switch such as ``training``), or a global or a closure variable that a
     plain function names, the step is recorded again; what keeps changing belongs in a tensor. Numbers that lie deeper,
-    in a list say, are not watched. What cannot be recorded is named in one warning, and runs eagerly with the same
-    numbers.
+    in a list say, and hooks that are registered between steps are not watched. What cannot be recorded is named in one
+    warning, and runs eagerly with the same numbers.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class SVI:
         self._params: list[Tensor] = []
         self._update: Update | None = None
         self._surroundings: Surroundings | None = None
+        self._parts: list[Any] = []
         self._states: list[int] = []
         self._programs: dict[Any, Callable[..., Tensor] | None] = {}
         self._unsaid = ""
@@ -175,14 +177,20 @@ class SVI:
         if kwargs or _PYRO_STACK or not all(isinstance(arg, Tensor) for arg in args):
             self._unsaid = "arguments that are no tensors, or handlers around the step, are not recorded"
             return None
-        if self._surroundings is None:
+        parts = [self.model, self.guide, self.prepare, self.loss, self.optim]
+        if self._surroundings is None or not all(map(is_, parts, self._parts)):
+            known, self._parts = self._surroundings, parts
             self._surroundings = Surroundings(self.model, self.guide, self.prepare, self.loss.loss_and_grads)
+            self._states, self._programs, self._update, self._gave_up = [], {}, None, False
+            if known is not None:  # One eager step: the new ones may name other parameters.
+                self._params = []
+                return None
         state = self._surroundings.state()
         if state not in self._states and not self._meets(self._surroundings, state):
             return None
         if isinstance(self.optim, Optimizer):
             self._params = self._params or [p for group in self.optim.param_groups for p in group["params"]]
-        trained = tuple([p.requires_grad for p in self._params])
+        trained = tuple([(p.requires_grad, p.shape, p.stride(), p.dtype) for p in self._params])
         signature = (state, trained, *((arg.shape, arg.stride(), arg.dtype, arg.device) for arg in args))
         if signature not in self._programs:
             if len(self._programs) == MAX_PROGRAMS:

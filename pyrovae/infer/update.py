@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import is_
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 
 __all__ = ["Update"]
+
+_ADAM_STATE = itemgetter("exp_avg", "exp_avg_sq", "step")
 
 
 class Update:
@@ -30,6 +32,9 @@ class Update:
         self._lists: tuple[list[Tensor], ...] = ()
         self._lists_of: Sequence[Tensor] = ()
         self._ones: list[Tensor] = []
+        self._entries: list[dict] = []
+        self._state: dict | None = None
+        self._size = 0
 
     @property
     def is_capturable(self) -> bool:
@@ -81,16 +86,25 @@ class Update:
         hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
         return len(groups) == 1 and bool(groups[0].get("fused")) and not groups[0]["amsgrad"] and not hooks
 
+    def _is_known(self, state: dict) -> bool:
+        if state is not self._state or len(state) != self._size:
+            return False
+        now = zip(*map(_ADAM_STATE, self._entries), strict=True)
+        return all(all(map(is_, some, others)) for some, others in zip(now, self._lists, strict=True))
+
     def _fused_adam(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
         """False where the optimizer has no state yet: its own first step makes it."""
         assert self._optimizer is not None
         state, group = self._optimizer.state, self._optimizer.param_groups[0]
-        # Another program may use other parameters, and loading a state dict replaces the tensors.
-        if self._lists_of is not params or self._lists[0][0] is not state[params[0]]["exp_avg"]:
+        # Another program may use other parameters, and the tensors may be exchanged (by loading a state dict, say).
+        if self._lists_of is not params or not self._is_known(state):
             of_one_kind = len({(param.dtype, param.device) for param in params}) == 1
-            if not of_one_kind or not all("exp_avg" in state.get(param, {}) for param in params):
+            entries = [state.get(param, {}) for param in params]
+            if not of_one_kind or not all("exp_avg" in entry for entry in entries):
+                self._lists_of = ()
                 return False
-            self._lists = tuple([state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq", "step"))
+            self._entries, self._state, self._size = entries, state, len(state)
+            self._lists = tuple(map(list, zip(*map(_ADAM_STATE, entries), strict=True)))
             self._ones = [torch.ones_like(step) for step in self._lists[2]]  # a Python number takes twice as long
             self._lists_of = params
         means, squares, steps = self._lists
