@@ -405,7 +405,7 @@ def test_what_is_done_between_steps_counts(act: Callable, optim: Callable, calls
 
 
 @pytest.mark.usefixtures("recorded")
-def test_another_loss_or_guide_counts(calls: list) -> None:
+def test_another_loss_counts(calls: list) -> None:
     def losses(backend: str) -> list[float]:
         pair = vae()
         svi = SVI(pair.model, pair.guide, fused_adam(pair), Trace_ELBO(), backend=backend)
