@@ -143,7 +143,7 @@ def test_noise_gradients_and_buffers_stay_the_records() -> None:
 
 
 @pytest.mark.slow
-def test_the_compiler_does_not_put_biases_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_compiler_does_not_put_biases_back() -> None:
     from torch._inductor.utils import run_and_get_code
 
     layers, x = nn.Linear(4, 8), torch.randn(16, 4)
@@ -228,9 +228,9 @@ def test_products_go_to_the_faster_library(measured: list) -> None:
 
 @pytest.mark.slow
 def test_products_of_products_compile() -> None:
-    weight = torch.randn(4, 4)
-    program = record(lambda x: x @ weight @ weight, torch.randn(3, 4))
-    x = torch.randn(3, 4)
+    weight, x = torch.randn(4, 4), torch.randn(3, 4)
+    program = record(lambda x: x @ weight @ weight, x)
+    torch.testing.assert_close(faster(program, x)(*program.inputs, x), x @ weight @ weight)
     program.compile((x,))
     assert program.is_compiled
     torch.testing.assert_close(program(x), x @ weight @ weight)
@@ -256,9 +256,10 @@ def test_products_in_double_precision_are_left_alone(measured: list) -> None:
 
 
 def test_measuring_runs_both_libraries_and_leaves_the_generator_alone(memory: Path) -> None:
+    shapes = layouts(torch.randn(20, 30), torch.randn(40, 30).t())
     before = torch.get_rng_state()
-    seconds = products._measure(*layouts(torch.randn(20, 30), torch.randn(40, 30).t()))
-    torch.set_rng_state(before)
+    seconds = products._measure(*shapes)
+    assert torch.equal(torch.get_rng_state(), before)
     assert seconds.keys() == {"blas", "onednn"}
     assert all(0 < time < 1 for time in seconds.values())
 

@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -82,6 +83,7 @@ def _measure(left: Layout, right: Layout) -> dict[str, float]:
         return best
 
 
+@cache
 def processor() -> str:
     """The processor's name."""
     info = Path("/proc/cpuinfo")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pyrovae.infer.log_weights import same_random_state
 
-__all__ = ["Surroundings"]
+__all__ = ["Surroundings", "same_objects"]
 
 _NUMBERS = (bool, int, float, complex, str, type(None))
 _BOOKKEEPING = vars(nn.Module()).keys() - {"training"}
@@ -33,21 +33,19 @@ class Surroundings:
         self._functions = functions
         self._states: list[tuple[list[Any], tuple]] = []
         self._state = 0  # which of them is the last
-        self._pickers: list[tuple[itemgetter, dict]] = []
         self._last_glance: list[Any] = []
         self._look()
 
     def state(self) -> int:
         """A number that stands for all of it: it is the same as long as numbers are equal and objects the same."""
         # Nearly always every object is the one seen last, which this tells in a few microseconds.
-        if not _same_objects(self._glance(), self._last_glance):
+        if not same_objects(self._glance(), self._last_glance):
             self._look()
             values, key = self._values(), self.key()
             keys = [known for _, known in self._states]
             self._state = keys.index(key) if key in keys else len(keys)
             # Holding on to the objects keeps their ids from being given to others.
             self._states[self._state : self._state + 1] = [(values, key)]
-            self._pickers = [(itemgetter(names[0], *names), space) for space, names in self._own_names() if names]
             self._last_glance = self._glance()
         return self._state
 
@@ -89,6 +87,8 @@ class Surroundings:
         self._cells: list[tuple[Any, str]] = []
         self._met: set[int] = set()
         self._meet_all(self._functions)
+        named = [(space, [name for name in space if name not in _BOOKKEEPING]) for _, space in self._namespaces]
+        self._pickers = [(itemgetter(names[0], *names), space) for space, names in named if names]
 
     def _meet(self, thing: Any) -> None:
         if id(thing) in self._met or isinstance(thing, type | ModuleType):
@@ -140,10 +140,6 @@ class Surroundings:
             return []
         return [*[len(space) for _, space in self._namespaces], *chain.from_iterable(attributes), *self._others()]
 
-    def _own_names(self) -> Iterator[tuple[dict, list[str]]]:
-        for _, space in self._namespaces:
-            yield space, [name for name in space if name not in _BOOKKEEPING]
-
     def _values(self) -> list[Any]:
         return [*chain.from_iterable([space.values() for _, space in self._namespaces]), *self._others()]
 
@@ -170,7 +166,7 @@ def _content(cell: Any) -> Any:
         return None
 
 
-def _same_objects(some: list[Any], others: list[Any]) -> bool:
+def same_objects(some: list[Any], others: list[Any]) -> bool:
     return len(some) == len(others) and all(map(is_, some, others))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from operator import is_
 from typing import Any
 
 import pyro
@@ -20,7 +19,7 @@ from torch.optim import Optimizer
 from pyrovae.checks import check_choice
 from pyrovae.infer.cudagraph import Captured, why_not
 from pyrovae.infer.program import Program, Untraceable, say_once
-from pyrovae.infer.surroundings import Surroundings
+from pyrovae.infer.surroundings import Surroundings, same_objects
 from pyrovae.infer.update import Update
 
 __all__ = ["BACKENDS", "SVI", "DatasetSize"]
@@ -178,7 +177,7 @@ class SVI:
             self._unsaid = "arguments that are no tensors, or handlers around the step, are not recorded"
             return None
         parts = [self.model, self.guide, self.prepare, self.loss, self.optim]
-        if self._surroundings is None or not all(map(is_, parts, self._parts)):
+        if self._surroundings is None or not same_objects(parts, self._parts):
             known, self._parts = self._surroundings, parts
             self._surroundings = Surroundings(self.model, self.guide, self.prepare, self.loss.loss_and_grads)
             self._states, self._programs, self._update, self._gave_up = [], {}, None, False
@@ -190,8 +189,8 @@ class SVI:
             return None
         if isinstance(self.optim, Optimizer):
             self._params = self._params or [p for group in self.optim.param_groups for p in group["params"]]
-        trained = tuple([(p.requires_grad, p.shape, p.stride(), p.dtype) for p in self._params])
-        signature = (state, trained, *((arg.shape, arg.stride(), arg.dtype, arg.device) for arg in args))
+        params = tuple([(p.requires_grad, p.shape, p.stride(), p.dtype) for p in self._params])
+        signature = (state, params, *((arg.shape, arg.stride(), arg.dtype, arg.device) for arg in args))
         if signature not in self._programs:
             if len(self._programs) == MAX_PROGRAMS:
                 self._unsaid = f"its arguments' shapes keep changing; {MAX_PROGRAMS} of them are recorded"

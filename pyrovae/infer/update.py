@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import is_, itemgetter
+from operator import itemgetter
 from typing import Any
 
 import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
+
+from pyrovae.infer.surroundings import same_objects
 
 __all__ = ["Update"]
 
@@ -29,12 +31,8 @@ class Update:
         self._params = list(params)
         self._pyro = optim if isinstance(optim, PyroOptim) else None
         self._optimizer: Optimizer | None = optim if self._pyro is None else _merged(optim, self._params)
-        self._lists: tuple[list[Tensor], ...] = ()
-        self._lists_of: Sequence[Tensor] = ()
+        self._tensors: list[Tensor] = []
         self._ones: list[Tensor] = []
-        self._entries: list[dict] = []
-        self._state: dict | None = None
-        self._size = 0
 
     @property
     def is_capturable(self) -> bool:
@@ -52,8 +50,7 @@ class Update:
 
     def is_fixed(self, fixed: list[Any]) -> bool:
         """Whether they are still the same."""
-        now = self.fixed()
-        return len(now) == len(fixed) and all(map(is_, now, fixed))
+        return same_objects(self.fixed(), fixed)
 
     def __call__(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         if self._pyro is not None and self._optimizer is not None:
@@ -86,28 +83,21 @@ class Update:
         hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
         return len(groups) == 1 and bool(groups[0].get("fused")) and not groups[0]["amsgrad"] and not hooks
 
-    def _is_known(self, state: dict) -> bool:
-        if state is not self._state or len(state) != self._size:
-            return False
-        now = zip(*map(_ADAM_STATE, self._entries), strict=True)
-        return all(all(map(is_, some, others)) for some, others in zip(now, self._lists, strict=True))
-
     def _fused_adam(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
         """False where the optimizer has no state yet: its own first step makes it."""
         assert self._optimizer is not None
-        state, group = self._optimizer.state, self._optimizer.param_groups[0]
-        # Another program may use other parameters, and the tensors may be exchanged (by loading a state dict, say).
-        if self._lists_of is not params or not self._is_known(state):
-            of_one_kind = len({(param.dtype, param.device) for param in params}) == 1
-            entries = [state.get(param, {}) for param in params]
-            if not of_one_kind or not all("exp_avg" in entry for entry in entries):
-                self._lists_of = ()
+        group = self._optimizer.param_groups[0]
+        entries = [self._optimizer.state.get(param, {}) for param in params]
+        if not all("exp_avg" in entry for entry in entries):
+            return False
+        # Looked up at each step: another program may use other parameters, and loading a state dict replaces tensors.
+        tensors = [tensor for entry in entries for tensor in _ADAM_STATE(entry)]
+        means, squares, steps = tensors[0::3], tensors[1::3], tensors[2::3]
+        if not same_objects(tensors, self._tensors):
+            if len({(param.dtype, param.device) for param in params}) > 1:
                 return False
-            self._entries, self._state, self._size = entries, state, len(state)
-            self._lists = tuple(map(list, zip(*map(_ADAM_STATE, entries), strict=True)))
-            self._ones = [torch.ones_like(step) for step in self._lists[2]]  # a Python number takes twice as long
-            self._lists_of = params
-        means, squares, steps = self._lists
+            self._tensors = tensors
+            self._ones = [torch.ones_like(step) for step in steps]  # a Python number takes twice as long
         # Learning-rate schedulers warn unless the optimizer's own step was called.
         self._optimizer._opt_called = True  # type: ignore[attr-defined]
         with torch.no_grad():
