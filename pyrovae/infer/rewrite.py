@@ -17,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyrovae.infer.log_weights import same_random_state
 from pyrovae.infer.products import is_faster_in_onednn, onednn_mm
+from pyrovae.infer.reassociate import reassociate
 
 __all__ = ["rewritten"]
 
@@ -27,6 +28,7 @@ def rewritten(graph: GraphModule, args: list[Tensor]) -> GraphModule:
     """``graph``, whose arguments are like ``args``, in its faster form."""
     with same_random_state():
         faster = make_fx(graph, decomposition_table=_FASTER)(*args)
+    reassociate(faster)
     _choose_products(faster)
     faster.recompile()
     return faster

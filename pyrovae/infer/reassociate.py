@@ -1,0 +1,143 @@
+"""Products of a recorded graph in the order that costs least, where many data stand between few rows and columns.
+
+The log density of N data under a Gaussian with Cholesky factor L has y = L⁻¹ (x − μ), one column a datum. Its gradient
+comes back as W = L⁻ᵀ G, which is only multiplied by yᵀ and summed over data: L⁻ᵀ (G yᵀ) and L⁻ᵀ Σ G do without W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import GraphModule, Node
+
+__all__ = ["reassociate"]
+
+aten = torch.ops.aten
+
+_LONG = 4
+"""Times the other dimensions: then a dimension is worth summing over first."""
+
+_VIEWS = {
+    aten.expand.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.detach.default,
+}
+
+
+def reassociate(graph: GraphModule) -> None:
+    """Reorder the products of ``graph``, whose nodes know their shapes, in place. Numbers are equal to rounding."""
+    _drop_idle_views(graph)
+    _share_inverses(graph)
+    for product in graph.graph.find_nodes(op="call_function", target=aten.bmm.default):
+        _sum_first(graph, product)
+    graph.graph.eliminate_dead_code()
+
+
+def _drop_idle_views(graph: GraphModule) -> None:
+    """Those that leave a tensor as it is: they hide what a product is made of."""
+    for node in graph.graph.nodes:
+        if node.target in _VIEWS and _layout(node) == _layout(node.args[0]):
+            node.replace_all_uses_with(node.args[0])
+    graph.graph.eliminate_dead_code()
+
+
+def _share_inverses(graph: GraphModule) -> None:
+    """The inverse of a transposed matrix is the transposed inverse."""
+    inverses: dict[object, Node] = {}
+    for solve in graph.graph.nodes:
+        if _is_in_place(solve):
+            inverses.clear()
+        args: Any = solve.args
+        if solve.target is not aten.linalg_solve_triangular.default or args[1].target is not aten.eye.default:
+            continue
+        matrix, upper = args[0], solve.kwargs["upper"]
+        options = [item for item in solve.kwargs.items() if item[0] != "upper"]
+        inverses.setdefault((matrix, upper, *options), solve)
+        is_transposed = matrix.target is aten.transpose.int and matrix.args[1:] in ((-2, -1), (-1, -2))
+        known = inverses.get((matrix.args[0], not upper, *options)) if is_transposed else None
+        if known is not None:
+            with graph.graph.inserting_after(solve):
+                solve.replace_all_uses_with(_call(graph, aten.transpose.int, known, -2, -1))
+
+
+def _sum_first(graph: GraphModule, product: Node) -> None:
+    """Never compute a long product A B that is only multiplied from the right, (A B) C, or summed over columns."""
+    args: Any = product.args
+    left, right = args
+    rows, columns = _shape(product)[-2:]
+    if columns < _LONG * max(rows, _shape(left)[-1]):
+        return
+    multiplied = [
+        use
+        for use in product.users
+        if use.target is aten.bmm.default and use.args[0] is product and columns >= _LONG * _shape(use)[-1]
+    ]
+    others = [use for use in product.users if use not in multiplied]
+    probe = torch.empty(columns).expand(_shape(product))  # strides 0, but 1 along columns
+    if not all(_is_summed(use, probe, columns) for use in others):
+        return
+    if any(_is_in_place(node) for use in multiplied for node in _between(product, use)):
+        return
+    for use in multiplied:
+        with graph.graph.inserting_before(use):
+            inner = _call(graph, aten.bmm.default, right, use.args[1])
+            use.replace_all_uses_with(_call(graph, aten.bmm.default, left, inner))
+    if others:  # their sums over columns do not notice that all columns have become the mean
+        with graph.graph.inserting_before(product):
+            short = _call(graph, aten.bmm.default, left, _call(graph, aten.mean.dim, right, [-1], True))
+            product.replace_all_uses_with(_call(graph, aten.expand.default, short, list(_shape(product))))
+
+
+def _is_summed(use: Any, probe: Tensor, columns: int) -> bool:
+    """Whether ``use``, of a tensor laid out as ``probe``, sums over columns, after views and changes of sign."""
+    if use.target in (aten.sum.dim_IntList, aten.sum.default):
+        axes = use.args[1] if len(use.args) > 1 and use.args[1] else range(probe.ndim)
+        return any(probe.stride(axis) == 1 and probe.shape[axis] == columns for axis in axes)
+    if use.target is not aten.neg.default:
+        if use.target not in _VIEWS:
+            return False
+        try:
+            probe = use.target(probe, *use.args[1:])
+        except RuntimeError:  # such a view would mix columns with rows
+            return False
+    return all(_is_summed(further, probe, columns) for further in use.users)
+
+
+def _between(first: Node, last: Node) -> Iterator[Node]:
+    while first is not last:
+        first = first.next
+        yield first
+
+
+def _is_in_place(node: Node) -> bool:
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+
+
+def _call(graph: GraphModule, target: OpOverload, *args: Any) -> Node:
+    """A new node, which knows its shape."""
+    node = graph.graph.call_function(target, args)
+    node.meta["val"] = target(*(_empty(arg) if isinstance(arg, Node) else arg for arg in args))
+    return node
+
+
+def _empty(node: Node) -> Tensor:
+    value = node.meta["val"]
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+
+def _shape(node: Node) -> torch.Size:
+    return node.meta["val"].shape
+
+
+def _layout(node: Node) -> tuple:
+    return node.meta["val"].shape, node.meta["val"].stride()

@@ -1,0 +1,164 @@
+"""Products in another order give the same numbers, and the long ones are gone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import MultivariateNormal
+from torch.fx import GraphModule, Node
+
+from pyrovae.infer.program import Program
+from pyrovae.infer.reassociate import reassociate
+from pyrovae.infer.rewrite import rewritten
+
+aten = torch.ops.aten
+N, D, K = 400, 20, 3
+
+
+def reordered(function: Callable, *args: Tensor) -> tuple[GraphModule, GraphModule]:
+    """The rewritten record of ``function``, without and with its products reordered."""
+    program = Program(function, args)
+    assert not program.inputs
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pyrovae.infer.rewrite.reassociate", lambda graph: None)
+        before = rewritten(program.graph, list(args))
+    return before, rewritten(program.graph, list(args))
+
+
+def nodes(graph: GraphModule, target: object) -> list[Node]:
+    return list(graph.graph.find_nodes(op="call_function", target=target))
+
+
+def long_products(graph: GraphModule, *args: Tensor) -> int:
+    """How many products have a column for each datum."""
+    shapes: list[torch.Size] = []
+
+    class Watch(torch.fx.Interpreter):
+        def call_function(self, target: Callable, args: tuple, kwargs: dict) -> Tensor:
+            value = super().call_function(target, args, kwargs)
+            if target is aten.bmm.default:
+                shapes.append(value.shape)
+            return value
+
+    Watch(graph).run(*args)
+    return sum(N in shape for shape in shapes)
+
+
+def gaussian_gradients(tril: Tensor, loc: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    tril, loc = tril.detach().requires_grad_(), loc.detach().requires_grad_()
+    total = MultivariateNormal(loc.unsqueeze(1), scale_tril=tril.unsqueeze(1)).log_prob(x).logsumexp(0).sum()
+    return (total.detach(), *torch.autograd.grad(total, (tril, loc)))
+
+
+def gaussian_inputs() -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    root = torch.randn(K, D, D)
+    return torch.linalg.cholesky(root @ root.mT / D + 0.3 * torch.eye(D)), torch.randn(K, D), torch.randn(N, D)
+
+
+def test_gradients_of_gaussians_need_one_long_product_and_one_solve() -> None:
+    args = gaussian_inputs()
+    before, after = reordered(gaussian_gradients, *args)
+    assert (long_products(before, *args), long_products(after, *args)) == (2, 1)
+    solves = [len(nodes(graph, aten.linalg_solve_triangular.default)) for graph in (before, after)]
+    assert solves == [2, 1]
+
+
+def test_gradients_of_gaussians_are_as_precise_as_before() -> None:
+    args = gaussian_inputs()
+    before, after = reordered(gaussian_gradients, *args)
+    exact = gaussian_gradients(*(x.double() for x in args))
+    for old, new, value in zip(before(*args), after(*args), exact, strict=True):
+        scale = value.abs().max()
+        assert (old - value).abs().max() <= 2e-5 * scale  # the measure is not idle
+        assert (new - value).abs().max() <= 2e-5 * scale
+
+
+def factors() -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(K, D, D), torch.randn(K, D, N), torch.randn(K, N, D)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        pytest.param(lambda w, c: w @ c, id="multiplied"),
+        pytest.param(lambda w, c: (w @ c, w @ (2 * c)), id="multiplied twice"),
+        pytest.param(lambda w, c: w.sum(-1), id="summed"),
+        pytest.param(lambda w, c: w.sum(), id="summed over everything"),
+        pytest.param(lambda w, c: w.sum((0, 2)), id="summed over columns and more"),
+        pytest.param(lambda w, c: -w.mT.reshape(K, N, 4, 5).permute(1, 2, 0, 3).sum(0), id="views and a sum"),
+        pytest.param(lambda w, c: w @ c + w.unsqueeze(0).sum(3)[0].unsqueeze(-1), id="both"),
+    ],
+)
+def test_what_does_without_the_long_product(use: Callable) -> None:
+    args = factors()
+    before, after = reordered(lambda a, b, c: use(a @ b, c), *args)
+    assert (long_products(before, *args), long_products(after, *args)) == (1, 0)
+    for old, new in zip(*(torch.utils._pytree.tree_leaves(graph(*args)) for graph in (before, after)), strict=True):
+        torch.testing.assert_close(new, old, rtol=1e-4, atol=1e-3)  # sums of 400 · 20 numbers of order one
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        pytest.param(lambda w, c: w, id="returned"),
+        pytest.param(lambda w, c: (w.sum(-1), w.exp()), id="read by a function"),
+        pytest.param(lambda w, c: w.square().sum(-1), id="squared before the sum"),
+        pytest.param(lambda w, c: w.sum(-2), id="summed over rows"),
+        pytest.param(lambda w, c: w.view(K, D, 20, N // 20).sum(-1), id="summed over some columns"),
+        pytest.param(lambda w, c: w.view(K, D * N).sum(-1), id="rows and columns mixed"),
+        pytest.param(lambda w, c: w @ w.mT + w @ c, id="multiplied from both sides"),
+        pytest.param(lambda w, c: w @ torch.cat([c] * 6, -1), id="the other product is longer"),
+    ],
+)
+def test_where_the_long_product_is_needed_it_stays(use: Callable) -> None:
+    args = factors()
+    before, after = reordered(lambda a, b, c: use(a @ b, c), *args)
+    assert long_products(after, *args) == long_products(before, *args)
+    for old, new in zip(*(torch.utils._pytree.tree_leaves(graph(*args)) for graph in (before, after)), strict=True):
+        assert torch.equal(new, old)
+
+
+def test_short_products_stay() -> None:
+    a, b, c = (torch.randn(K, D, D) for _ in range(3))
+    before, after = reordered(lambda a, b, c: a @ b @ c, a, b, c)
+    assert torch.equal(before(a, b, c), after(a, b, c))
+
+
+def test_a_factor_that_changes_in_place_is_read_when_it_was() -> None:
+    def changed(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        b = b + 1
+        w = a @ b
+        b.mul_(2)
+        return w @ c + b.sum()
+
+    args = factors()
+    before, after = reordered(changed, *args)
+    assert torch.equal(before(*args), changed(*args))
+    assert torch.equal(after(*args), changed(*args))
+
+
+@pytest.mark.parametrize("unitriangular", [False, True])
+def test_inverses_are_shared_only_where_they_are_the_same(unitriangular: bool) -> None:
+    def solves(tril: Tensor) -> tuple[Tensor, ...]:
+        eye = torch.eye(D)
+        down = torch.linalg.solve_triangular(tril, eye, upper=False, unitriangular=unitriangular)
+        up = torch.linalg.solve_triangular(tril.mT, eye, upper=True)
+        diagonal = torch.linalg.solve_triangular(tril.mT, eye, upper=False)  # reads the other triangle
+        tril = tril + 0
+        first = torch.linalg.solve_triangular(tril, eye, upper=False)
+        tril.mul_(2)
+        return down, up, diagonal, first, torch.linalg.solve_triangular(tril.mT, eye, upper=True)
+
+    tril = gaussian_inputs()[0]
+    graph = Program(solves, (tril,)).graph
+    graph = torch.fx.experimental.proxy_tensor.make_fx(graph)(tril)
+    reassociate(graph)
+    graph.recompile()
+    assert len(nodes(graph, aten.linalg_solve_triangular.default)) == (5 if unitriangular else 4)
+    for new, old in zip(graph(tril), solves(tril), strict=True):
+        torch.testing.assert_close(new, old, rtol=1e-5, atol=1e-6)
