@@ -156,7 +156,7 @@ def test_inverses_are_shared_only_where_they_are_the_same(unitriangular: bool) -
 
     tril = gaussian_inputs()[0]
     graph = Program(solves, (tril,)).graph
-    graph = torch.fx.experimental.proxy_tensor.make_fx(graph)(tril)
+    graph = torch.fx.experimental.proxy_tensor.make_fx(graph, tracing_mode="fake")(tril)
     reassociate(graph)
     graph.recompile()
     assert len(nodes(graph, aten.linalg_solve_triangular.default)) == (5 if unitriangular else 4)

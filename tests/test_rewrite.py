@@ -192,6 +192,79 @@ def test_other_solves_are_left_alone() -> None:
         assert torch.equal(graph(*program.inputs, x), function(x))
 
 
+# --- rows in order -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rows", [lambda: torch.arange(3), lambda: torch.arange(3).view(-1, 1), lambda: torch.arange(3)[None]]
+)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rows_in_order_are_the_table(rows: Callable, transposed: bool) -> None:
+    table = nn.Parameter(torch.randn(2, 3).mT if transposed else torch.randn(3, 2))
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        loss = (table[rows()].view(-1) * x).square().sum()
+        return loss, *torch.autograd.grad(loss, [table])
+
+    x = torch.randn(6)
+    program = record(function, x)
+    assert {aten.index.Tensor, aten.index_put.default} <= calls(program.graph)
+    graph = faster(program, x)
+    assert not {aten.index.Tensor, aten.index_put.default} & calls(graph)
+    with torch.no_grad():
+        torch.testing.assert_close(graph(*program.inputs, x), program(x))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param(lambda x: torch.arange(2), id="two of three"),
+        pytest.param(lambda x: torch.arange(2, -1, -1), id="from the last"),
+        pytest.param(lambda x: torch.arange(3) % 2, id="some twice"),
+        pytest.param(lambda x: x.argsort(), id="by value"),
+        pytest.param(lambda x: (torch.arange(3), torch.zeros(3, dtype=torch.long)), id="rows and columns"),
+        pytest.param(lambda x: (slice(None), torch.arange(3)), id="columns"),
+    ],
+)
+def test_other_rows_are_picked(rows: Callable) -> None:
+    table = nn.Parameter(torch.randn(3, 3))
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        loss = table[rows(x)].square().sum()
+        return loss, *torch.autograd.grad(loss, [table])
+
+    x = torch.randn(3)
+    program = record(function, x)
+    graph = faster(program, x)
+    assert {aten.index.Tensor, aten.index_put.default} <= calls(graph)
+    with torch.no_grad():
+        torch.testing.assert_close(graph(*program.inputs, x), program(x))
+
+
+def test_rows_in_order_are_a_copy() -> None:
+    """In the compiled program too: what it returned stays as it was when the table changes."""
+    table = nn.Parameter(torch.randn(3, 2))
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        moved, rows = table.detach()[torch.arange(3)], table[torch.arange(3)]
+        moved += x
+        return moved, rows.detach(), *torch.autograd.grad((rows * x).sum(), [table])
+
+    x = torch.ones(2)
+    program = record(function, x)
+    program.compile((x,))
+    assert program.is_compiled
+    before = table.detach().clone()
+    results = program(x)
+    assert torch.equal(table, before)
+    kept = [result.clone() for result in results]
+    with torch.no_grad():
+        table += 10
+    results[-1].add_(5)
+    torch.testing.assert_close(kept, [before + 1, before, torch.ones(3, 2)])
+    torch.testing.assert_close(list(results[:2]), kept[:2])
+
+
 # --- products ------------------------------------------------------------------------------------
 
 

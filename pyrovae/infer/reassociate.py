@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
-__all__ = ["reassociate"]
+__all__ = ["call", "reassociate", "shape"]
 
 aten = torch.ops.aten
 
@@ -35,7 +35,7 @@ _VIEWS = {
 
 
 def reassociate(graph: GraphModule) -> None:
-    """Reorder the products of ``graph``, whose nodes know their shapes, in place. Numbers are equal to rounding."""
+    """Reorder the products of ``graph``, recorded with fake tensors, in place. Numbers are equal to rounding."""
     _drop_idle_views(graph)
     _share_inverses(graph)
     for product in graph.graph.find_nodes(op="call_function", target=aten.bmm.default):
@@ -67,35 +67,35 @@ def _share_inverses(graph: GraphModule) -> None:
         known = inverses.get((matrix.args[0], not upper, *options)) if is_transposed else None
         if known is not None:
             with graph.graph.inserting_after(solve):
-                solve.replace_all_uses_with(_call(graph, aten.transpose.int, known, -2, -1))
+                solve.replace_all_uses_with(call(graph, aten.transpose.int, known, -2, -1))
 
 
 def _sum_first(graph: GraphModule, product: Node) -> None:
     """Never compute a long product A B that is only multiplied from the right, (A B) C, or summed over columns."""
     args: Any = product.args
     left, right = args
-    rows, columns = _shape(product)[-2:]
-    if columns < _LONG * max(rows, _shape(left)[-1]):
+    rows, columns = shape(product)[-2:]
+    if columns < _LONG * max(rows, shape(left)[-1]):
         return
     multiplied = [
         use
         for use in product.users
-        if use.target is aten.bmm.default and use.args[0] is product and columns >= _LONG * _shape(use)[-1]
+        if use.target is aten.bmm.default and use.args[0] is product and columns >= _LONG * shape(use)[-1]
     ]
     others = [use for use in product.users if use not in multiplied]
-    probe = torch.empty(columns).expand(_shape(product))  # strides 0, but 1 along columns
+    probe = torch.empty(columns).expand(shape(product))  # strides 0, but 1 along columns
     if not all(_is_summed(use, probe, columns) for use in others):
         return
     if any(_is_in_place(node) for use in multiplied for node in _between(product, use)):
         return
     for use in multiplied:
         with graph.graph.inserting_before(use):
-            inner = _call(graph, aten.bmm.default, right, use.args[1])
-            use.replace_all_uses_with(_call(graph, aten.bmm.default, left, inner))
+            inner = call(graph, aten.bmm.default, right, use.args[1])
+            use.replace_all_uses_with(call(graph, aten.bmm.default, left, inner))
     if others:  # their sums over columns do not notice that all columns have become the mean
         with graph.graph.inserting_before(product):
-            short = _call(graph, aten.bmm.default, left, _call(graph, aten.mean.dim, right, [-1], True))
-            product.replace_all_uses_with(_call(graph, aten.expand.default, short, list(_shape(product))))
+            short = call(graph, aten.bmm.default, left, call(graph, aten.mean.dim, right, [-1], True))
+            product.replace_all_uses_with(call(graph, aten.expand.default, short, list(shape(product))))
 
 
 def _is_summed(use: Any, probe: Tensor, columns: int) -> bool:
@@ -123,19 +123,14 @@ def _is_in_place(node: Node) -> bool:
     return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
-def _call(graph: GraphModule, target: OpOverload, *args: Any) -> Node:
+def call(graph: GraphModule, target: OpOverload, *args: Any, **kwargs: Any) -> Node:
     """A new node, which knows its shape."""
-    node = graph.graph.call_function(target, args)
-    node.meta["val"] = target(*(_empty(arg) if isinstance(arg, Node) else arg for arg in args))
+    node = graph.graph.call_function(target, args, kwargs)
+    node.meta["val"] = target(*(arg.meta["val"] if isinstance(arg, Node) else arg for arg in args), **kwargs)
     return node
 
 
-def _empty(node: Node) -> Tensor:
-    value = node.meta["val"]
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-
-
-def _shape(node: Node) -> torch.Size:
+def shape(node: Node) -> torch.Size:
     return node.meta["val"].shape
 
 

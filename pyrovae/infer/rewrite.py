@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyrovae.infer.log_weights import same_random_state
 from pyrovae.infer.products import is_faster_in_onednn, onednn_mm
-from pyrovae.infer.reassociate import reassociate
+from pyrovae.infer.reassociate import call, reassociate, shape
 
 __all__ = ["rewritten"]
 
@@ -26,8 +25,8 @@ aten = torch.ops.aten
 
 def rewritten(graph: GraphModule, args: list[Tensor]) -> GraphModule:
     """``graph``, whose arguments are like ``args``, in its faster form."""
-    with same_random_state():
-        faster = make_fx(graph, decomposition_table=_FASTER)(*args)
+    faster = make_fx(graph, tracing_mode="fake", decomposition_table=_FASTER)(*args)
+    _read_in_order(faster)
     reassociate(faster)
     _choose_products(faster)
     faster.recompile()
@@ -49,6 +48,38 @@ def _choose_products(graph: GraphModule) -> None:
         less.meta = node.meta
         for use in uses:
             use.replace_input_with(node, less)
+
+
+def _read_in_order(graph: GraphModule) -> None:
+    """All rows in their order are a copy of the table: so does an enumerated site, 0, 1, ..., pick its parameters."""
+    for node in graph.graph.nodes:
+        args: Any = node.args
+        if node.target is aten.index.Tensor and _counts_rows(args[1], args[0]):
+            source = args[0]
+        elif node.target is aten.index_put.default and _counts_rows(args[1], args[0]) and _is_blank(args[0]):
+            source = args[2]
+        else:
+            continue
+        if shape(source).numel() == shape(node).numel():
+            with graph.graph.inserting_before(node):
+                rows = call(graph, aten.reshape.default, source, list(shape(node)))
+                # A copy, for the table may change in place later, or the rows.
+                copy = call(graph, aten.clone.default, rows, memory_format=torch.contiguous_format)
+            node.replace_all_uses_with(copy)
+    graph.graph.eliminate_dead_code()
+
+
+def _counts_rows(indices: Any, table: Node) -> bool:
+    """Whether ``indices`` are one index alone, 0, 1, ... to the last row of ``table``, in any shape."""
+    index = indices[0]
+    while index is not None and index.target in (aten.view.default, aten.unsqueeze.default):
+        index = index.args[0]
+    return len(indices) == 1 and index.target is aten.arange.default and index.args == tuple(shape(table)[:1])
+
+
+def _is_blank(table: Node) -> bool:
+    """Whether it is made of zeros and for one use."""
+    return table.target is aten.new_zeros.default and len(table.users) == 1
 
 
 # Elementary functions -------------------------------------------------------------------------------------------
