@@ -87,13 +87,17 @@ class SVI:
         self.num_steps, self.dataset_size, self.prepare = num_steps, dataset_size, prepare
         self._checked = checked
         self._steps = 0
+        self._unsaid = ""
+        self._parts: list[Any] = []
+        self._surroundings: Surroundings | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """What steps have found out: the parameters, the programs and for which states of the surroundings they are."""
         self._params: list[Tensor] = []
         self._update: Update | None = None
-        self._surroundings: Surroundings | None = None
-        self._parts: list[Any] = []
         self._states: list[int] = []
         self._programs: dict[Any, Callable[..., Tensor] | None] = {}
-        self._unsaid = ""
         self._gave_up = False
 
     # Steps ------------------------------------------------------------------------------------------------------
@@ -180,9 +184,8 @@ class SVI:
         if self._surroundings is None or not same_objects(parts, self._parts):
             known, self._parts = self._surroundings, parts
             self._surroundings = Surroundings(self.model, self.guide, self.prepare, self.loss.loss_and_grads)
-            self._states, self._programs, self._update, self._gave_up = [], {}, None, False
             if known is not None:  # One eager step: the new ones may name other parameters.
-                self._params = []
+                self._forget()
                 return None
         state = self._surroundings.state()
         if state not in self._states and not self._meets(self._surroundings, state):
