@@ -1132,6 +1132,11 @@ def load_on_gpu(pair: Pair, optim: Any) -> None:
     optim.load_state_dict(state)
 
 
+def move_weights(pair: Pair, optim: Any) -> None:
+    for parameter in pair.parameters():
+        parameter.data = parameter.data + 0.1
+
+
 GPU_ACTS = {
     "nothing": lambda pair, optim: None,
     "rate": fill_rate,
@@ -1139,6 +1144,7 @@ GPU_ACTS = {
     "betas": other_betas,
     "state": load_on_gpu,
     "weights": load_weights,
+    "moved weights": move_weights,
 }
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.infer.program import say_once
+from pyrovae.infer.surroundings import same_objects
 from pyrovae.infer.update import Update
 
 __all__ = ["Captured", "why_not"]
@@ -20,14 +21,16 @@ class Captured:
 
     The first three steps run as they are, on the stream that is captured then: libraries set themselves up there, and
     the optimizer makes its state. A graph reads and writes fixed addresses, so it is captured again when ``update`` has
-    other tensors or options. Random numbers are fresh at each replay, as if the step had run.
+    other tensors or options, or ``tensors``, which the step reads, lie elsewhere. Random numbers are fresh at each
+    replay, as if the step had run.
     """
 
-    def __init__(self, step: Callable[..., Tensor], update: Update) -> None:
-        self._step, self._update = step, update
+    def __init__(self, step: Callable[..., Tensor], update: Update, tensors: Sequence[Tensor]) -> None:
+        self._step, self._update, self._tensors = step, update, tensors
         self._stream = torch.cuda.Stream()
         self._steps = 0
         self._fixed: list = []
+        self._addresses: list[int] = []
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: list[Tensor] = []
         self._loss = torch.empty(())
@@ -37,7 +40,10 @@ class Captured:
         self._steps += 1
         if self._failed or self._steps <= WARM_UP:
             return self._warm_up(*args)
-        if self._graph is None or not self._update.is_fixed(self._fixed):
+        fixed = [*self._tensors, *self._update.fixed()]
+        addresses = [each.data_ptr() for each in fixed if isinstance(each, Tensor)]
+        if self._graph is None or addresses != self._addresses or not same_objects(fixed, self._fixed):
+            self._fixed, self._addresses = fixed, addresses
             self._capture(*args)
             if self._graph is None:
                 return self._warm_up(*args)
@@ -67,7 +73,7 @@ class Captured:
             self._failed = True
             say_once(f"pyrovae: this step runs without a CUDA graph: {str(error).strip().splitlines()[0]}")
             return
-        self._graph, self._fixed = graph, self._update.fixed()
+        self._graph = graph
 
 
 def why_not(tensors: Sequence[Tensor], update: Update) -> str:

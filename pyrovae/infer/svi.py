@@ -250,7 +250,7 @@ class SVI:
             if self.backend == "cudagraph":
                 say_once(f"pyrovae: this step runs without a CUDA graph: {reason}.")
             return step
-        return Captured(step, update)
+        return Captured(step, update, program.inputs)
 
 
 def _owned(gradients: list[Tensor], params: list[Tensor]) -> list[Tensor]:

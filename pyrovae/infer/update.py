@@ -45,12 +45,9 @@ class Update:
     def fixed(self) -> list[Any]:
         """The objects that a CUDA graph of it goes on using: state, tensors, Python numbers."""
         assert self._optimizer is not None
-        groups = self._optimizer.param_groups
-        return [self._optimizer.state, *groups, *(value for group in groups for value in group.values())]
-
-    def is_fixed(self, fixed: list[Any]) -> bool:
-        """Whether they are still the same."""
-        return same_objects(self.fixed(), fixed)
+        state, groups = self._optimizer.state, self._optimizer.param_groups
+        values = [value for holder in (*groups, *state.values()) for value in holder.values()]
+        return [state, *groups, *values]
 
     def __call__(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         if self._pyro is not None and self._optimizer is not None:
