@@ -241,6 +241,38 @@ def test_other_rows_are_picked(rows: Callable) -> None:
         torch.testing.assert_close(graph(*program.inputs, x), program(x))
 
 
+def changed_index(x: Tensor) -> Tensor:
+    index = torch.arange(3)
+    index[0] = 2
+    return x[index]
+
+
+def changed_base(x: Tensor) -> Tensor:
+    index = torch.arange(3)
+    column = index.view(-1, 1)
+    index.add_(1).remainder_(3)
+    return x[column]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        changed_index,
+        changed_base,
+        pytest.param(lambda x: torch.linalg.cholesky(x)[torch.arange(3)].mT, id="columns first"),
+        pytest.param(lambda x: x.mT.contiguous().mT[torch.arange(3)].mT @ x, id="stored transposed"),
+        pytest.param(lambda x: x[0][torch.arange(3)] @ x[1], id="a factor of a product"),
+    ],
+)
+def test_rows_in_order_are_told_from_others(function: Callable) -> None:
+    root = torch.randn(3, 3, 3)
+    x = root @ root.mT + torch.eye(3)
+    program = record(function, x)
+    result, expected = faster(program, x)(*program.inputs, x), function(x)
+    assert torch.equal(result, expected)
+    assert result.stride() == expected.stride()
+
+
 def test_rows_in_order_are_a_copy() -> None:
     """In the compiled program too: what it returned stays as it was when the table changes."""
     table = nn.Parameter(torch.randn(3, 2))

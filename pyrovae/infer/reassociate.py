@@ -6,7 +6,6 @@ comes back as W = L⁻ᵀ G, which is only multiplied by yᵀ and summed over da
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
-__all__ = ["call", "reassociate", "shape"]
+__all__ = ["call", "layout", "reassociate", "replace", "shape"]
 
 aten = torch.ops.aten
 
@@ -35,7 +34,7 @@ _VIEWS = {
 
 
 def reassociate(graph: GraphModule) -> None:
-    """Reorder the products of ``graph``, recorded with fake tensors, in place. Numbers are equal to rounding."""
+    """Reorder the products of ``graph``, which has no in-place operations. Numbers are equal to rounding."""
     _drop_idle_views(graph)
     _share_inverses(graph)
     for product in graph.graph.find_nodes(op="call_function", target=aten.bmm.default):
@@ -46,28 +45,29 @@ def reassociate(graph: GraphModule) -> None:
 def _drop_idle_views(graph: GraphModule) -> None:
     """Those that leave a tensor as it is: they hide what a product is made of."""
     for node in graph.graph.nodes:
-        if node.target in _VIEWS and _layout(node) == _layout(node.args[0]):
-            node.replace_all_uses_with(node.args[0])
+        if node.target in _VIEWS and not any(use.op == "output" for use in node.users):
+            replace(node, node.args[0])
     graph.graph.eliminate_dead_code()
 
 
 def _share_inverses(graph: GraphModule) -> None:
     """The inverse of a transposed matrix is the transposed inverse."""
     inverses: dict[object, Node] = {}
-    for solve in graph.graph.nodes:
-        if _is_in_place(solve):
-            inverses.clear()
+    for solve in graph.graph.find_nodes(op="call_function", target=aten.linalg_solve_triangular.default):
         args: Any = solve.args
-        if solve.target is not aten.linalg_solve_triangular.default or args[1].target is not aten.eye.default:
+        matrix, right = args
+        if right.target is not aten.eye.default:
             continue
-        matrix, upper = args[0], solve.kwargs["upper"]
+        upper = solve.kwargs["upper"]
         options = [item for item in solve.kwargs.items() if item[0] != "upper"]
         inverses.setdefault((matrix, upper, *options), solve)
         is_transposed = matrix.target is aten.transpose.int and matrix.args[1:] in ((-2, -1), (-1, -2))
         known = inverses.get((matrix.args[0], not upper, *options)) if is_transposed else None
         if known is not None:
-            with graph.graph.inserting_after(solve):
-                solve.replace_all_uses_with(call(graph, aten.transpose.int, known, -2, -1))
+            with graph.graph.inserting_after(known):
+                copy = call(graph, aten.clone.default, known, memory_format=torch.contiguous_format)
+            with graph.graph.inserting_after(copy):
+                replace(solve, call(graph, aten.transpose.int, copy, -2, -1))
 
 
 def _sum_first(graph: GraphModule, product: Node) -> None:
@@ -75,7 +75,7 @@ def _sum_first(graph: GraphModule, product: Node) -> None:
     args: Any = product.args
     left, right = args
     rows, columns = shape(product)[-2:]
-    if columns < _LONG * max(rows, shape(left)[-1]):
+    if columns < _LONG * max(rows, shape(left)[-1]) or not product.meta["val"].is_floating_point():
         return
     multiplied = [
         use
@@ -85,8 +85,6 @@ def _sum_first(graph: GraphModule, product: Node) -> None:
     others = [use for use in product.users if use not in multiplied]
     probe = torch.empty(columns).expand(shape(product))  # strides 0, but 1 along columns
     if not all(_is_summed(use, probe, columns) for use in others):
-        return
-    if any(_is_in_place(node) for use in multiplied for node in _between(product, use)):
         return
     for use in multiplied:
         with graph.graph.inserting_before(use):
@@ -113,16 +111,6 @@ def _is_summed(use: Any, probe: Tensor, columns: int) -> bool:
     return all(_is_summed(further, probe, columns) for further in use.users)
 
 
-def _between(first: Node, last: Node) -> Iterator[Node]:
-    while first is not last:
-        first = first.next
-        yield first
-
-
-def _is_in_place(node: Node) -> bool:
-    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
-
-
 def call(graph: GraphModule, target: OpOverload, *args: Any, **kwargs: Any) -> Node:
     """A new node, which knows its shape."""
     node = graph.graph.call_function(target, args, kwargs)
@@ -130,9 +118,15 @@ def call(graph: GraphModule, target: OpOverload, *args: Any, **kwargs: Any) -> N
     return node
 
 
-def shape(node: Node) -> torch.Size:
+def replace(node: Node, new: Node) -> None:
+    """Use ``new`` for ``node``, if it lies in memory in the same way: further nodes may count on that."""
+    if layout(node) == layout(new):
+        node.replace_all_uses_with(new)
+
+
+def shape(node: Any) -> torch.Size:
     return node.meta["val"].shape
 
 
-def _layout(node: Node) -> tuple:
+def layout(node: Any) -> tuple[torch.Size, tuple[int, ...]]:
     return node.meta["val"].shape, node.meta["val"].stride()

@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
+from torch.func import functionalize
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyrovae.infer.products import is_faster_in_onednn, onednn_mm
-from pyrovae.infer.reassociate import call, reassociate, shape
+from pyrovae.infer.reassociate import call, layout, reassociate, replace, shape
 
 __all__ = ["rewritten"]
 
@@ -26,6 +28,8 @@ aten = torch.ops.aten
 def rewritten(graph: GraphModule, args: list[Tensor]) -> GraphModule:
     """``graph``, whose arguments are like ``args``, in its faster form."""
     faster = make_fx(graph, tracing_mode="fake", decomposition_table=_FASTER)(*args)
+    if any(_is_in_place(node) for node in faster.graph.nodes):  # without, a node is one value wherever it is read
+        faster = make_fx(functionalize(faster), tracing_mode="fake")(*args)
     _read_in_order(faster)
     reassociate(faster)
     _choose_products(faster)
@@ -33,19 +37,21 @@ def rewritten(graph: GraphModule, args: list[Tensor]) -> GraphModule:
     return faster
 
 
+def _is_in_place(node: Node) -> bool:
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+
+
 def _choose_products(graph: GraphModule) -> None:
     """Send each matrix product to the library that is faster at its shape on this machine."""
     for node in graph.graph.find_nodes(op="call_function", target=aten.mm.default):
-        shapes = [(x.meta["tensor_meta"].shape, x.meta["tensor_meta"].stride) for x in node.args]
-        if node.meta["tensor_meta"].dtype == torch.float32 and is_faster_in_onednn(*shapes):
+        if node.meta["val"].dtype == torch.float32 and is_faster_in_onednn(*map(layout, node.args)):
             node.target = onednn_mm
         # A dimension more and again less keeps the compiler from making `addmm` of a product and what is added to it.
         uses = list(node.users)
         with graph.graph.inserting_after(node):
-            more = graph.graph.call_function(aten.unsqueeze.default, (node, 0))
+            more = call(graph, aten.unsqueeze.default, node, 0)
         with graph.graph.inserting_after(more):
-            less = graph.graph.call_function(aten.squeeze.dim, (more, 0))
-        less.meta = node.meta
+            less = call(graph, aten.squeeze.dim, more, 0)
         for use in uses:
             use.replace_input_with(node, less)
 
@@ -56,16 +62,14 @@ def _read_in_order(graph: GraphModule) -> None:
         args: Any = node.args
         if node.target is aten.index.Tensor and _counts_rows(args[1], args[0]):
             source = args[0]
-        elif node.target is aten.index_put.default and _counts_rows(args[1], args[0]) and _is_blank(args[0]):
-            source = args[2]
+        elif node.target is aten.index_put.default and _counts_rows(args[1], args[0]):
+            source = args[2] if args[0].target is aten.new_zeros.default else None
         else:
-            continue
-        if shape(source).numel() == shape(node).numel():
+            source = None
+        if source is not None and shape(source).numel() == shape(node).numel():
             with graph.graph.inserting_before(node):
                 rows = call(graph, aten.reshape.default, source, list(shape(node)))
-                # A copy, for the table may change in place later, or the rows.
-                copy = call(graph, aten.clone.default, rows, memory_format=torch.contiguous_format)
-            node.replace_all_uses_with(copy)
+                replace(node, call(graph, aten.clone.default, rows, memory_format=torch.contiguous_format))
     graph.graph.eliminate_dead_code()
 
 
@@ -75,11 +79,6 @@ def _counts_rows(indices: Any, table: Node) -> bool:
     while index is not None and index.target in (aten.view.default, aten.unsqueeze.default):
         index = index.args[0]
     return len(indices) == 1 and index.target is aten.arange.default and index.args == tuple(shape(table)[:1])
-
-
-def _is_blank(table: Node) -> bool:
-    """Whether it is made of zeros and for one use."""
-    return table.target is aten.new_zeros.default and len(table.users) == 1
 
 
 # Elementary functions -------------------------------------------------------------------------------------------
