@@ -63,11 +63,10 @@ def _share_inverses(graph: GraphModule) -> None:
         inverses.setdefault((matrix, upper, *options), solve)
         is_transposed = matrix.target is aten.transpose.int and matrix.args[1:] in ((-2, -1), (-1, -2))
         known = inverses.get((matrix.args[0], not upper, *options)) if is_transposed else None
-        if known is not None:
+        # Products take any layout, and what they return has memory of its own.
+        if known is not None and all(use.target in (aten.bmm.default, aten.mm.default) for use in solve.users):
             with graph.graph.inserting_after(known):
-                copy = call(graph, aten.clone.default, known, memory_format=torch.contiguous_format)
-            with graph.graph.inserting_after(copy):
-                replace(solve, call(graph, aten.transpose.int, copy, -2, -1))
+                solve.replace_all_uses_with(call(graph, aten.transpose.int, known, -2, -1))
 
 
 def _sum_first(graph: GraphModule, product: Node) -> None:
