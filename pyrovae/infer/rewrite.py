@@ -2,7 +2,8 @@
 
 The compiler calls a vector library for ``tanh`` and ``log1p``, one such call taking as long as thirty multiplications,
 and adds a bias by copying it into every row first. Here they become arithmetic that the compiler fuses with what
-surrounds it. Numbers stay those of the record to float32 rounding.
+surrounds it. All rows of a table, in their order, are no longer gathered one by one. Numbers stay those of the record
+to float32 rounding.
 """
 
 from __future__ import annotations
