@@ -38,7 +38,7 @@ def long_products(graph: GraphModule, *args: Tensor) -> int:
     class Watch(torch.fx.Interpreter):
         def call_function(self, target: Callable, args: tuple, kwargs: dict) -> Tensor:
             value = super().call_function(target, args, kwargs)
-            if target is aten.bmm.default:
+            if target in (aten.mm.default, aten.bmm.default):
                 shapes.append(value.shape)
             return value
 
@@ -111,7 +111,8 @@ def test_what_does_without_the_long_product(use: Callable) -> None:
         pytest.param(lambda w, c: w.view(K, D, 20, N // 20).sum(-1), id="summed over some columns"),
         pytest.param(lambda w, c: w.view(K, D * N).sum(-1), id="rows and columns mixed"),
         pytest.param(lambda w, c: w @ w.mT + w @ c, id="multiplied from both sides"),
-        pytest.param(lambda w, c: w @ torch.cat([c] * 6, -1), id="the other product is longer"),
+        pytest.param(lambda w, c: w @ torch.cat([c] * N, -1), id="the other product is longer"),
+        pytest.param(lambda w, c: w[:, :1].contiguous() + 0 * w[:, :1], id="a part of it"),
     ],
 )
 def test_where_the_long_product_is_needed_it_stays(use: Callable) -> None:
@@ -122,8 +123,13 @@ def test_where_the_long_product_is_needed_it_stays(use: Callable) -> None:
         assert torch.equal(new, old)
 
 
-def test_short_products_stay() -> None:
-    a, b, c = (torch.randn(K, D, D) for _ in range(3))
+@pytest.mark.parametrize("rows", [1, D])
+def test_products_that_would_cost_more_stay(rows: int) -> None:
+    a, b, c = (
+        torch.randn(K, rows, D),
+        torch.randn(K, D, N if rows == 1 else D),
+        torch.randn(K, N if rows == 1 else D, D),
+    )
     before, after = reordered(lambda a, b, c: a @ b @ c, a, b, c)
     assert torch.equal(before(a, b, c), after(a, b, c))
 
@@ -194,6 +200,7 @@ def test_a_gaussian_without_a_batch_is_rewritten_too() -> None:
         return loss.detach(), *torch.autograd.grad(loss, tril)
 
     before, after = reordered(function, tril, x)
+    assert (long_products(before, tril, x), long_products(after, tril, x)) == (2, 1)
     torch.testing.assert_close(after(tril, x), before(tril, x), rtol=1e-4, atol=1e-3)
 
 

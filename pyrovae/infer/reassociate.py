@@ -17,9 +17,7 @@ __all__ = ["call", "layout", "reassociate", "replace", "shape"]
 
 aten = torch.ops.aten
 
-_LONG = 4
-"""Times the other dimensions: then a dimension is worth summing over first."""
-
+_PRODUCTS = (aten.mm.default, aten.bmm.default)
 _VIEWS = {
     aten.expand.default,
     aten.permute.default,
@@ -37,8 +35,9 @@ def reassociate(graph: GraphModule) -> None:
     """Reorder the products of ``graph``, which has no in-place operations. Numbers are equal to rounding."""
     _drop_idle_views(graph)
     _share_inverses(graph)
-    for product in graph.graph.find_nodes(op="call_function", target=aten.bmm.default):
-        _sum_first(graph, product)
+    for target in _PRODUCTS:
+        for product in graph.graph.find_nodes(op="call_function", target=target):
+            _sum_first(graph, product)
     graph.graph.eliminate_dead_code()
 
 
@@ -64,34 +63,35 @@ def _share_inverses(graph: GraphModule) -> None:
         is_transposed = matrix.target is aten.transpose.int and matrix.args[1:] in ((-2, -1), (-1, -2))
         known = inverses.get((matrix.args[0], not upper, *options)) if is_transposed else None
         # Products take any layout, and what they return has memory of its own.
-        if known is not None and all(use.target in (aten.bmm.default, aten.mm.default) for use in solve.users):
+        if known is not None and all(use.target in _PRODUCTS for use in solve.users):
             with graph.graph.inserting_after(known):
                 solve.replace_all_uses_with(call(graph, aten.transpose.int, known, -2, -1))
 
 
 def _sum_first(graph: GraphModule, product: Node) -> None:
-    """Never compute a long product A B that is only multiplied from the right, (A B) C, or summed over columns."""
+    """Never compute a product A B that is only multiplied from the right, (A B) C, or summed over columns, if that
+    costs more.
+    """
     args: Any = product.args
     left, right = args
-    rows, columns = shape(product)[-2:]
-    if columns < _LONG * max(rows, shape(left)[-1]) or not product.meta["val"].is_floating_point():
-        return
-    multiplied = [
-        use
-        for use in product.users
-        if use.target is aten.bmm.default and use.args[0] is product and columns >= _LONG * shape(use)[-1]
-    ]
+    multiply: Any = product.target
+    multiplied = [use for use in product.users if use.target is multiply and use.args[0] is product]
     others = [use for use in product.users if use not in multiplied]
+
+    # Multiplications: (A B) C against A (B C), and what is summed over columns is A times one.
+    (rows, columns), inner = shape(product)[-2:], shape(left)[-1]
+    width = sum(shape(use)[-1] for use in multiplied)
+    if inner * (columns + rows) * (width + bool(others)) >= rows * columns * (inner + width):
+        return
     probe = torch.empty(columns).expand(shape(product))  # strides 0, but 1 along columns
-    if not all(_is_summed(use, probe, columns) for use in others):
+    if not product.meta["val"].is_floating_point() or not all(_is_summed(use, probe, columns) for use in others):
         return
     for use in multiplied:
         with graph.graph.inserting_before(use):
-            inner = call(graph, aten.bmm.default, right, use.args[1])
-            use.replace_all_uses_with(call(graph, aten.bmm.default, left, inner))
+            use.replace_all_uses_with(call(graph, multiply, left, call(graph, multiply, right, use.args[1])))
     if others:  # their sums over columns do not notice that all columns have become the mean
         with graph.graph.inserting_before(product):
-            short = call(graph, aten.bmm.default, left, call(graph, aten.mean.dim, right, [-1], True))
+            short = call(graph, multiply, left, call(graph, aten.mean.dim, right, [-1], True))
             product.replace_all_uses_with(call(graph, aten.expand.default, short, list(shape(product))))
 
 
