@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
-__all__ = ["call", "layout", "reassociate", "replace", "shape"]
+from pyrovae.infer.graphs import call, replace, shape
+
+__all__ = ["reassociate"]
 
 aten = torch.ops.aten
 
@@ -108,24 +109,3 @@ def _is_summed(use: Any, probe: Tensor, columns: int) -> bool:
         except RuntimeError:  # such a view would mix columns with rows
             return False
     return all(_is_summed(further, probe, columns) for further in use.users)
-
-
-def call(graph: GraphModule, target: OpOverload, *args: Any, **kwargs: Any) -> Node:
-    """A new node, which knows its shape."""
-    node = graph.graph.call_function(target, args, kwargs)
-    node.meta["val"] = target(*(arg.meta["val"] if isinstance(arg, Node) else arg for arg in args), **kwargs)
-    return node
-
-
-def replace(node: Node, new: Node) -> None:
-    """Use ``new`` for ``node``, if it lies in memory in the same way: further nodes may count on that."""
-    if layout(node) == layout(new):
-        node.replace_all_uses_with(new)
-
-
-def shape(node: Any) -> torch.Size:
-    return node.meta["val"].shape
-
-
-def layout(node: Any) -> tuple[torch.Size, tuple[int, ...]]:
-    return node.meta["val"].shape, node.meta["val"].stride()

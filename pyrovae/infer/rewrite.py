@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.func import functionalize
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyrovae.infer.graphs import call, is_in_place, layout, replace, shape
 from pyrovae.infer.products import is_faster_in_onednn, onednn_mm
-from pyrovae.infer.reassociate import call, layout, reassociate, replace, shape
+from pyrovae.infer.reassociate import reassociate
 
 __all__ = ["rewritten"]
 
@@ -29,17 +29,13 @@ aten = torch.ops.aten
 def rewritten(graph: GraphModule, args: list[Tensor]) -> GraphModule:
     """``graph``, whose arguments are like ``args``, in its faster form."""
     faster = make_fx(graph, tracing_mode="fake", decomposition_table=_FASTER)(*args)
-    if any(_is_in_place(node) for node in faster.graph.nodes):  # without, a node is one value wherever it is read
+    if any(is_in_place(node) for node in faster.graph.nodes):  # without, a node is one value wherever it is read
         faster = make_fx(functionalize(faster), tracing_mode="fake")(*args)
     _read_in_order(faster)
     reassociate(faster)
     _choose_products(faster)
     faster.recompile()
     return faster
-
-
-def _is_in_place(node: Node) -> bool:
-    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
 def _choose_products(graph: GraphModule) -> None:
