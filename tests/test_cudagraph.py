@@ -76,9 +76,8 @@ class Run:
         self.optim = torch.optim.Adam([self.param], lr=torch.tensor(0.1), foreach=False)
         self.param.grad = torch.ones(2)
         self.optim.step()
-        step = Captured(self.step, Update(self.optim, [self.param]), [self.param]) if captured else self.step
         self.losses: list[Tensor] = []
-        self._call = step
+        self._call = Captured(self.step, Update(self.optim, [self.param]), [self.param]) if captured else self.step
 
     def step(self, x: Tensor) -> Tensor:
         loss, memory = torch.empty(()), self.param.detach()

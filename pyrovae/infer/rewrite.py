@@ -67,7 +67,6 @@ def _read_in_order(graph: GraphModule) -> None:
             with graph.graph.inserting_before(node):
                 rows = call(graph, aten.reshape.default, source, list(shape(node)))
                 replace(node, call(graph, aten.clone.default, rows, memory_format=torch.contiguous_format))
-    graph.graph.eliminate_dead_code()
 
 
 def _counts_rows(indices: Any, table: Node) -> bool:
