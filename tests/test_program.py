@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import random
+import re
 from collections.abc import Callable
 from functools import partial
 
@@ -239,6 +240,26 @@ def test_compiled_equals_recorded() -> None:
     assert not norm.running_mean.any()  # compiling is a look too
     torch.set_rng_state(state)
     torch.testing.assert_close((program(x), norm.running_mean), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("function", "good", "bad"),
+    [
+        (lambda x: torch.linalg.cholesky(x) + 1, torch.eye(3), -torch.eye(3)),
+        (lambda x: torch.bernoulli(x) + 1, torch.full((5000,), 0.5), torch.full((5000,), 1.5)),
+    ],
+    ids=["cholesky", "bernoulli"],
+)
+def test_a_compiled_error_is_the_eager_one(function: Callable, good: Tensor, bad: Tensor) -> None:
+    program = record(function, good)
+    program.compile((good,))
+    assert program.is_compiled
+    with pytest.raises(RuntimeError) as expected:
+        function(bad)
+    with pytest.raises(expected.type, match=re.escape(str(expected.value))):
+        program(bad)
+    assert program(good).shape == good.shape
 
 
 def test_say_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ __all__ = [
     "width",
 ]
 
-FLOATS_PER_CHUNK = {"cpu": 2**21, "cuda": 2**25}
+FLOATS_PER_CHUNK = {"cpu": 2**20, "cuda": 2**25}
 """Of the widest tensor, by device: small enough for caches and memory, large enough for the dispatch to vanish."""
 DATA_PER_CHUNK = 100  # what has a number for each sample of each datum stays small
 

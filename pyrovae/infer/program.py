@@ -82,7 +82,11 @@ class Program:
 
     def __call__(self, *args: Tensor) -> Any:
         with torch.no_grad():
-            return self._run(*self.inputs, *args)
+            try:
+                return self._run(*self.inputs, *args)
+            except RuntimeError:
+                self.graph(*self.inputs, *args)  # fails in the same place, and says why
+                raise
 
 
 def _compiled(graph: GraphModule, inputs: list[Any]) -> Callable[..., Any]:

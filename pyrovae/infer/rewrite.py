@@ -1,9 +1,9 @@
-"""A recorded graph in a form that a CPU runs faster: float32 functions, biases and matrix products.
+"""A recorded graph in a form that a CPU runs faster: float32 functions, random numbers, biases and matrix products.
 
 The compiler calls a vector library for ``tanh`` and ``log1p``, one such call taking as long as thirty multiplications,
 and adds a bias by copying it into every row first. Here they become arithmetic that the compiler fuses with what
 surrounds it. All rows of a table, in their order, are no longer gathered one by one. Numbers stay those of the record
-to float32 rounding.
+to float32 rounding, random ones too: they are drawn from the same state, which becomes the same.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.func import functionalize
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyrovae.infer import noise
 from pyrovae.infer.graphs import call, is_in_place, layout, replace, shape
 from pyrovae.infer.products import is_faster_in_onednn, onednn_mm
 from pyrovae.infer.reassociate import reassociate
@@ -28,7 +29,8 @@ aten = torch.ops.aten
 
 def rewritten(graph: GraphModule, args: list[Tensor]) -> GraphModule:
     """``graph``, whose arguments are like ``args``, in its faster form."""
-    faster = make_fx(graph, tracing_mode="fake", decomposition_table=_FASTER)(*args)
+    table = _FASTER | _DRAWN_FASTER if noise.can_draw() else _FASTER
+    faster = make_fx(graph, tracing_mode="fake", decomposition_table=table)(*args)
     if any(is_in_place(node) for node in faster.graph.nodes):  # without, a node is one value wherever it is read
         faster = make_fx(functionalize(faster), tracing_mode="fake")(*args)
     _read_in_order(faster)
@@ -146,4 +148,58 @@ _FASTER: dict[Any, Callable[..., Any]] = {
     aten.binary_cross_entropy_with_logits.default: _cross_entropy,
     aten.addmm.default: _linear,
     aten.linalg_solve_triangular.default: _solve_triangular,
+}
+
+
+# Random numbers -------------------------------------------------------------------------------------------------
+
+FEWEST_NUMBERS = 4096
+"""Fewer take torch no longer."""
+
+
+def _is_drawn_faster(x: Tensor, generator: torch.Generator | None) -> bool:
+    plain = x.dtype == torch.float32 and x.is_cpu and x.is_contiguous() and generator is None
+    return plain and x.numel() >= FEWEST_NUMBERS
+
+
+def _normal_(x: Tensor, mean: float = 0, std: float = 1, *, generator: torch.Generator | None = None) -> Any:
+    if not _is_drawn_faster(x, generator) or (mean, std) != (0, 1):
+        return NotImplemented
+    return x.copy_(noise.normals(x.numel()).view(x.shape))
+
+
+def _uniform_(x: Tensor, low: float = 0, high: float = 1, *, generator: torch.Generator | None = None) -> Any:
+    if not _is_drawn_faster(x, generator) or (low, high) != (0, 1):
+        return NotImplemented
+    return x.copy_(noise.uniforms(x.numel()).view(x.shape))
+
+
+def _bernoulli(probs: Tensor, *, generator: torch.Generator | None = None) -> Any:
+    return noise.bernoullis(probs) if _is_drawn_faster(probs, generator) else NotImplemented
+
+
+def _randn(size: list[int], **options: Any) -> Tensor:
+    return torch.empty(size, **options).normal_()
+
+
+def _rand(size: list[int], **options: Any) -> Tensor:
+    return torch.empty(size, **options).uniform_()
+
+
+def _randn_like(x: Tensor, **options: Any) -> Tensor:
+    return torch.empty_like(x, **options).normal_()
+
+
+def _rand_like(x: Tensor, **options: Any) -> Tensor:
+    return torch.empty_like(x, **options).uniform_()
+
+
+_DRAWN_FASTER: dict[Any, Callable[..., Any]] = {
+    aten.normal_.default: _normal_,
+    aten.uniform_.default: _uniform_,
+    aten.bernoulli.default: _bernoulli,
+    aten.randn.default: _randn,
+    aten.rand.default: _rand,
+    aten.randn_like.default: _randn_like,
+    aten.rand_like.default: _rand_like,
 }
