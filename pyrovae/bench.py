@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 import pyrovae as pv
 from pyrovae.infer import SVI, RenyiELBO, Trace_ELBO
-from pyrovae.infer.products import is_faster_in_onednn, onednn_mm, processor
+from pyrovae.infer.machine import processor
+from pyrovae.infer.products import is_faster_in_onednn, onednn_mm
 from pyrovae.pair import Pair
 
 __all__ = ["CASES", "Result", "run_cases"]

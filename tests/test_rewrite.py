@@ -36,7 +36,7 @@ def calls(graph: GraphModule) -> set:
 def memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A place of the test's own for what was measured."""
     file = tmp_path / "products.json"
-    monkeypatch.setattr(products, "_file", lambda: file)
+    monkeypatch.setattr(products, "kept", lambda what: file)
     return file
 
 
@@ -388,7 +388,7 @@ def test_a_small_gain_is_none(monkeypatch: pytest.MonkeyPatch, memory: Path) -> 
 
 
 def test_where_nothing_can_be_kept_it_is_measured_anew(measured: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_file", lambda: Path("/no such folder") / "products.json")
+    monkeypatch.setattr(products, "kept", lambda what: Path("/no such folder") / what)
     shapes = layouts(torch.randn(2, 3), torch.randn(3, 4))
     assert products.is_faster_in_onednn(*shapes)
     assert products.is_faster_in_onednn(*shapes)

@@ -9,6 +9,8 @@ from importlib.resources import files
 import torch
 from torch import Tensor
 
+from pyrovae.infer.machine import with_tried_instructions
+
 __all__ = ["bernoullis", "can_draw", "normals", "uniforms"]
 
 # The compiler must neither merge nor drop them.
@@ -79,7 +81,8 @@ def _compiled() -> ctypes.PyDLL:
     # torch's own flags are for code that is vectorised already.
     flags = ("-ftree-loop-vectorize", "-fno-math-errno", "-ffp-contract=fast")
     # PyDLL holds on to the interpreter's lock: no other thread of Python draws from the same state in the meantime.
-    compiled = ctypes.PyDLL(CppCodeCache.load(code, extra_flags=flags)._name)
+    with with_tried_instructions():
+        compiled = ctypes.PyDLL(CppCodeCache.load(code, extra_flags=flags)._name)
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     compiled.uniforms.argtypes = compiled.normals.argtypes = [pointer, pointer, number]
     compiled.bernoullis.argtypes = [pointer, pointer, number, pointer]

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import platform
-import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pyrovae.checkpoint import write_text
+from pyrovae.infer.machine import kept
 
-__all__ = ["is_faster_in_onednn", "onednn_mm", "processor"]
+__all__ = ["is_faster_in_onednn", "onednn_mm"]
 
 MARGIN = 0.9
 """oneDNN is chosen where it takes at most this part of the other's time."""
@@ -83,24 +80,9 @@ def _measure(left: Layout, right: Layout) -> dict[str, float]:
         return best
 
 
-@cache
-def processor() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
-def _file() -> Path:
-    """Beside what torch's compiler keeps."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    return Path(cache_dir()) / f"pyrovae-products-{torch.__version__}-{re.sub(r'[^a-zA-Z0-9]+', '-', processor())}.json"
-
-
 def _read() -> dict[str, bool]:
     try:
-        known = json.loads(_file().read_text(encoding="utf-8"))
+        known = json.loads(kept("products").read_text(encoding="utf-8"))
     except (ImportError, OSError, ValueError):  # none so far, or damaged
         return {}
     return known if isinstance(known, dict) else {}
@@ -108,4 +90,4 @@ def _read() -> dict[str, bool]:
 
 def _write(known: dict[str, bool]) -> None:
     with suppress(ImportError, OSError):  # a later process measures again
-        write_text(_file(), json.dumps(known, indent=1))
+        write_text(kept("products"), json.dumps(known, indent=1))

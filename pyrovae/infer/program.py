@@ -28,6 +28,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 from pyrovae.infer.log_weights import same_random_state
+from pyrovae.infer.machine import with_tried_instructions
 from pyrovae.infer.rewrite import rewritten
 from pyrovae.infer.surroundings import Surroundings
 
@@ -103,7 +104,7 @@ def _compiled(graph: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
 
     if not any(x.is_cuda for x in inputs):
         # Calling the kernels from C++ saves a quarter of a small step. What this cannot do, the plain way may.
-        with suppress(Exception), _quiet():
+        with suppress(Exception), _quiet(), with_tried_instructions():
             return compile_it(rewritten(graph, inputs), options | {"cpp_wrapper": True})
     return compile_it(graph, options)
 
