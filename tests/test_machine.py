@@ -7,28 +7,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch._inductor import config, cpu_vec_isa
+from torch._inductor import config, cpp_builder, cpu_vec_isa
 
 from pyrovae.infer import machine
 from pyrovae.infer.machine import kept, processor, with_tried_instructions
 
 
 class Instructions:
-    """``valid_vec_isa_list``: those that the processor names, and of these the ones that work when tried out."""
+    """``valid_vec_isa_list``: those that work when tried out."""
 
     def __init__(self, working: list[str]) -> None:
         self.working, self.tried = working, 0
 
     def __call__(self) -> list[str]:
+        assert config.cpp.vec_isa_ok is None  # or nothing would be tried
         self.tried += 1
         return self.working
 
-    def __wrapped__(self) -> list[str]:
-        assert config.cpp.vec_isa_ok is True
-        return ["avx512", "avx2"]
 
-
-Use = Callable[[list[str]], Instructions]
+Use = Callable[..., Instructions]
 
 
 @pytest.fixture
@@ -36,10 +33,14 @@ def process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Use]:
     """Begins a process on a machine of its own."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
 
-    def begin(working: list[str]) -> Instructions:
+    def begin(working: list[str], version: str = "g++ 13") -> Instructions:
         machine._all_work.cache_clear()
         instructions = Instructions(working)
         monkeypatch.setattr(cpu_vec_isa, "valid_vec_isa_list", instructions)
+        monkeypatch.setattr(cpu_vec_isa, "supported_vec_isa_list", ["amx", "avx512", "avx2"])
+        monkeypatch.setattr(cpu_vec_isa, "x86_isa_checker", lambda: ["avx512", "avx2"])
+        monkeypatch.setattr(cpp_builder, "get_cpp_compiler", lambda: "g++")
+        monkeypatch.setattr(cpp_builder, "get_compiler_version_info", lambda compiler: version)
         return instructions
 
     with config.patch({"cpp.vec_isa_ok": None}):
@@ -59,7 +60,7 @@ def test_files_tell_torch_and_processor(process: Use) -> None:
     assert not set(name) & set(" ()/")
 
 
-def test_instructions_are_tried_in_the_first_process(process: Use, tmp_path: Path) -> None:
+def test_instructions_are_tried_in_the_first_process(process: Use, monkeypatch: pytest.MonkeyPatch) -> None:
     first = process(["avx512", "avx2"])
     assert setting() is True
     assert setting() is True
@@ -68,11 +69,14 @@ def test_instructions_are_tried_in_the_first_process(process: Use, tmp_path: Pat
     second = process(["avx512", "avx2"])
     assert setting() is True
     assert second.tried == 0
-    # Another machine may have the same disk, and other instructions.
-    kept("instructions").write_text("avx2", encoding="utf-8")
-    third = process(["avx512", "avx2"])
-    assert setting() is True
+    third = process(["avx2"], version="g++ 4")
+    assert setting() is None
     assert third.tried == 1
+    # Another machine may have the same disk, and other instructions.
+    fourth = process(["avx2"])
+    monkeypatch.setattr(cpu_vec_isa, "x86_isa_checker", lambda: ["avx2"])
+    assert setting() is True
+    assert fourth.tried == 1
 
 
 def test_instructions_that_do_not_work_are_tried_each_time(process: Use) -> None:
@@ -103,6 +107,22 @@ def test_where_nothing_can_be_written_they_are_tried(
     process(["avx512", "avx2"])
     (tmp_path / "a file").touch()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "a file"))
+    assert setting() is None
+
+
+def test_other_processors_are_left_to_torch(process: Use, monkeypatch: pytest.MonkeyPatch) -> None:
+    instructions = process(["asimd"])
+    monkeypatch.setattr(cpu_vec_isa, "x86_isa_checker", list)
+    assert setting() is None
+    assert instructions.tried == 0
+
+
+def test_without_a_compiler_nothing_is_known(process: Use, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> str:
+        raise RuntimeError("no compiler")
+
+    process(["avx512", "avx2"])
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
     assert setting() is None
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pyrovae.infer import noise
 from pyrovae.infer.program import Program
@@ -98,6 +101,30 @@ def test_a_bad_probability_is_torchs_error(bad: float) -> None:
     with pytest.raises(RuntimeError) as ours:
         noise.bernoullis(probs)
     assert str(ours.value) == str(theirs.value)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("forgetful")
+def test_fake_tensors_have_no_numbers() -> None:
+    with FakeTensorMode():
+        assert not noise.can_draw()
+        assert noise.uniforms(COUNT).shape == (COUNT,)
+
+
+@needs_compiler
+def test_threads_draw_one_after_another() -> None:
+    """What many threads draw at once is what one thread draws."""
+    torch.manual_seed(0)
+    expected = {tuple(block[:4].tolist()) for block in torch.rand(40 * COUNT).split(COUNT)}
+    torch.manual_seed(0)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            blocks = list(pool.map(noise.uniforms, [COUNT] * 40))
+    finally:
+        sys.setswitchinterval(interval)
+    assert {tuple(block[:4].tolist()) for block in blocks} == expected
 
 
 # In programs ----------------------------------------------------------------------------------------------------

@@ -269,6 +269,44 @@ def test_a_compiled_error_is_the_eager_one(function: Callable, good: Tensor, bad
     assert program(good).shape == good.shape
 
 
+@pytest.mark.slow
+def test_a_failed_compiled_run_changes_no_more_than_an_eager_one() -> None:
+    counter = torch.zeros(())
+
+    def function(x: Tensor) -> Tensor:
+        counter.add_(1)
+        return torch.randn(5000).sum() + torch.bernoulli(x).sum()
+
+    good, bad = torch.full((5000,), 0.5), torch.full((5000,), 1.5)
+    program = record(function, good)
+    found = []
+    for run in (function, program):
+        if run is program:
+            program.compile((good,))
+            assert program.is_compiled
+        counter.zero_()
+        torch.manual_seed(0)
+        with pytest.raises(RuntimeError, match="p_in >= 0"):
+            run(bad)
+        found.append((float(counter), torch.randn(5)))
+    assert found[1][0] <= found[0][0] == 1
+    torch.testing.assert_close(*[after for _, after in found], rtol=0, atol=1e-5)
+
+
+def test_a_record_that_fails_is_not_run_again() -> None:
+    counter = torch.zeros(())
+
+    def function(x: Tensor) -> Tensor:
+        counter.add_(1)
+        return torch.bernoulli(x)
+
+    program = record(function, torch.full((3,), 0.5))
+    counter.zero_()
+    with pytest.raises(RuntimeError, match="p_in >= 0"):
+        program(torch.full((3,), 1.5))
+    assert counter == 1
+
+
 def test_say_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(program_module, "_said", set())
     with pytest.warns(RuntimeWarning, match="hello"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def kept(what: str) -> Path:
     """The file for it: one for each torch and processor."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    return Path(cache_dir()) / f"pyrovae-{what}-{torch.__version__}-{re.sub(r'[^a-zA-Z0-9]+', '-', processor())}.json"
+    return Path(cache_dir()) / f"pyrovae-{what}-{torch.__version__}-{re.sub(r'[^a-zA-Z0-9]+', '-', processor())}"
 
 
 @contextmanager
@@ -37,29 +37,27 @@ def with_tried_instructions() -> Iterator[None]:
     try:
         from torch._inductor import config
 
-        trusted = config.patch({"cpp.vec_isa_ok": True})
         known = config.cpp.vec_isa_ok is None and _all_work()
-    except (ImportError, AttributeError, OSError):  # another torch, or nowhere to write: it tries them again
-        known = False
-    if known:
-        with trusted:
-            yield
-    else:
+        trusting = config.patch({"cpp.vec_isa_ok": True}) if known else nullcontext()
+    except Exception:  # another torch, no compiler, nowhere to write: torch does as it does
+        trusting = nullcontext()
+    with trusting:
         yield
 
 
 @cache
 def _all_work() -> bool:
-    """Whether a program with any instructions that the processor names was compiled and loaded on this machine."""
-    from torch._inductor import config
-    from torch._inductor.cpu_vec_isa import valid_vec_isa_list
+    """Whether this compiler's programs ran on this machine with whatever instructions the processor names."""
+    from torch._inductor import cpp_builder, cpu_vec_isa
 
-    named = config.patch({"cpp.vec_isa_ok": True})(valid_vec_isa_list.__wrapped__)()
+    flags = cpu_vec_isa.x86_isa_checker()  # of no other processors
+    named = [str(isa) for isa in cpu_vec_isa.supported_vec_isa_list if all(x in flags for x in str(isa).split())]
     if not named:
         return False
-    file, names = kept("instructions"), "\n".join(map(str, named))
-    if not (file.exists() and file.read_text(encoding="utf-8") == names):
-        if valid_vec_isa_list() != named:  # these are tried
+    record = "\n".join([cpp_builder.get_compiler_version_info(cpp_builder.get_cpp_compiler()), *named])
+    file = kept("instructions")
+    if not (file.exists() and file.read_text(encoding="utf-8") == record):
+        if list(map(str, cpu_vec_isa.valid_vec_isa_list())) != named:  # torch tries them
             return False
-        write_text(file, names)
+        write_text(file, record)
     return True

@@ -1,8 +1,13 @@
-"""The random numbers of torch's CPU generator, drawn several times as fast: operators for compiled programs."""
+"""The random numbers of torch's CPU generator, drawn several times as fast: operators for compiled programs.
+
+A thread that draws by torch's own functions at the same time may be handed some of the same numbers: the generator's
+lock is out of reach here.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import threading
 from functools import cache
 from importlib.resources import files
 
@@ -12,6 +17,8 @@ from torch import Tensor
 from pyrovae.infer.machine import with_tried_instructions
 
 __all__ = ["bernoullis", "can_draw", "normals", "uniforms"]
+
+_one_at_a_time = threading.Lock()
 
 # The compiler must neither merge nor drop them.
 _library = torch.library.Library("pyrovae", "FRAGMENT")
@@ -80,7 +87,6 @@ def _compiled() -> ctypes.PyDLL:
     code = files("pyrovae.infer").joinpath("noise.cpp").read_text(encoding="utf-8")
     # torch's own flags are for code that is vectorised already.
     flags = ("-ftree-loop-vectorize", "-fno-math-errno", "-ffp-contract=fast")
-    # PyDLL holds on to the interpreter's lock: no other thread of Python draws from the same state in the meantime.
     with with_tried_instructions():
         compiled = ctypes.PyDLL(CppCodeCache.load(code, extra_flags=flags)._name)
     pointer, number = ctypes.c_void_p, ctypes.c_int64
@@ -93,11 +99,13 @@ def _compiled() -> ctypes.PyDLL:
 
 def _draw(name: str, out: Tensor, *inputs: Tensor) -> bool:
     """Fill ``out`` with the generator's next numbers. Where that fails, the generator is as it was."""
-    state = torch.default_generator.get_state()
-    pointers = [x.data_ptr() for x in inputs]
-    drawn: bool = getattr(_compiled(), name)(state.data_ptr(), out.data_ptr(), out.numel(), *pointers)
-    if drawn:
-        torch.default_generator.set_state(state)
+    function = getattr(_compiled(), name)
+    with _one_at_a_time:
+        state = torch.default_generator.get_state()
+        pointers = [x.data_ptr() for x in (state, out, *inputs)]
+        drawn = all(pointers) and function(*pointers[:2], out.numel(), *pointers[2:])
+        if drawn:
+            torch.default_generator.set_state(state)
     return drawn
 
 

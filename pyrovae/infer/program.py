@@ -66,7 +66,6 @@ class Program:
         self.graph, self.inputs = first.graph, first.inputs
         # Those that a record makes are constants; the others may change.
         self.outside = [a for a, b in zip(first.inputs, second.inputs, strict=True) if a is b]
-        self._run: Callable[..., Any] = self.graph
         self.is_compiled = False
 
     def compile(self, args: tuple[Tensor, ...]) -> None:
@@ -83,10 +82,15 @@ class Program:
 
     def __call__(self, *args: Tensor) -> Any:
         with torch.no_grad():
+            if not self.is_compiled:
+                return self.graph(*self.inputs, *args)
+            state = torch.default_generator.get_state()
             try:
                 return self._run(*self.inputs, *args)
             except RuntimeError:
-                self.graph(*self.inputs, *args)  # fails in the same place, and says why
+                # The record fails in the same place, and says why. Inputs are left alone: it may change them.
+                torch.default_generator.set_state(state)
+                self.graph(*[x.clone() for x in (*self.inputs, *args)])
                 raise
 
 
