@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -58,6 +61,32 @@ def test_files_tell_torch_and_processor(process: Use) -> None:
     assert torch.__version__ in name
     assert processor()
     assert not set(name) & set(" ()/")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_kept() -> None:
+    """In a process of its own: what others have freed counts too."""
+    program = """
+import resource, torch
+from pyrovae.infer.machine import keep_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        blocks = [torch.zeros(2**20) for _ in range(6)]
+        del blocks
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+torch.set_num_threads(1)
+first = faults()
+keep_memory()
+faults()
+print(first, faults())
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    lost, kept_now = map(int, run.stdout.split())
+    assert lost > 20 * 1024  # pages of 4 KiB: at least one block of 4 MiB a time
+    assert kept_now < 100
 
 
 def test_instructions_are_tried_in_the_first_process(process: Use, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from pyrovae.checks import check_data, not_a_pair, pick_device
 from pyrovae.checks_pair import check_pair
+from pyrovae.infer.machine import keep_memory
 from pyrovae.pair import Pair
 
 __all__ = ["NotApplicable", "prepared", "progress_bar"]
@@ -46,6 +47,7 @@ def prepared(
     check_pair(pair, x, binarize=binarize)
     parameter = next(pair.parameters(), torch.zeros(()))
     home = parameter.device
+    keep_memory()
     try:
         pair.to(device)
         with (

@@ -91,8 +91,8 @@ def evidence_by_hand(pair: Any, x: Tensor, num_samples: int, device: torch.devic
     for rows in x.to(device).split(100):
         q = pair.encoder(rows).base_dist
         found = []
-        for _ in range(0, num_samples, 100):
-            z = q.loc + q.scale * torch.randn(100, *q.loc.shape, device=device)
+        for _ in range(0, num_samples, 50):
+            z = q.loc + q.scale * torch.randn(50, *q.loc.shape, device=device)
             logits = pair.decoder(z).base_dist.logits
             target = rows.expand_as(logits)
             log_p = -binary_cross_entropy_with_logits(logits, target, reduction="none").sum(-1)
