@@ -78,15 +78,13 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 torch.set_num_threads(1)
-first = faults()
 keep_memory()
 faults()
-print(first, faults())
+print(faults())
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    lost, kept_now = map(int, run.stdout.split())
-    assert lost > 20 * 1024  # pages of 4 KiB: at least one block of 4 MiB a time
-    assert kept_now < 100
+    # Twenty rounds of 6 × 1,024 pages. Without, all of them or few are taken anew, as the heap happens to lie.
+    assert int(run.stdout) < 1024
 
 
 def test_instructions_are_tried_in_the_first_process(process: Use, monkeypatch: pytest.MonkeyPatch) -> None:
