@@ -25,6 +25,12 @@ def test_nothing_heavy_is_loaded():
     assert roots.isdisjoint({*HEAVY, "scipy"})
 
 
+def test_digits_do_without_scikit_learn():
+    """Which takes most of a second to import, before a training starts."""
+    loaded = run("import json, sys, pyrovae; pyrovae.data.load('digits'); print(json.dumps([*sys.modules]))")
+    assert "sklearn" not in loaded
+
+
 SECONDS = """
 import json, time
 import pyro

@@ -5,58 +5,44 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from torch._inductor import config, cpp_builder, cpu_vec_isa
+from torch._inductor import cpp_builder, cpu_vec_isa
+from torch._inductor.cpu_vec_isa import VecAVX2, VecAVX512, VecISA
 
-from pyrovae.infer import machine
 from pyrovae.infer.machine import kept, processor, with_tried_instructions
 
 
-class Instructions:
-    """``valid_vec_isa_list``: those that work when tried out."""
+class Compiler:
+    """Stands in for trying: which programs work, and how many were tried."""
 
-    def __init__(self, working: list[str]) -> None:
-        self.working, self.tried = working, 0
+    def __init__(self) -> None:
+        self.version, self.works, self.tried = "g++ 13", True, 0
 
-    def __call__(self) -> list[str]:
-        assert config.cpp.vec_isa_ok is None  # or nothing would be tried
+    def check_build(self, instructions: VecISA, code: str) -> bool:
         self.tried += 1
-        return self.working
-
-
-Use = Callable[..., Instructions]
+        return self.works
 
 
 @pytest.fixture
-def process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Use]:
-    """Begins a process on a machine of its own."""
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compiler:
+    """On a machine where nothing is known yet."""
+    made = Compiler()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-
-    def begin(working: list[str], version: str = "g++ 13") -> Instructions:
-        machine._all_work.cache_clear()
-        instructions = Instructions(working)
-        monkeypatch.setattr(cpu_vec_isa, "valid_vec_isa_list", instructions)
-        monkeypatch.setattr(cpu_vec_isa, "supported_vec_isa_list", ["amx", "avx512", "avx2"])
-        monkeypatch.setattr(cpu_vec_isa, "x86_isa_checker", lambda: ["avx512", "avx2"])
-        monkeypatch.setattr(cpp_builder, "get_cpp_compiler", lambda: "g++")
-        monkeypatch.setattr(cpp_builder, "get_compiler_version_info", lambda compiler: version)
-        return instructions
-
-    with config.patch({"cpp.vec_isa_ok": None}):
-        yield begin
-    machine._all_work.cache_clear()
+    monkeypatch.setattr(VecISA, "check_build", lambda self, code: made.check_build(self, code))
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", lambda: "g++")
+    monkeypatch.setattr(cpp_builder, "get_compiler_version_info", lambda name: made.version)
+    return made
 
 
-def setting() -> bool | None:
+def works(instructions: VecISA, code: str = "int main() {}") -> bool:
     with with_tried_instructions():
-        return config.cpp.vec_isa_ok
+        return instructions.check_build(code)
 
 
-def test_files_tell_torch_and_processor(process: Use) -> None:
+def test_files_tell_torch_and_processor(compiler: Compiler) -> None:
     name = kept("products").name
     assert torch.__version__ in name
     assert processor()
@@ -87,74 +73,97 @@ print(faults())
     assert int(run.stdout) < 1024
 
 
-def test_instructions_are_tried_in_the_first_process(process: Use, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = process(["avx512", "avx2"])
-    assert setting() is True
-    assert setting() is True
-    assert first.tried == 1
-    assert config.cpp.vec_isa_ok is None
-    second = process(["avx512", "avx2"])
-    assert setting() is True
-    assert second.tried == 0
-    third = process(["avx2"], version="g++ 4")
-    assert setting() is None
-    assert third.tried == 1
-    # Another machine may have the same disk, and other instructions.
-    fourth = process(["avx2"])
-    monkeypatch.setattr(cpu_vec_isa, "x86_isa_checker", lambda: ["avx2"])
-    assert setting() is True
-    assert fourth.tried == 1
+def test_instructions_that_work_are_tried_once(compiler: Compiler) -> None:
+    assert works(VecAVX2())
+    assert works(VecAVX2())
+    assert compiler.tried == 1
 
 
-def test_instructions_that_do_not_work_are_tried_each_time(process: Use) -> None:
-    for _ in range(2):
-        instructions = process(["avx2"])
-        assert setting() is None
-        assert instructions.tried == 1
-    assert not kept("instructions").exists()
+@pytest.mark.parametrize("other", ["instructions", "flags", "program", "compiler"])
+def test_others_are_tried_too(compiler: Compiler, monkeypatch: pytest.MonkeyPatch, other: str) -> None:
+    works(VecAVX2())
+    if other == "compiler":
+        compiler.version = "g++ 4"
+    if other == "flags":
+        monkeypatch.setattr(VecAVX2, "_arch_flags", "-mavx2 -mfma -mavx512bf16")
+    compiler.works = False
+    assert not works(
+        VecAVX512() if other == "instructions" else VecAVX2(), "int f();" if other == "program" else "int main() {}"
+    )
+    assert compiler.tried == 2
 
 
-@pytest.mark.parametrize("chosen", [True, False])
-def test_the_users_own_setting_stays(process: Use, chosen: bool) -> None:
-    instructions = process(["avx512", "avx2"])
-    with config.patch({"cpp.vec_isa_ok": chosen}):
-        assert setting() is chosen
-    assert instructions.tried == 0
+def test_instructions_that_do_not_work_are_tried_each_time(compiler: Compiler) -> None:
+    compiler.works = False
+    assert not works(VecAVX2())
+    assert not works(VecAVX2())
+    assert compiler.tried == 2
+    compiler.works = True
+    assert works(VecAVX2())
 
 
-def test_another_torch_tries_them_itself(process: Use, monkeypatch: pytest.MonkeyPatch) -> None:
-    process(["avx512", "avx2"])
-    monkeypatch.delattr(cpu_vec_isa, "valid_vec_isa_list")
-    assert setting() is None
+@pytest.mark.parametrize("content", ["{ damaged", "[]", '{"x": 1}'])
+def test_a_damaged_record_is_written_anew(compiler: Compiler, content: str) -> None:
+    kept("instructions").write_text(content)
+    assert works(VecAVX2())
+    assert works(VecAVX2())
+    assert compiler.tried == 1
 
 
 def test_where_nothing_can_be_written_they_are_tried(
-    process: Use, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    process(["avx512", "avx2"])
     (tmp_path / "a file").touch()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "a file"))
-    assert setting() is None
+    assert works(VecAVX2())
+    assert works(VecAVX2())
+    assert compiler.tried == 2
 
 
-def test_other_processors_are_left_to_torch(process: Use, monkeypatch: pytest.MonkeyPatch) -> None:
-    instructions = process(["asimd"])
-    monkeypatch.setattr(cpu_vec_isa, "x86_isa_checker", list)
-    assert setting() is None
-    assert instructions.tried == 0
-
-
-def test_without_a_compiler_nothing_is_known(process: Use, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_torch_finds_out(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
     def none() -> str:
         raise RuntimeError("no compiler")
 
-    process(["avx512", "avx2"])
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
-    assert setting() is None
+    compiler.works = False
+    assert not works(VecAVX2())
+    assert compiler.tried == 1
+    assert not kept("instructions").exists()
 
 
-def test_an_error_inside_passes(process: Use) -> None:
-    process(["avx512", "avx2"])
+def test_another_torch_does_as_it_does(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(cpu_vec_isa, "VecISA")
+    with with_tried_instructions():
+        assert VecAVX2().check_build("")
+    assert compiler.tried == 1
+
+
+def test_torch_is_as_it_was_afterwards(compiler: Compiler) -> None:
+    before = VecISA.check_build
+    with with_tried_instructions():
+        assert VecISA.check_build is not before
+    assert VecISA.check_build is before
     with pytest.raises(OSError, match="mine"), with_tried_instructions():
         raise OSError("mine")
-    assert config.cpp.vec_isa_ok is None
+    assert VecISA.check_build is before
+
+
+def test_all_that_torch_tries_is_remembered() -> None:
+    """With this machine's own compiler and instructions: a second process starts none to try them."""
+    program = """
+import subprocess
+from torch._inductor import cpu_vec_isa
+from pyrovae.infer.machine import with_tried_instructions
+
+run, tried = subprocess.run, []
+subprocess.run = lambda *args, **kwargs: tried.append(args[0][:2]) or run(*args, **kwargs)
+with with_tried_instructions():
+    found = cpu_vec_isa.valid_vec_isa_list()
+print(len([call for call in tried if call[1] == "-c"]), *map(str, found), sep=",")
+"""
+    first, second = (
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    )
+    assert second.split(",")[0] == "0"
+    assert second.split(",")[1:] == first.split(",")[1:]

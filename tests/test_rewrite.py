@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
 
-from pyrovae.infer import products
+from pyrovae.infer import machine, products
 from pyrovae.infer.program import Program
 from pyrovae.infer.rewrite import rewritten
 
@@ -36,7 +36,7 @@ def calls(graph: GraphModule) -> set:
 def memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A place of the test's own for what was measured."""
     file = tmp_path / "products.json"
-    monkeypatch.setattr(products, "kept", lambda what: file)
+    monkeypatch.setattr(machine, "kept", lambda what: file)
     return file
 
 
@@ -388,7 +388,7 @@ def test_a_small_gain_is_none(monkeypatch: pytest.MonkeyPatch, memory: Path) -> 
 
 
 def test_where_nothing_can_be_kept_it_is_measured_anew(measured: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "kept", lambda what: Path("/no such folder") / what)
+    monkeypatch.setattr(machine, "kept", lambda what: Path("/no such folder") / what)
     shapes = layouts(torch.randn(2, 3), torch.randn(3, 4))
     assert products.is_faster_in_onednn(*shapes)
     assert products.is_faster_in_onednn(*shapes)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pyrovae.checkpoint import write_text
 
-__all__ = ["keep_memory", "kept", "processor", "with_tried_instructions"]
+__all__ = ["keep_memory", "kept", "processor", "recall", "remember", "with_tried_instructions"]
 
 
 @cache
@@ -21,7 +24,8 @@ def processor() -> str:
     """The processor's name."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 @cache
@@ -42,33 +46,56 @@ def kept(what: str) -> Path:
     return Path(cache_dir()) / f"pyrovae-{what}-{torch.__version__}-{re.sub(r'[^a-zA-Z0-9]+', '-', processor())}"
 
 
+def recall(what: str) -> dict[str, bool]:
+    """The answers that this process and earlier ones found, by question."""
+    try:
+        known = json.loads(kept(what).read_text(encoding="utf-8"))
+    except (ImportError, OSError, ValueError):  # none so far, or damaged
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def remember(what: str, question: str, answer: bool) -> None:
+    """Keep an answer for later processes; where it cannot be written, they find out again."""
+    with suppress(ImportError, OSError):
+        write_text(kept(what), json.dumps(recall(what) | {question: answer}, indent=1))  # others find out too
+
+
 @contextmanager
 def with_tried_instructions() -> Iterator[None]:
-    """The processor's vector instructions are not tried out again, which takes torch's compiler a second a process."""
+    """Vector instructions that worked in a program of this compiler's are not tried again, which takes torch's compiler
+    up to a second and a half in each process."""
     try:
-        from torch._inductor import config
+        from torch._inductor.cpu_vec_isa import VecISA
 
-        known = config.cpp.vec_isa_ok is None and _all_work()
-        trusting = config.patch({"cpp.vec_isa_ok": True}) if known else nullcontext()
-    except Exception:  # another torch, no compiler, nowhere to write: torch does as it does
-        trusting = nullcontext()
-    with trusting:
+        asked = VecISA.check_build
+    except (ImportError, AttributeError):  # another torch, which does as it does
         yield
+        return
+
+    def check_build(self: Any, code: str) -> bool:
+        question = _question(self, code)
+        if not question or recall("instructions").get(question) is not True:
+            if not asked(self, code):  # perhaps by chance: it is not remembered
+                return False
+            if question:
+                remember("instructions", question, True)
+        return True
+
+    VecISA.check_build = check_build  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        VecISA.check_build = asked  # type: ignore[method-assign]
 
 
-@cache
-def _all_work() -> bool:
-    """Whether this compiler's programs ran on this machine with whatever instructions the processor names."""
-    from torch._inductor import cpp_builder, cpu_vec_isa
+def _question(instructions: Any, code: str) -> str:
+    """Names the program ``code`` for these instructions, and its compiler; empty where torch does not tell."""
+    try:
+        from torch._inductor import cpp_builder
 
-    flags = cpu_vec_isa.x86_isa_checker()  # of no other processors
-    named = [str(isa) for isa in cpu_vec_isa.supported_vec_isa_list if all(x in flags for x in str(isa).split())]
-    if not named:
-        return False
-    record = "\n".join([cpp_builder.get_compiler_version_info(cpp_builder.get_cpp_compiler()), *named])
-    file = kept("instructions")
-    if not (file.exists() and file.read_text(encoding="utf-8") == record):
-        if list(map(str, cpu_vec_isa.valid_vec_isa_list())) != named:  # torch tries them
-            return False
-        write_text(file, record)
-    return True
+        compiler = cpp_builder.get_compiler_version_info(cpp_builder.get_cpp_compiler())
+        program = "\n".join([compiler, instructions.build_arch_flags(), code])
+    except Exception:  # no compiler, another torch
+        return ""
+    return f"{instructions}: {hashlib.sha256(program.encode()).hexdigest()}"

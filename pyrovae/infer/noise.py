@@ -18,7 +18,7 @@ from pyrovae.infer.machine import with_tried_instructions
 
 __all__ = ["bernoullis", "can_draw", "normals", "uniforms"]
 
-_one_at_a_time = threading.Lock()
+_one_at_a_time = threading.RLock()
 
 # The compiler must neither merge nor drop them.
 _library = torch.library.Library("pyrovae", "FRAGMENT")
@@ -71,9 +71,14 @@ bernoullis = torch.ops.pyrovae.bernoullis.default
 """``torch.bernoulli(probs)``, float32, contiguous."""
 
 
-@cache
 def can_draw() -> bool:
     """Whether they are faster here: it takes a C++ compiler, and a torch whose numbers and states are as expected."""
+    with _one_at_a_time:  # finding out draws, and puts the state back
+        return _found_to_draw()
+
+
+@cache
+def _found_to_draw() -> bool:
     try:
         return _draws_as_torch()
     except Exception:  # whatever is missing, torch's own will do

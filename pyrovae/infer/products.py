@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 
 import torch
 from torch import Tensor
 
-from pyrovae.checkpoint import write_text
-from pyrovae.infer.machine import kept
+from pyrovae.infer.machine import recall, remember
 
 __all__ = ["is_faster_in_onednn", "onednn_mm"]
 
@@ -50,12 +47,12 @@ def is_faster_in_onednn(left: Layout, right: Layout) -> bool:
     if 0 in (*left[0], *right[0]):
         return False
     key = f"{tuple(left[0])} {tuple(left[1])} by {tuple(right[0])} {tuple(right[1])}, {torch.get_num_threads()} threads"
-    known = _read()
-    if key not in known:
+    known = recall("products").get(key)
+    if known is None:
         seconds = _measure(left, right)
-        known = _read() | {key: seconds["onednn"] <= MARGIN * seconds["blas"]}  # others measure too
-        _write(known)
-    return known[key]
+        known = seconds["onednn"] <= MARGIN * seconds["blas"]
+        remember("products", key, known)
+    return known
 
 
 def _measure(left: Layout, right: Layout) -> dict[str, float]:
@@ -78,16 +75,3 @@ def _measure(left: Layout, right: Layout) -> dict[str, float]:
                 seconds = (time.perf_counter() - start) / calls
                 best[name] = seconds if repeat <= 1 else min(best[name], seconds)
         return best
-
-
-def _read() -> dict[str, bool]:
-    try:
-        known = json.loads(kept("products").read_text(encoding="utf-8"))
-    except (ImportError, OSError, ValueError):  # none so far, or damaged
-        return {}
-    return known if isinstance(known, dict) else {}
-
-
-def _write(known: dict[str, bool]) -> None:
-    with suppress(ImportError, OSError):  # a later process measures again
-        write_text(kept("products"), json.dumps(known, indent=1))
