@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 import warnings
 from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,9 @@ import pyro.optim
 import pytest
 import torch
 from pyro import poutine
+from pyro.distributions.transforms import iterated, planar
+from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal, AutoNormalizingFlow
+from pyro.nn import PyroModule, PyroSample
 from test_pairs import CASES, build
 from torch import Tensor, nn
 from torch.distributions import constraints
@@ -586,6 +592,8 @@ class Odd(Pair):
         super().__init__()
         self.odd, self.count, self.log = (odd,), 0, []
         self.loc = nn.Parameter(torch.zeros(4))
+        self.average = torch.zeros(())
+        self.numpy, self.torch = np.random.default_rng(0), torch.Generator().manual_seed(0)
 
     def model(self, x: Tensor) -> None:
         with pyro.plate("data", len(x)):
@@ -612,6 +620,8 @@ def growing(pair: Odd, x: Tensor) -> float:
     return 1 + len(pair.log)
 
 
+LSTM = nn.LSTM(4, 4)
+
 ODDITIES = {
     "item": (lambda pair, x: x.mean().item(), r"reads the value of a tensor.*, at test_backends.py:\d+: `.*item"),
     "if": (branching, r"reads the value of a tensor.*, at test_backends.py:\d+: `return 0.5 if pair"),
@@ -619,6 +629,15 @@ ODDITIES = {
     "annealing": (annealed, r"it changes Odd\.count as it runs"),
     "a list": (growing, r"it changes Odd\.log as it runs"),
     "numpy noise": (lambda pair, x: 1 + np.random.rand(), r"each time it runs, at test_backends.py:\d+: `pyro.sample"),  # noqa: NPY002
+    "noise of its own": (lambda pair, x: 1 + pair.numpy.random(), "each time it runs"),
+    "a rare branch": (lambda pair, x: 0.5 if random.random() < 1e-3 else 1.0, "random numbers of Python's or NumPy's"),
+    "a rare branch of its own": (lambda pair, x: 0.5 if pair.numpy.random() < 1e-3 else 1.0, "random numbers of"),
+    "a boolean index": (
+        lambda pair, x: 1 + x[x > 0.5].mean(),
+        r"the shape of a result depends on values.*, at test_backends.py:\d+: `.*x > 0.5",
+    ),
+    "a number of values": (lambda pair, x: 1.0 + len(torch.unique(x)), "the shape of a result depends on values"),
+    "an LSTM": (lambda pair, x: 1 + LSTM(x + pair.loc)[0].mean().sigmoid(), "its record does not run: .*workspace"),
 }
 
 
@@ -636,6 +655,209 @@ def test_oddities_run_eagerly_and_are_named_once(odd: Callable, match: str, call
     assert len(warned) == 1
     torch.testing.assert_close(actual[:2], expected[:2], rtol=0, atol=0)
     assert not calls
+
+
+class Arguments(Pair):
+    def __init__(self) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(4))
+
+    def model(self, x: Tensor, scale: Any = 1.0) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(self.loc, scale).to_event(1), obs=x)
+
+    def guide(self, x: Tensor, scale: Any = 1.0) -> None: ...
+
+
+def averaging(pair: Odd, x: Tensor) -> Tensor:
+    return 1 + pair.average.mul_(0.5).add_(x.mean()).clone()
+
+
+def changing_its_batch(pair: Odd, x: Tensor) -> Tensor:
+    return 1 + x.mul_(1.5).mean()
+
+
+RECORDED = {
+    "a tensor attribute": averaging,
+    "the batch": changing_its_batch,
+    "a generator": lambda pair, x: 1 + torch.rand((), generator=pair.torch),
+    "a constant mask": lambda pair, x: 1 + x[:, torch.arange(4) < 2].mean(),
+}
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize("odd", RECORDED.values(), ids=RECORDED)
+def test_recording_leaves_what_it_runs_with_as_it_was(odd: Callable, calls: list) -> None:
+    assert_same_run(lambda: (pair := Odd(odd), sgd(pair, 0.01)))
+    assert len(calls) == 5
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize("case", ["an argument twice", "an argument that is an attribute"])
+def test_an_argument_is_only_an_argument(case: str, calls: list) -> None:
+    """Though the tensor that was there when the step was recorded was something else too."""
+    results = []
+    for backend in ("eager", "compiled"):
+        scales = list(1 + batches())
+        pair = Odd(lambda pair, x: pair.average.mean())
+        pair.average = scales[1]
+        plain = Arguments()
+        used = plain if case == "an argument twice" else pair
+        svi = SVI(used.model, used.guide, sgd(used, 0.01), Trace_ELBO(), backend=backend)
+        torch.manual_seed(0)
+        results.append(
+            [
+                svi.step(scales[max(step, 1)], scales[1]) if used is plain else svi.step(scales[max(step, 1)])
+                for step in range(6)
+            ]
+        )
+    torch.testing.assert_close(*results)
+    assert len(calls) == 5
+
+
+def modules_in(place: str, net: nn.Module) -> tuple[Callable, Callable]:
+    """Model and guide, as users write them, whose module lies in this place."""
+
+    class Holder:
+        def __init__(self) -> None:
+            self.net = net
+
+        def guide(self, x: Tensor) -> None:
+            encode(self.net, x)
+
+    def encode(net: Callable, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(net(x), 1.0).to_event(1))
+
+    nets, by_name, holder = [net], {"net": net}, Holder()
+
+    def default(x: Tensor, net: nn.Module = net) -> None:
+        encode(net, x)
+
+    guides: dict[str, Callable] = {
+        "a list": lambda x: encode(nets[0], x),
+        "a dict": lambda x: encode(by_name["net"], x),
+        "a default": default,
+        "an object": lambda x: encode(holder.net, x),
+        "an object's method": lambda x: holder.guide(x),
+        "a method": holder.guide,
+    }
+    return plain_model, guides[place]
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize("place", ["a list", "a dict", "a default", "an object", "an object's method", "a method"])
+def test_modules_are_found(place: str, calls: list) -> None:
+    """Their statistics are put back after recording, and ``eval`` is noticed."""
+    results = []
+    for backend in ("eager", "compiled"):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout())
+        svi = SVI(*modules_in(place, net), lambda params: torch.optim.SGD(params, 1e-3), Trace_ELBO(), backend=backend)
+        losses = [svi.step(x) for x in batches()]
+        net.eval()
+        losses += [svi.step(x) for x in batches()]
+        results.append((losses, net.state_dict()))
+    torch.testing.assert_close(*results, rtol=2e-5, atol=2e-6)
+    assert len(calls) == 10
+
+
+def scaled_by(pair: Pair, options: Any) -> Callable:
+    return lambda x: pair.model(x, options.beta)
+
+
+class Annealed(Arguments):
+    beta = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.options = SimpleNamespace(beta=1.0)
+
+    def by_class(self, x: Tensor) -> None:
+        self.model(x, self.beta)
+
+    def by_options(self, x: Tensor) -> None:
+        self.model(x, self.options.beta)
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize("place", ["a closure's object", "an attribute's", "its class", "a handler"])
+def test_numbers_of_other_objects_count(place: str, calls: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for backend in ("eager", "compiled"):
+        pair, options = Annealed(), SimpleNamespace(beta=1.0)
+        monkeypatch.setattr(Annealed, "beta", 1.0)
+        scale = poutine.scale_messenger.ScaleMessenger(1.0)
+        model, owner, name = {
+            "a closure's object": (scaled_by(pair, options), options, "beta"),
+            "an attribute's": (pair.by_options, pair.options, "beta"),
+            "its class": (pair.by_class, Annealed, "beta"),
+            "a handler": (scale(pair.model), scale, "scale"),
+        }[place]
+        svi = SVI(model, pair.guide, sgd(pair, 0.01), Trace_ELBO(), backend=backend)
+        losses = [svi.step(x) for x in batches()]
+        monkeypatch.setattr(owner, name, 3.0)
+        results.append(losses + [svi.step(x) for x in batches()])
+    torch.testing.assert_close(*results)
+    assert len(calls) == 10
+
+
+def regression() -> Callable:
+    """Bayesian, with the priors of Pyro's tutorial: ``expand`` makes them validate whatever the setting."""
+    layer = PyroModule[nn.Linear](4, 1)
+    layer.weight = PyroSample(dist.Normal(0.0, 1.0).expand([1, 4]).to_event(2))
+    layer.bias = PyroSample(dist.Normal(0.0, 1.0).expand([1]).to_event(1))
+
+    def model(x: Tensor) -> None:
+        mean = layer(x).squeeze(-1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=x.sum(-1))
+
+    return model
+
+
+GUIDES = {
+    "normal": AutoNormal,
+    "multivariate": AutoMultivariateNormal,
+    "delta": AutoDelta,
+    "flow": lambda model: AutoNormalizingFlow(model, partial(iterated, 2, planar)),
+}
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize("guide", GUIDES.values(), ids=GUIDES)
+def test_pyros_own_guides_are_recorded(guide: Callable, calls: list) -> None:
+    """Which make their plates anew at every run."""
+    results = []
+    for backend in ("eager", "compiled"):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        model = regression()
+        loss = Trace_ELBO(vectorize_particles=False)
+        svi = SVI(model, guide(model), lambda params: torch.optim.Adam(params, **ADAM), loss, backend=backend)
+        results.append([svi.step(x) for x in batches()])
+    torch.testing.assert_close(*results)
+    assert len(calls) == 5
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize("fused", [False, True])
+def test_parameters_that_are_added_to_the_optimizer_are_trained(fused: bool, calls: list) -> None:
+    results = []
+    for backend in ("eager", "compiled"):
+        pair = vae()
+        first, *others = pair.parameters()
+        optim = torch.optim.Adam([first], lr=0.01, fused=fused)
+        svi = SVI(pair.model, pair.guide, optim, Trace_ELBO(), backend=backend)
+        torch.manual_seed(0)
+        for step, x in enumerate(batches()):
+            if step == 3:
+                optim.add_param_group({"params": others})
+            svi.step(x)
+        results.append(pair.state_dict())
+    torch.testing.assert_close(*results, rtol=2e-5, atol=2e-6)
+    assert len(calls) == 5
 
 
 class Weighted(Pair):
@@ -704,18 +926,6 @@ def test_a_number_that_changes_at_every_step_runs_eagerly(calls: list) -> None:
     assert len(calls) <= 1
 
 
-class Arguments(Pair):
-    def __init__(self) -> None:
-        super().__init__()
-        self.loc = nn.Parameter(torch.zeros(4))
-
-    def model(self, x: Tensor, scale: Any = 1.0) -> None:
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.Normal(self.loc, scale).to_event(1), obs=x)
-
-    def guide(self, x: Tensor, scale: Any = 1.0) -> None: ...
-
-
 CALLS: dict[str, Callable[[SVI, Tensor, int], Tensor]] = {
     "keyword": lambda svi, x, step: svi.step(x, scale=1.0 + step),
     "number": lambda svi, x, step: svi.step(x, 1.0 + step),
@@ -737,8 +947,8 @@ def test_other_arguments_and_handlers_run_eagerly(call: Callable, calls: list) -
             []
             if backend == "eager"
             else [
-                "pyrovae: this step runs eagerly: arguments that are no tensors, or handlers "
-                "around the step, are not recorded."
+                "pyrovae: this step runs eagerly: arguments that are no tensors or want gradients, and handlers "
+                "around it, are not recorded."
             ]
         )
     torch.testing.assert_close(*results, rtol=0, atol=0)
@@ -807,6 +1017,12 @@ def test_a_later_error_is_the_eager_one() -> None:
             torch.testing.assert_close(pair.state_dict(), weights, rtol=0, atol=0)
             svi.step(batches()[0])
         assert messages[0] == messages[1], name
+
+
+def test_an_optimizer_that_runs_the_loss_itself_is_refused() -> None:
+    pair = vae()
+    with pytest.raises(TypeError, match=r"optim: LBFGS runs the loss several times.*Use Adam"):
+        SVI(pair.model, pair.guide, torch.optim.LBFGS(pair.parameters()), Trace_ELBO())
 
 
 def test_cudagraph_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -277,6 +277,33 @@ def test_mini_batch_scale_is_pyros(ours: type, theirs: type) -> None:
     assert_parity(ours(**options), theirs(**options), pair, x, scale=5.0)
 
 
+class Chain(Pair):
+    """A hidden Markov model of four steps, its states left to enumeration: each takes the dim of the last but one."""
+
+    def __init__(self, history: int) -> None:
+        super().__init__()
+        self.history = history
+        self.logits, self.locs = nn.Parameter(torch.randn(3, 3)), nn.Parameter(torch.randn(3))
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            state = torch.tensor(0)
+            for t in pyro.markov(range(4), history=self.history):
+                previous = state if self.history else torch.tensor(0)
+                state = pyro.sample(f"z{t}", dist.Categorical(logits=self.logits[previous]), infer=PARALLEL)
+                pyro.sample(f"x{t}", dist.Normal(self.locs[state], 1.0), obs=x[:, t])
+
+    def guide(self, x: Tensor) -> None: ...
+
+
+@pytest.mark.parametrize("history", [0, 1])
+def test_a_chain_is_pyros(history: int) -> None:
+    pair, x = Chain(history), torch.randn(5, 4)
+    assert_parity(TraceEnum_ELBO(max_plate_nesting=1), PyroTraceEnum_ELBO(max_plate_nesting=1), pair, x)
+    with pytest.raises(NotImplementedError, match=r"pyro.markov: its enumerated sites share dims.*TraceEnum_ELBO"):
+        RenyiELBO(num_particles=3).loss(pair.model, pair.guide, x)
+
+
 # --- one interface -------------------------------------------------------------------------------
 
 LOSSES = [

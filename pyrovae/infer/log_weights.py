@@ -200,6 +200,11 @@ class _Units:
     def scale_of(self, site: Any) -> float:
         return float(self._rest[id(site)])
 
+    def recycles_dims(self) -> bool:
+        """Whether latents share an enumeration dim, as along ``pyro.markov``: they cannot be summed out at once."""
+        dims = {s["name"]: d for s in self.sites if (d := s["infer"].get("_enumerate_dim")) is not None}
+        return len(set(dims.values())) < len(dims)
+
     def reduce(self, log_prob: Tensor) -> Tensor:
         """(enumeration dims ..., K, units ...)"""
         log_prob = log_prob.reshape((1,) * (self._nesting + 1 - log_prob.dim()) + log_prob.shape)
@@ -255,6 +260,10 @@ def log_weights_of_traces(model_trace: Trace, guide_trace: Trace, num_particles:
                 f"{sorted(units.plates_of(site))} and all sites share only {sorted(units.common)}. "
                 "Use TraceEnum_ELBO, or sample the site in the guide."
             )
+    if units.recycles_dims():
+        raise NotImplementedError(
+            "pyro.markov: its enumerated sites share dims, and cannot be summed out at once here. Use TraceEnum_ELBO."
+        )
     model_terms = units.model_terms(guide_trace)
     guide_terms = {site["name"]: units.term(site) for site in units.guide_sites}
     # The score is that of the values drawn: it has no scale and no mask, as in Pyro.
@@ -283,6 +292,7 @@ def enumerated_bound(model_trace: Trace, guide_trace: Trace, num_particles: int,
     enumerated = [site for site in units.sites if site["infer"].get("_enumerate_dim") is not None]
     local = (
         units.uniform
+        and not units.recycles_dims()
         and all(units.plates_of(site) == set(units.common) for site in enumerated)
         and not any(site["infer"].get("num_samples") or "_enum_total" in site["infer"] for site in units.sites)
     )

@@ -23,9 +23,12 @@ import numpy as np
 import pyro
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pyrovae.infer.log_weights import same_random_state
 from pyrovae.infer.machine import with_tried_instructions
@@ -55,14 +58,16 @@ class Program:
     ) -> None:
         surroundings = self._surroundings = surroundings or Surroundings(function)
         with surroundings.unchanged():
-            _settle(function, args)
-            first = _Record(function, args)
-            before = surroundings.key()
-            second = _Record(function, args)
-            after = surroundings.key()
-        if before != after:
-            raise Untraceable(f"it changes {surroundings.difference(before, after)} as it runs")
-        first.check_same(second)
+            _settle(function, _copies(args))
+            before, random_state = surroundings.key(), surroundings.python_random_state()
+            first = _Record(function, _copies(args))
+            second = _Record(function, _copies(args))
+            if before != (after := surroundings.key()):
+                raise Untraceable(f"it changes {surroundings.difference(before, after)} as it runs")
+            first.check_same(second)
+            if random_state != surroundings.python_random_state():
+                raise Untraceable("it draws random numbers of Python's or NumPy's")
+            first.check_runs(_copies(args))
         self.graph, self.inputs = first.graph, first.inputs
         # Those that a record makes are constants; the others may change.
         self.outside = [a for a, b in zip(first.inputs, second.inputs, strict=True) if a is b]
@@ -73,7 +78,7 @@ class Program:
         try:
             with warnings.catch_warnings(), torch.no_grad(), self._surroundings.unchanged():
                 warnings.simplefilter("ignore")  # torch's, about itself
-                self._run = _compiled(self.graph, [*self.inputs, *args])
+                self._run = _compiled(self.graph, [*self.inputs, *_copies(args)])
         except Exception as error:  # whatever stops a compiler, the record still runs
             reason = str(error).strip().splitlines() or [type(error).__name__]
             say_once(f"pyrovae: cannot compile the step here ({reason[0]}); it runs recorded, but not compiled.")
@@ -150,10 +155,28 @@ def say_once(message: str) -> None:
 # Recording ------------------------------------------------------------------------------------------------------
 
 
+def _copies(args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Arguments to look with: the computation may change them, and they may be its surroundings' or each other."""
+    copies = [arg.detach().clone() for arg in args]
+    return tuple(a if a.stride() == b.stride() else b.detach() for a, b in zip(copies, args, strict=True))
+
+
+@contextmanager
+def _unvalidated() -> Iterator[None]:
+    """Validation reads values. Distributions that ``expand`` made validate whatever the setting."""
+    validate = Distribution._validate_sample
+    Distribution._validate_sample = lambda self, value: None  # type: ignore[method-assign]
+    try:
+        with pyro.validation_enabled(False):
+            yield
+    finally:
+        Distribution._validate_sample = validate  # type: ignore[method-assign]
+
+
 def _settle(function: Callable[..., Any], args: tuple[Tensor, ...]) -> None:
     """Run once: what is looked at or set up at the first use is no part of a record."""
     try:
-        with same_random_state(), pyro.validation_enabled(False):
+        with same_random_state(), _unvalidated():
             function(*args)
     except Exception as error:
         raise Untraceable(f"{_reason(error)}{_where(error.__traceback__)}") from error
@@ -166,11 +189,11 @@ class _Record:
         witness = _Witness()
 
         def watched(*args: Tensor) -> Any:
-            with witness:
+            with witness, _FixedShapes():
                 return function(*args)
 
         try:
-            with same_random_state(), pyro.validation_enabled(False):
+            with same_random_state(), _unvalidated():
                 graph = make_fx(watched)(*args)
         except Exception as error:
             raise Untraceable(f"{_reason(error)}{_where(error.__traceback__)}") from error
@@ -188,6 +211,51 @@ class _Record:
         for x, y in zip(self.inputs, other.inputs, strict=True):
             if x is not y and not (x.shape == y.shape and x.dtype == y.dtype and bool(torch.equal(x, y))):
                 raise Untraceable("it makes a tensor of other numbers each time it runs")
+
+    def check_runs(self, args: tuple[Tensor, ...]) -> None:
+        """Some operations of torch's do not take what they gave when they were recorded."""
+        try:
+            with same_random_state(), torch.no_grad():
+                self.graph(*self.inputs, *args)
+        except Exception as error:
+            raise Untraceable(f"its record does not run: {_reason(error)}") from error
+
+
+class _FixedShapes(TorchDispatchMode):
+    """Refuses operations the shape of whose result depends on values: a record would hold this one's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._constants: dict[int, Tensor] = {}  # made of nothing but Python numbers
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        random = torch.Tag.nondeterministic_seeded in func.tags
+        fixed = func is torch.ops.aten.lift_fresh.default or (not random and self._are_constant((args, kwargs)))
+        if torch.Tag.dynamic_output_shape in func.tags and not fixed:
+            masks = (
+                [i for i in args[1] if i is not None and i.dtype in _MASKS]
+                if func is torch.ops.aten.index.Tensor
+                else (args, kwargs)
+            )
+            if not self._are_constant(masks):
+                raise Untraceable("the shape of a result depends on values (a boolean index, nonzero, unique)")
+        result = func(*args, **kwargs)
+        for tensor in _tensors(result):
+            self._constants.pop(id(tensor), None)
+            if fixed:
+                self._constants[id(tensor)] = tensor
+        return result
+
+    def _are_constant(self, values: Any) -> bool:
+        return all(id(tensor) in self._constants for tensor in _tensors(values))
+
+
+_MASKS = (torch.bool, torch.uint8)
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
 
 
 class _Witness(TorchFunctionMode):

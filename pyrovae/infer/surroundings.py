@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -13,6 +14,9 @@ from typing import Any
 
 import numpy as np
 import pyro
+import torch
+from pyro.infer.autoguide import AutoGuide
+from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor, nn
 
 from pyrovae.infer.log_weights import same_random_state
@@ -21,12 +25,18 @@ __all__ = ["Surroundings", "same_objects"]
 
 _NUMBERS = (bool, int, float, complex, str, type(None))
 _BOOKKEEPING = vars(nn.Module()).keys() - {"training"}
+_CONTAINERS = (list, tuple, set, dict)
+MOST_MEMBERS = 100
+"""Longer containers hold data, not modules."""
+MOST_NUMBERS = 2**24
+"""Larger tensors are data, which no model changes."""
 
 
 class Surroundings:
     """Attributes of the modules and objects that ``functions`` belong to, and the globals and closures that they name.
 
-    What lies deeper (a number in a list, a global of a helper function) is not seen.
+    Of other objects (``args.beta``), the attributes that a function names. Modules are found in containers and default
+    arguments too; numbers there, and in helper functions, are not seen.
     """
 
     def __init__(self, *functions: Any) -> None:
@@ -61,52 +71,77 @@ class Surroundings:
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
-        """Put all back afterwards, buffers and random states too: looking at a computation runs it."""
-        buffers = [(buffer, buffer.detach().clone()) for m in self.modules for buffer in m.buffers(recurse=False)]
+        """Put all back afterwards, tensors and random states too: looking at a computation runs it."""
+        tensors = [(x, x.detach().clone()) for x in self._values() if _may_change(x)]
         attributes = [(space, dict(space)) for _, space in self._namespaces]
+        attributes += [(space, {n: space[n]}) for space, n in self._globals if isinstance(space, dict) and n in space]
         lengths = [(value, len(value)) for value in self._values() if isinstance(value, list)]
-        states = random.getstate(), np.random.get_state()  # noqa: NPY002
+        generators = [(x, x.get_state()) for x in self._values() if isinstance(x, torch.Generator)]
+        states = [(put, get()) for get, put in self._python_generators()]
         try:
             with same_random_state():
                 yield
         finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])  # noqa: NPY002
+            for put, state in states:
+                put(state)
+            for generator, state in generators:
+                generator.set_state(state)
             for space, attribute in attributes:
                 space.update({n: v for n, v in attribute.items() if isinstance(v, (*_NUMBERS, Tensor))})
             for values, length in lengths:
                 del values[length:]
-            for buffer, value in buffers:
-                buffer.data.copy_(value)
+            for tensor, value in tensors:
+                tensor.data.copy_(value)
+
+    def python_random_state(self) -> bytes:
+        """Of Python's and NumPy's generators: the global ones, and those among the surroundings."""
+        return pickle.dumps([get() for get, _ in self._python_generators()])
+
+    def _python_generators(self) -> list[tuple[Callable[[], Any], Callable[[Any], Any]]]:
+        """How to read and to set the state of each."""
+        found: list[Any] = [(random.getstate, random.setstate), (np.random.get_state, np.random.set_state)]
+        for value in self._values():
+            if isinstance(value, random.Random):
+                found.append((value.getstate, value.setstate))
+            elif isinstance(value, np.random.RandomState):
+                found.append((value.get_state, value.set_state))
+            elif isinstance(value, np.random.Generator):
+                bits = value.bit_generator
+                found.append((partial(getattr, bits, "state"), partial(setattr, bits, "state")))
+        return found
 
     def _look(self) -> None:
         """Find what there is to watch; a module may have come in another's place."""
-        self.modules: list[nn.Module] = []
-        self._namespaces: list[tuple[str, dict]] = []
+        self._namespaces: list[tuple[Any, dict]] = []
         self._globals: list[tuple[dict, str]] = []
         self._cells: list[tuple[Any, str]] = []
-        self._met: set[int] = set()
+        self._met: set[Any] = set()
         self._meet_all(self._functions)
-        named = [(space, [name for name in space if name not in _BOOKKEEPING]) for _, space in self._namespaces]
+        named = [
+            (space, [name for name in space if name not in _BOOKKEEPING and not _is_made_anew(owner, name)])
+            for owner, space in self._namespaces
+        ]
         self._pickers = [(itemgetter(names[0], *names), space) for space, names in named if names]
 
     def _meet(self, thing: Any) -> None:
-        if id(thing) in self._met or isinstance(thing, type | ModuleType):
-            return
-        self._met.add(id(thing))
-        if isinstance(thing, nn.Module):
-            self.modules.append(thing)
-            for space in (vars(thing), thing._parameters, thing._buffers, thing._modules):
-                self._namespaces.append((type(thing).__name__, space))
-            self._meet_all([*thing.children(), *(v for v in vars(thing).values() if isinstance(v, tuple))])
-        elif isinstance(thing, MethodType):
+        if isinstance(thing, MethodType):
             self._meet_owner(thing.__self__)
-        elif isinstance(thing, partial):
-            self._meet_all([thing.func, *thing.args, *thing.keywords.values()])
-        elif isinstance(thing, FunctionType):
-            self._meet_function(thing, thing.__code__)
-        elif isinstance(thing, tuple):
-            self._meet_all(thing)
+            self._meet_method(thing.__self__, thing.__func__)
+        elif isinstance(thing, ScaleMessenger):
+            self._meet_owner(thing)
+        elif isinstance(thing, (nn.Module, partial, FunctionType, *_CONTAINERS)) and id(thing) not in self._met:
+            self._met.add(id(thing))
+            if isinstance(thing, nn.Module):
+                for space in (vars(thing), thing._parameters, thing._buffers, thing._modules):
+                    self._namespaces.append((thing, space))
+                own = [v for n, v in vars(thing).items() if n not in _BOOKKEEPING and isinstance(v, _CONTAINERS)]
+                self._meet_all([*thing.children(), *own])
+            elif isinstance(thing, partial):
+                self._meet_all([thing.func, *thing.args, *thing.keywords.values()])
+            elif isinstance(thing, FunctionType):
+                self._meet_function(thing)
+            elif len(thing) <= MOST_MEMBERS:
+                self._meet_all(thing.values() if isinstance(thing, dict) else thing)
 
     def _meet_all(self, things: Any) -> None:
         for thing in things:
@@ -117,10 +152,31 @@ class Surroundings:
             self._meet(owner)
         elif id(owner) not in self._met:
             self._met.add(id(owner))
-            self._namespaces.append((type(owner).__name__, vars(owner)))
-            self._meet_all([v for v in vars(owner).values() if isinstance(v, nn.Module)])
+            self._namespaces.append((owner, vars(owner)))
+            self._meet_all([v for v in vars(owner).values() if isinstance(v, (nn.Module, *_CONTAINERS))])
 
-    def _meet_function(self, function: FunctionType, code: CodeType) -> None:
+    def _meet_method(self, owner: Any, method: Any) -> None:
+        """Its globals, the attributes of its owner's objects that it names, and the owner's methods that it names."""
+        both = id(owner), id(method)
+        if isinstance(method, FunctionType) and both not in self._met and _is_users(method):
+            self._met.add(both)
+            self._meet_function(method)
+            space = vars(owner) if hasattr(owner, "__dict__") else {}
+            self._meet_attributes(method.__code__, [space[n] for n in method.__code__.co_names if n in space])
+            for name in method.__code__.co_names:
+                for ancestor in type(owner).__mro__:
+                    if name in vars(ancestor):
+                        self._meet_class_attribute(owner, vars(ancestor), name)
+                        break
+
+    def _meet_class_attribute(self, owner: Any, space: Any, name: str) -> None:
+        if isinstance(space[name], FunctionType):
+            self._meet_method(owner, space[name])
+        elif isinstance(space[name], _NUMBERS):
+            self._globals.append((space, name))
+
+    def _meet_function(self, function: FunctionType) -> None:
+        code = function.__code__
         cells = list(zip(function.__closure__ or (), code.co_freevars, strict=True))
         named = {name: function.__globals__[name] for name in code.co_names if name in function.__globals__}
         self._cells += cells
@@ -129,8 +185,25 @@ class Surroundings:
             for name, value in named.items()
             if not isinstance(value, type | ModuleType) and not callable(value)
         ]
-        self._meet_all([_content(cell) for cell, _ in cells])
-        self._meet_all([value for value in named.values() if isinstance(value, nn.Module)])
+        defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+        contents = [_content(cell) for cell, _ in cells]
+        self._meet_all(
+            [*contents, *(v for v in (*named.values(), *defaults) if isinstance(v, (nn.Module, *_CONTAINERS)))]
+        )
+        self._meet_attributes(code, [*contents, *named.values(), *defaults])
+
+    def _meet_attributes(self, code: CodeType, things: list[Any]) -> None:
+        """Of objects that a function reads, what it names: ``args.beta``, ``q.guide``."""
+        for thing in things:
+            if isinstance(thing, (nn.Module, type, ModuleType, FunctionType, Tensor)) or not hasattr(thing, "__dict__"):
+                continue
+            space = vars(thing)
+            for name in code.co_names:
+                if name in space:
+                    self._globals.append((space, name))
+                    self._meet_all([space[name]] if isinstance(space[name], (nn.Module, *_CONTAINERS)) else [])
+                elif isinstance(method := getattr(type(thing), name, None), FunctionType) and _is_users(method):
+                    self._meet(MethodType(method, thing))
 
     def _glance(self) -> list[Any]:
         """The objects without those that ``nn.Module`` keeps for itself, nine in ten; empty where one is gone."""
@@ -141,7 +214,8 @@ class Surroundings:
         return [*[len(space) for _, space in self._namespaces], *chain.from_iterable(attributes), *self._others()]
 
     def _values(self) -> list[Any]:
-        return [*chain.from_iterable([space.values() for _, space in self._namespaces]), *self._others()]
+        attributes = [v for owner, space in self._namespaces for n, v in space.items() if not _is_made_anew(owner, n)]
+        return [*attributes, *self._others()]
 
     def _others(self) -> list[Any]:
         return [
@@ -152,7 +226,12 @@ class Surroundings:
 
     def _names(self) -> list[str]:
         return [
-            *(f"{owner}.{name}" for owner, space in self._namespaces for name in space),
+            *(
+                f"{type(owner).__name__}.{name}"
+                for owner, space in self._namespaces
+                for name in space
+                if not _is_made_anew(owner, name)
+            ),
             *(name for _, name in self._globals),
             *(name for _, name in self._cells),
             *pyro.get_param_store()._params,
@@ -168,6 +247,22 @@ def _content(cell: Any) -> Any:
 
 def same_objects(some: list[Any], others: list[Any]) -> bool:
     return len(some) == len(others) and all(map(is_, some, others))
+
+
+def _may_change(value: Any) -> bool:
+    """Whether it is a tensor that a run may write to, besides parameters."""
+    if not isinstance(value, Tensor) or isinstance(value, nn.Parameter) or value.layout is not torch.strided:
+        return False
+    return value.numel() <= MOST_NUMBERS and 0 not in value.stride()
+
+
+def _is_users(function: FunctionType) -> bool:
+    return not (function.__module__ or "").startswith(("torch.", "pyro.", "pyrovae.infer"))
+
+
+def _is_made_anew(owner: Any, name: str) -> bool:
+    """What Pyro's guides and transforms keep of a run, and make anew in the next: plates, the last value they saw."""
+    return name.startswith("_cached_") or (name == "plates" and isinstance(owner, AutoGuide))
 
 
 def _fingerprint(value: Any) -> Any:

@@ -52,10 +52,13 @@ class SVI:
 
     The first step runs eagerly, with Pyro's validation on; recorded steps do not validate values. They read parameters,
     buffers and other tensors anew, and a learning rate too, but hold Python numbers fixed. When an attribute of one of
-    the pair's modules changes (a KL weight, a switch such as ``training``), or a global or a closure variable that a
-    plain function names, the step is recorded again; what keeps changing belongs in a tensor. Numbers that lie deeper,
-    in a list say, and hooks that are registered between steps are not watched. What cannot be recorded is named in one
-    warning, and runs eagerly with the same numbers.
+    the pair's modules changes (a KL weight, a switch such as ``training``), or a global, a closure variable or an
+    object's attribute that model or guide name (``args.beta``), the step is recorded again; what keeps changing belongs
+    in a tensor. Numbers in lists and dicts, those that helper functions read, and hooks that are registered between
+    steps are not watched. Python code whose effect is no tensor (a hook that fills a list) runs while a step is
+    recorded, and not after. What cannot be recorded is named in one warning, and runs eagerly with the same numbers.
+
+    A parameter that has no gradient in a step stays as it is; Pyro's own SVI moves it on by Adam's momentum.
     """
 
     def __init__(
@@ -76,6 +79,8 @@ class SVI:
                 f"optim: expected a torch.optim or pyro.optim optimizer, or a function that makes one of a list of "
                 f"parameters; got {type(optim).__name__}."
             )
+        if isinstance(optim, torch.optim.LBFGS):
+            raise TypeError("optim: LBFGS runs the loss several times a step, which SVI does not. Use Adam, or SGD.")
         if isinstance(loss, type) or not hasattr(loss, "loss_and_grads"):
             raise TypeError(f"loss: expected a loss such as Trace_ELBO(); got {loss!r}.")
         check_choice("backend", backend, BACKENDS)
@@ -177,8 +182,8 @@ class SVI:
 
     def _program(self, args: tuple, kwargs: dict) -> Callable[..., Tensor] | None:
         """The recorded step for arguments like these; None where there is none."""
-        if kwargs or _PYRO_STACK or not all(isinstance(arg, Tensor) for arg in args):
-            self._unsaid = "arguments that are no tensors, or handlers around the step, are not recorded"
+        if kwargs or _PYRO_STACK or not all(isinstance(arg, Tensor) and not arg.requires_grad for arg in args):
+            self._unsaid = "arguments that are no tensors or want gradients, and handlers around it, are not recorded"
             return None
         parts = [self.model, self.guide, self.prepare, self.loss, self.optim]
         if self._surroundings is None or not same_objects(parts, self._parts):
@@ -191,7 +196,9 @@ class SVI:
         if state not in self._states and not self._meets(self._surroundings, state):
             return None
         if isinstance(self.optim, Optimizer):
-            self._params = self._params or [p for group in self.optim.param_groups for p in group["params"]]
+            grouped = [p for group in self.optim.param_groups for p in group["params"]]
+            if not same_objects(grouped, self._params):
+                self._params, self._update, self._programs = grouped, None, {}
         params = tuple([(p.requires_grad, p.shape, p.stride(), p.dtype) for p in self._params])
         signature = (state, params, *((arg.shape, arg.stride(), arg.dtype, arg.device) for arg in args))
         if signature not in self._programs:
@@ -207,7 +214,7 @@ class SVI:
         """Whether to record in a state of the surroundings that no step has seen."""
         if len(self._states) == MAX_PROGRAMS:
             names = surroundings.difference(surroundings.key(self._states[-1]), surroundings.key(state))
-            self._unsaid = f"{names} changes from step to step; a tensor (a buffer of the pair, say) may"
+            self._unsaid = f"{names} changes from step to step; a tensor (a buffer of the pair, say) may, in place"
             self._gave_up = True
             return False
         self._states.append(state)

@@ -54,6 +54,8 @@ class Update:
             self._follow_rate(self._pyro, self._optimizer)
         if params and self._is_fused_adam() and self._fused_adam(params, gradients):
             return
+        if self._optimizer is not None:
+            self._optimizer.zero_grad()
         for param, gradient in zip(params, gradients, strict=True):
             param.grad = gradient
         if self._optimizer is not None:
