@@ -408,7 +408,8 @@ class _Run:
 
     def _adam(self, parameters: list[Tensor]) -> Optimizer:
         on_gpu = self.device.type == "cuda"
-        lr = torch.tensor(self.lr, device=self.device) if on_gpu else self.lr
+        # Fused kernels read it as float32, whatever the default.
+        lr = torch.tensor(self.lr, dtype=torch.float32, device=self.device) if on_gpu else self.lr
         return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=on_gpu)
 
     def state(self) -> dict[str, Any]:
@@ -441,6 +442,9 @@ class _Run:
                 f"built with the same options. Details: {error}"
             ) from error
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:  # torch leaves what is no state where it was saved
+            if isinstance(group["lr"], Tensor):
+                group["lr"] = group["lr"].to(self.device)
         self.set_random_state(state["random"])
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
         self.history, self.best = list(state["history"]), state["best"]

@@ -20,6 +20,7 @@ import pyro.distributions as dist
 import pyro.optim
 import pytest
 import torch
+from packaging.version import Version
 from pyro import poutine
 from pyro.distributions.transforms import iterated, planar
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal, AutoNormalizingFlow
@@ -683,6 +684,10 @@ RECORDED = {
     "a generator": lambda pair, x: 1 + torch.rand((), generator=pair.torch),
     "a constant mask": lambda pair, x: 1 + x[:, torch.arange(4) < 2].mean(),
 }
+
+
+if Version(torch.__version__) < Version("2.13"):  # older ones record no generator of one's own
+    del RECORDED["a generator"]
 
 
 @pytest.mark.usefixtures("recorded")
@@ -1396,14 +1401,15 @@ def test_noise_is_fresh_at_every_replay_and_follows_the_seed(replays: list) -> N
 
 @pytest.mark.cuda
 @pytest.mark.usefixtures("recorded")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_a_captured_step_never_waits(replays: list) -> None:
     pair, optim, xs = on_gpu()
     svi = SVI(pair.model, pair.guide, optim, Trace_ELBO(), backend="cudagraph")
     for x in xs[:6]:
         svi.step(x)
     total = torch.zeros((), device="cuda")
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         for x in xs[6:]:
             total += svi.step(x)
             optim.param_groups[0]["lr"].fill_(0.001)

@@ -33,7 +33,7 @@ class StandIn:
         self.set_stream = lambda stream: None
 
     @contextmanager
-    def graph(self, graph: SimpleNamespace, stream: object) -> Iterator[None]:
+    def graph(self, graph: SimpleNamespace, stream: object, capture_error_mode: str) -> Iterator[None]:
         self.captures += 1
         self._capturing = graph.launched
         try:
@@ -62,6 +62,7 @@ class StandIn:
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     stand_in = StandIn()
+    monkeypatch.setattr(Update, "is_capturable", True)
     for name in ("CUDAGraph", "Stream", "current_stream", "stream", "set_stream", "graph"):
         monkeypatch.setattr(torch.cuda, name, getattr(stand_in, name))
     return stand_in
@@ -169,7 +170,35 @@ def test_a_capture_that_fails_is_said_once_and_steps_go_on(cuda: StandIn) -> Non
     with pytest.warns(RuntimeWarning, match=r"without a CUDA graph: operation not permitted .* capturing$") as warned:
         assert Stubborn(cuda, captured=True)() == plain
     assert len(warned) == 1
-    assert (cuda.captures, cuda.replays) == (1, 0)
+    assert (cuda.captures, cuda.replays) == (2, 0)  # the second only ends the first
+
+
+def test_a_rate_that_a_graph_cannot_read_ends_the_captures(cuda: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from a state dict that was saved on a CPU."""
+
+    def load(run: Run) -> None:
+        replace_rate(run)
+        monkeypatch.setattr(Update, "is_capturable", False)
+
+    plain = Run(cuda, captured=False)(load)
+    monkeypatch.setattr(Update, "is_capturable", True)
+    assert Run(cuda, captured=True)(load) == plain
+    assert (cuda.captures, cuda.replays) == (1, 3)
+
+
+def test_what_counts_the_steps_is_kept_when_the_parameters_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that was captured with other parameters goes on reading it."""
+    params = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3))]
+    optim = torch.optim.Adam(params, lr=0.1, fused=True)
+    update, gradients = Update(optim, params), [torch.ones(2), torch.ones(3)]
+    update(params, gradients)  # the optimizer's own step, which makes its state
+    added: list[Tensor] = []
+    add = torch._foreach_add_
+    monkeypatch.setattr(torch, "_foreach_add_", lambda steps, ones: (added.extend(ones), add(steps, ones)))
+    for used in (params, params[:1], params):
+        update(used, gradients[: len(used)])
+    assert len({id(one) for one in added}) == 1
+    assert [int(optim.state[p]["step"]) for p in params] == [4, 3]
 
 
 def test_what_lies_elsewhere_is_not_captured() -> None:

@@ -558,7 +558,7 @@ class Countdown(pv.Pair):
 
     def model(self, x):
         with pyro.plate("data", len(x)):
-            pyro.sample("fine", dist.Normal(0.0, 1.0).expand([2]).to_event(1), obs=x)
+            pyro.sample("fine", dist.Normal(x.new_zeros(2), 1.0).to_event(1), obs=x)
             if self.only_gradient:  # at a = 0 its value is 0 and its gradient 0 · ∞
                 pyro.factor("bad", -self.a + 0.0 * self.a.abs().sqrt().expand(len(x)))
             else:

@@ -194,7 +194,7 @@ def _draw(pair: Pair, x: Tensor, plan: Plan, draws: int) -> dict[Key, Tensor]:
         # Where nothing is sampled, one run stands for all draws.
         count = draws if look.guide else 1
         traces = trace_pair(pair.model, guide, (x,), {}, num_particles=count, structure=structure)
-        log_p, log_q = (_log_probs(trace, nesting, len(x)) for trace in traces)
+        log_p, log_q = (_log_probs(trace, nesting, x) for trace in traces)
         return *traces, *log_p, *log_q
 
     def simulate(model: Callable) -> dict[str, Any]:
@@ -314,12 +314,11 @@ def _to_data(site: Any, log_prob: Tensor, nesting: int) -> Tensor:
     return log_prob.sum(dims) if dims else log_prob
 
 
-def _log_probs(trace: Trace, nesting: int, num_data: int) -> tuple[Tensor, Tensor]:
+def _log_probs(trace: Trace, nesting: int, x: Tensor) -> tuple[Tensor, Tensor]:
     """Log densities of local sites, (enumerated ..., draws or 1, data), and of global ones, (draws or 1,)."""
     sites = list(sample_sites(trace).values())
-    device = next((site["value"].device for site in sites), None)
-    local = torch.zeros(1, num_data, dtype=torch.float64, device=device)
-    other = torch.zeros(1, dtype=torch.float64, device=device)
+    local = torch.zeros(1, len(x), dtype=torch.float64, device=x.device)
+    other = torch.zeros(1, dtype=torch.float64, device=x.device)
     for site in sites:
         term = _to_data(site, site["unscaled_log_prob"], nesting)
         if is_local(site):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,17 +36,20 @@ class Captured:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: list[Tensor] = []
         self._loss = torch.empty(())
-        self._failed = False
+        self._failed: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, *args: Tensor) -> Tensor:
         self._steps += 1
-        if self._failed or self._steps <= WARM_UP:
+        if self._failed is not None or self._steps <= WARM_UP:
             return self._warm_up(*args)
         fixed = [*self._tensors, *self._update.fixed()]
         addresses = [each.data_ptr() for each in fixed if isinstance(each, Tensor)]
         if self._graph is None or addresses != self._addresses or not same_objects(fixed, self._fixed):
             self._fixed, self._addresses = fixed, addresses
-            self._capture(*args)
+            if self._update.is_capturable:  # a state dict may have brought a learning rate that is not on the GPU
+                self._capture(*args)
+            else:
+                self._graph = None
             if self._graph is None:
                 return self._warm_up(*args)
         for held, arg in zip(self._inputs, args, strict=True):
@@ -66,14 +71,23 @@ class Captured:
         self._inputs = [arg.clone() for arg in args]
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=self._stream):
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._loss = self._step(*self._inputs)
         except RuntimeError as error:
             torch.cuda.set_stream(current)  # a capture that fails leaves its own
-            self._failed = True
-            say_once(f"pyrovae: this step runs without a CUDA graph: {str(error).strip().splitlines()[0]}")
+            self._failed = graph  # its memory pool refers to it
+            self._end_capturing(current)
+            cause = error.__context__ or error  # what stopped it; then its end failed too
+            say_once(f"pyrovae: this step runs without a CUDA graph: {str(cause).strip().splitlines()[0]}")
             return
         self._graph = graph
+
+    def _end_capturing(self, current: Any) -> None:
+        """After a capture that fails, torch's generator takes itself to be captured, until a capture succeeds."""
+        empty = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream, capture_error_mode="thread_local")
+        with suppress(RuntimeError), empty:
+            torch.zeros((), device=[*self._inputs, *self._tensors][0].device)
+        torch.cuda.set_stream(current)
 
 
 def why_not(tensors: Sequence[Tensor], update: Update) -> str:

@@ -102,7 +102,8 @@ class Program:
 def _compiled(graph: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     from torch import _inductor
 
-    # Compiled and recorded noise are equal: random numbers stay those of torch's generator, and in their order.
+    # Compiled and recorded noise are equal: random numbers stay those of torch's generator, and in their order. (On a
+    # GPU all but Bernoulli's, which torch's compiler draws in a way of its own.)
     options = {"fallback_random": True, "reorder_for_peak_memory": False}
 
     def compile_it(graph: GraphModule, options: dict[str, Any]) -> Callable[..., Any]:

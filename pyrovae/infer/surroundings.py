@@ -262,7 +262,7 @@ def _is_users(function: FunctionType) -> bool:
 
 def _is_made_anew(owner: Any, name: str) -> bool:
     """What Pyro's guides and transforms keep of a run, and make anew in the next: plates, the last value they saw."""
-    return name.startswith("_cached_") or (name == "plates" and isinstance(owner, AutoGuide))
+    return name.startswith("_cached_") or name == "_inv" or (name == "plates" and isinstance(owner, AutoGuide))
 
 
 def _fingerprint(value: Any) -> Any:

@@ -32,7 +32,7 @@ class Update:
         self._pyro = optim if isinstance(optim, PyroOptim) else None
         self._optimizer: Optimizer | None = optim if self._pyro is None else _merged(optim, self._params)
         self._tensors: list[Tensor] = []
-        self._ones: list[Tensor] = []
+        self._ones: dict[Any, Tensor] = {}  # kept: a CUDA graph goes on reading them
 
     @property
     def is_capturable(self) -> bool:
@@ -96,11 +96,13 @@ class Update:
             if len({(param.dtype, param.device) for param in params}) > 1:
                 return False
             self._tensors = tensors
-            self._ones = [torch.ones_like(step) for step in steps]  # a Python number takes twice as long
         # Learning-rate schedulers warn unless the optimizer's own step was called.
         self._optimizer._opt_called = True  # type: ignore[attr-defined]
+        kind = steps[0].device, steps[0].dtype
+        if kind not in self._ones:
+            self._ones[kind] = torch.ones_like(steps[0])
         with torch.no_grad():
-            torch._foreach_add_(steps, self._ones)
+            torch._foreach_add_(steps, [self._ones[kind]] * len(steps))  # a Python number takes twice as long
             (torch._fused_adamw_ if _decouples(self._optimizer) else torch._fused_adam_)(
                 list(params),
                 list(gradients),
@@ -139,5 +141,5 @@ def _merged(optim: PyroOptim, params: list[Tensor]) -> Optimizer | None:
     for param in params:
         merged.state[param] = state = optim.optim_objs[param].state[param]
         if options.get("fused") and "step" in state:  # which fused kernels want beside the parameter
-            state["step"] = state["step"].to(param.device)
+            state["step"] = state["step"].to(param.device, torch.float32)
     return merged
