@@ -175,9 +175,9 @@ def _unvalidated() -> Iterator[None]:
 
 
 def _settle(function: Callable[..., Any], args: tuple[Tensor, ...]) -> None:
-    """Run once: what is looked at or set up at the first use is no part of a record."""
+    """Run once: what is looked at or set up at the first use is no part of a record. Shapes must not depend on values."""
     try:
-        with same_random_state(), _unvalidated():
+        with same_random_state(), _unvalidated(), _FixedShapes():
             function(*args)
     except Exception as error:
         raise Untraceable(f"{_reason(error)}{_where(error.__traceback__)}") from error
@@ -190,7 +190,7 @@ class _Record:
         witness = _Witness()
 
         def watched(*args: Tensor) -> Any:
-            with witness, _FixedShapes():
+            with witness:
                 return function(*args)
 
         try:
