@@ -175,7 +175,7 @@ def _unvalidated() -> Iterator[None]:
 
 
 def _settle(function: Callable[..., Any], args: tuple[Tensor, ...]) -> None:
-    """Run once: what is looked at or set up at the first use is no part of a record. Shapes must not depend on values."""
+    """Run once: what is set up at the first use is no part of a record. Shapes must not depend on values."""
     try:
         with same_random_state(), _unvalidated(), _FixedShapes():
             function(*args)
