@@ -11,6 +11,7 @@ import random
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -621,6 +622,12 @@ def growing(pair: Odd, x: Tensor) -> float:
     return 1 + len(pair.log)
 
 
+def filled(x: Tensor) -> Tensor:
+    mask = torch.zeros(len(x), dtype=torch.bool)
+    mask[:4] = x[:4, 0] > 0.5
+    return mask
+
+
 LSTM = nn.LSTM(4, 4)
 
 ODDITIES = {
@@ -637,6 +644,7 @@ ODDITIES = {
         lambda pair, x: 1 + x[x > 0.5].mean(),
         r"the shape of a result depends on values.*, at test_backends.py:\d+: `.*x > 0.5",
     ),
+    "a mask filled in part": (lambda pair, x: 1 + x[filled(x)].sum(), "the shape of a result depends on values"),
     "a number of values": (lambda pair, x: 1.0 + len(torch.unique(x)), "the shape of a result depends on values"),
     "an LSTM": (lambda pair, x: 1 + LSTM(x + pair.loc)[0].mean().sigmoid(), "its record does not run: .*workspace"),
 }
@@ -730,6 +738,8 @@ def modules_in(place: str, net: nn.Module) -> tuple[Callable, Callable]:
         def guide(self, x: Tensor) -> None:
             encode(self.net, x)
 
+        __call__ = guide
+
     def encode(net: Callable, x: Tensor) -> None:
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(net(x), 1.0).to_event(1))
@@ -746,12 +756,15 @@ def modules_in(place: str, net: nn.Module) -> tuple[Callable, Callable]:
         "an object": lambda x: encode(holder.net, x),
         "an object's method": lambda x: holder.guide(x),
         "a method": holder.guide,
+        "a callable object": holder,
     }
     return plain_model, guides[place]
 
 
 @pytest.mark.usefixtures("recorded")
-@pytest.mark.parametrize("place", ["a list", "a dict", "a default", "an object", "an object's method", "a method"])
+@pytest.mark.parametrize(
+    "place", ["a list", "a dict", "a default", "an object", "an object's method", "a method", "a callable object"]
+)
 def test_modules_are_found(place: str, calls: list) -> None:
     """Their statistics are put back after recording, and ``eval`` is noticed."""
     results = []
@@ -778,6 +791,10 @@ class Annealed(Arguments):
     def __init__(self) -> None:
         super().__init__()
         self.options = SimpleNamespace(beta=1.0)
+        self._cached_beta = 1.0
+
+    def by_itself(self, x: Tensor) -> None:
+        self.model(x, self._cached_beta)
 
     def by_class(self, x: Tensor) -> None:
         self.model(x, self.beta)
@@ -787,7 +804,7 @@ class Annealed(Arguments):
 
 
 @pytest.mark.usefixtures("recorded")
-@pytest.mark.parametrize("place", ["a closure's object", "an attribute's", "its class", "a handler"])
+@pytest.mark.parametrize("place", ["a closure's object", "its own", "an attribute's", "its class", "a handler"])
 def test_numbers_of_other_objects_count(place: str, calls: list, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for backend in ("eager", "compiled"):
@@ -796,6 +813,7 @@ def test_numbers_of_other_objects_count(place: str, calls: list, monkeypatch: py
         scale = poutine.scale_messenger.ScaleMessenger(1.0)
         model, owner, name = {
             "a closure's object": (scaled_by(pair, options), options, "beta"),
+            "its own": (pair.by_itself, pair, "_cached_beta"),
             "an attribute's": (pair.by_options, pair.options, "beta"),
             "its class": (pair.by_class, Annealed, "beta"),
             "a handler": (scale(pair.model), scale, "scale"),
@@ -806,6 +824,52 @@ def test_numbers_of_other_objects_count(place: str, calls: list, monkeypatch: py
         results.append(losses + [svi.step(x) for x in batches()])
     torch.testing.assert_close(*results)
     assert len(calls) == 10
+
+
+@pytest.mark.usefixtures("recorded")
+def test_what_else_an_object_counts_does_not_matter(calls: list) -> None:
+    """A trainer, say, that the model asks for something."""
+
+    class Trainer:
+        steps, scale = 0, 2.0
+
+        def spread(self) -> float:
+            return self.scale
+
+    trainer, pair = Trainer(), Arguments()
+    svi = SVI(lambda x: pair.model(x, trainer.spread()), pair.guide, sgd(pair), Trace_ELBO(), backend="compiled")
+    for x in batches():
+        svi.step(x)
+        trainer.steps += 1
+    assert len(calls) == 5
+
+
+@pytest.mark.usefixtures("recorded")
+def test_a_state_that_comes_back_is_not_recorded_again(monkeypatch: pytest.MonkeyPatch, calls: list) -> None:
+    made: list[Program] = []
+    prepare = Program.__init__
+    monkeypatch.setattr(Program, "__init__", lambda self, *args: (made.append(self), prepare(self, *args))[1])
+    pair = Weighted()
+    svi = SVI(pair.model, pair.guide, sgd(pair), Trace_ELBO(), backend="compiled")
+    for step in range(24):
+        pair.beta = (1.0, 0.5, 0.25)[step // 3 % 3]
+        svi.step(batches()[step % 6])
+    assert len(made) == 3
+    assert len(calls) == 24 - 3
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+def test_data_that_cannot_be_written_to(tmp_path: Path, calls: list) -> None:
+    np.save(tmp_path / "x.npy", np.array([1.0, np.nan], dtype=np.float32))
+
+    def setup() -> tuple[Pair, Any]:
+        pair = Odd(lambda pair, x: pair.average[0])
+        pair.average = torch.from_numpy(np.load(tmp_path / "x.npy", mmap_mode="r"))
+        return pair, sgd(pair, 0.01)
+
+    assert_same_run(setup)
+    assert len(calls) == 5
 
 
 def regression() -> Callable:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import linecache
 import logging
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -158,20 +159,27 @@ def say_once(message: str) -> None:
 
 def _copies(args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Arguments to look with: the computation may change them, and they may be its surroundings' or each other."""
-    copies = [arg.detach().clone() for arg in args]
-    return tuple(a if a.stride() == b.stride() else b.detach() for a, b in zip(copies, args, strict=True))
+    return tuple(
+        arg.detach()  # an expanded one is not to be written to
+        if 0 in arg.stride()
+        else torch.empty_strided(arg.shape, arg.stride(), dtype=arg.dtype, device=arg.device).copy_(arg.detach())
+        for arg in args
+    )
+
+
+_one_at_a_time = threading.RLock()
 
 
 @contextmanager
 def _unvalidated() -> Iterator[None]:
     """Validation reads values. Distributions that ``expand`` made validate whatever the setting."""
-    validate = Distribution._validate_sample
-    Distribution._validate_sample = lambda self, value: None  # type: ignore[method-assign]
-    try:
-        with pyro.validation_enabled(False):
+    with _one_at_a_time, pyro.validation_enabled(False):
+        validate = Distribution._validate_sample
+        Distribution._validate_sample = lambda self, value: None  # type: ignore[method-assign]
+        try:
             yield
-    finally:
-        Distribution._validate_sample = validate  # type: ignore[method-assign]
+        finally:
+            Distribution._validate_sample = validate  # type: ignore[method-assign]
 
 
 def _settle(function: Callable[..., Any], args: tuple[Tensor, ...]) -> None:
@@ -243,16 +251,21 @@ class _FixedShapes(TorchDispatchMode):
                 raise Untraceable("the shape of a result depends on values (a boolean index, nonzero, unique)")
         result = func(*args, **kwargs)
         for tensor in _tensors(result):
-            self._constants.pop(id(tensor), None)
+            self._constants.pop(_memory(tensor), None)
             if fixed:
-                self._constants[id(tensor)] = tensor
+                self._constants[_memory(tensor)] = tensor
         return result
 
     def _are_constant(self, values: Any) -> bool:
-        return all(id(tensor) in self._constants for tensor in _tensors(values))
+        return all(_memory(tensor) in self._constants for tensor in _tensors(values))
 
 
 _MASKS = (torch.bool, torch.uint8)
+
+
+def _memory(tensor: Tensor) -> int:
+    """What a tensor shares with its views."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
 
 
 def _tensors(values: Any) -> list[Tensor]:

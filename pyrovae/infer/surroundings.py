@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from inspect import getattr_static
 from itertools import chain
 from operator import is_, itemgetter
 from types import CodeType, FunctionType, MethodType, ModuleType
@@ -18,6 +19,7 @@ import torch
 from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor, nn
+from torch.distributions import Transform
 
 from pyrovae.infer.log_weights import same_random_state
 
@@ -36,22 +38,24 @@ class Surroundings:
     """Attributes of the modules and objects that ``functions`` belong to, and the globals and closures that they name.
 
     Of other objects (``args.beta``), the attributes that a function names. Modules are found in containers and default
-    arguments too; numbers there, and in helper functions, are not seen.
+    arguments too; numbers there are not seen, nor what helper functions of other modules read.
     """
 
     def __init__(self, *functions: Any) -> None:
         self._functions = functions
         self._states: list[tuple[list[Any], tuple]] = []
         self._state = 0  # which of them is the last
-        self._last_glance: list[Any] = []
+        self._last_glance: tuple[list[int], list[Any]] = ([], [])
         self._look()
 
     def state(self) -> int:
         """A number that stands for all of it: it is the same as long as numbers are equal and objects the same."""
         # Nearly always every object is the one seen last, which this tells in a few microseconds.
-        if not same_objects(self._glance(), self._last_glance):
+        lengths, objects = self._glance()
+        if lengths != self._last_glance[0] or not same_objects(objects, self._last_glance[1]):
             self._look()
-            values, key = self._values(), self.key()
+            values = self._values()
+            key = tuple(id(value) if isinstance(value, list) else _fingerprint(value) for value in values)
             keys = [known for _, known in self._states]
             self._state = keys.index(key) if key in keys else len(keys)
             # Holding on to the objects keeps their ids from being given to others.
@@ -75,7 +79,7 @@ class Surroundings:
         tensors = [(x, x.detach().clone()) for x in self._values() if _may_change(x)]
         attributes = [(space, dict(space)) for _, space in self._namespaces]
         attributes += [(space, {n: space[n]}) for space, n in self._globals if isinstance(space, dict) and n in space]
-        lengths = [(value, len(value)) for value in self._values() if isinstance(value, list)]
+        lists = [(value, value[:]) for value in self._values() if isinstance(value, list)]
         generators = [(x, x.get_state()) for x in self._values() if isinstance(x, torch.Generator)]
         states = [(put, get()) for get, put in self._python_generators()]
         try:
@@ -88,10 +92,12 @@ class Surroundings:
                 generator.set_state(state)
             for space, attribute in attributes:
                 space.update({n: v for n, v in attribute.items() if isinstance(v, (*_NUMBERS, Tensor))})
-            for values, length in lengths:
-                del values[length:]
+            for values, contents in lists:
+                values[:] = contents
             for tensor, value in tensors:
-                tensor.data.copy_(value)
+                same = (tensor == value) | ((tensor != tensor) & (value != value))
+                if not bool(same.all()):  # what nothing has changed may be read-only
+                    tensor.data.copy_(value)
 
     def python_random_state(self) -> bytes:
         """Of Python's and NumPy's generators: the global ones, and those among the surroundings."""
@@ -101,7 +107,7 @@ class Surroundings:
         """How to read and to set the state of each."""
         found: list[Any] = [(random.getstate, random.setstate), (np.random.get_state, np.random.set_state)]
         for value in self._values():
-            if isinstance(value, random.Random):
+            if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
                 found.append((value.getstate, value.setstate))
             elif isinstance(value, np.random.RandomState):
                 found.append((value.get_state, value.set_state))
@@ -136,24 +142,27 @@ class Surroundings:
                     self._namespaces.append((thing, space))
                 own = [v for n, v in vars(thing).items() if n not in _BOOKKEEPING and isinstance(v, _CONTAINERS)]
                 self._meet_all([*thing.children(), *own])
+                self._meet_method(thing, type(thing).forward)
             elif isinstance(thing, partial):
                 self._meet_all([thing.func, *thing.args, *thing.keywords.values()])
             elif isinstance(thing, FunctionType):
                 self._meet_function(thing)
             elif len(thing) <= MOST_MEMBERS:
-                self._meet_all(thing.values() if isinstance(thing, dict) else thing)
+                self._meet_all(dict.values(thing) if isinstance(thing, dict) else thing)
+        elif isinstance(call := getattr_static(type(thing), "__call__", None), FunctionType) and _is_users(call):
+            self._meet(MethodType(call, thing))
 
     def _meet_all(self, things: Any) -> None:
         for thing in things:
             self._meet(thing)
 
     def _meet_owner(self, owner: Any) -> None:
-        if isinstance(owner, nn.Module) or not hasattr(owner, "__dict__") or isinstance(owner, type):
+        if isinstance(owner, nn.Module):
             self._meet(owner)
-        elif id(owner) not in self._met:
+        elif id(owner) not in self._met and (space := _attributes(owner)):
             self._met.add(id(owner))
-            self._namespaces.append((owner, vars(owner)))
-            self._meet_all([v for v in vars(owner).values() if isinstance(v, (nn.Module, *_CONTAINERS))])
+            self._namespaces.append((owner, space))
+            self._meet_all([v for v in space.values() if isinstance(v, (nn.Module, *_CONTAINERS))])
 
     def _meet_method(self, owner: Any, method: Any) -> None:
         """Its globals, the attributes of its owner's objects that it names, and the owner's methods that it names."""
@@ -161,7 +170,11 @@ class Surroundings:
         if isinstance(method, FunctionType) and both not in self._met and _is_users(method):
             self._met.add(both)
             self._meet_function(method)
-            space = vars(owner) if hasattr(owner, "__dict__") else {}
+            space = _attributes(owner)
+            if id(owner) not in self._met:  # then not all of its attributes are watched
+                named = [n for n in method.__code__.co_names if n in space]
+                self._globals += [(space, n) for n in named]
+                self._meet_all([space[n] for n in named if isinstance(space[n], (nn.Module, *_CONTAINERS))])
             self._meet_attributes(method.__code__, [space[n] for n in method.__code__.co_names if n in space])
             for name in method.__code__.co_names:
                 for ancestor in type(owner).__mro__:
@@ -186,32 +199,38 @@ class Surroundings:
             if not isinstance(value, type | ModuleType) and not callable(value)
         ]
         defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+        helpers = [v for v in named.values() if isinstance(v, FunctionType) and v.__module__ == function.__module__]
         contents = [_content(cell) for cell, _ in cells]
         self._meet_all(
-            [*contents, *(v for v in (*named.values(), *defaults) if isinstance(v, (nn.Module, *_CONTAINERS)))]
+            [
+                *contents,
+                *helpers,
+                *(v for v in (*named.values(), *defaults) if isinstance(v, (nn.Module, *_CONTAINERS))),
+            ]
         )
         self._meet_attributes(code, [*contents, *named.values(), *defaults])
 
     def _meet_attributes(self, code: CodeType, things: list[Any]) -> None:
         """Of objects that a function reads, what it names: ``args.beta``, ``q.guide``."""
         for thing in things:
-            if isinstance(thing, (nn.Module, type, ModuleType, FunctionType, Tensor)) or not hasattr(thing, "__dict__"):
+            if isinstance(thing, (nn.Module, type, ModuleType, FunctionType, Tensor)):
                 continue
-            space = vars(thing)
+            space = _attributes(thing)
             for name in code.co_names:
                 if name in space:
                     self._globals.append((space, name))
                     self._meet_all([space[name]] if isinstance(space[name], (nn.Module, *_CONTAINERS)) else [])
-                elif isinstance(method := getattr(type(thing), name, None), FunctionType) and _is_users(method):
-                    self._meet(MethodType(method, thing))
+                elif isinstance(method := getattr_static(type(thing), name, None), FunctionType):
+                    self._meet_method(thing, method)
 
-    def _glance(self) -> list[Any]:
+    def _glance(self) -> tuple[list[int], list[Any]]:
         """The objects without those that ``nn.Module`` keeps for itself, nine in ten; empty where one is gone."""
         try:
             attributes = [pick(space) for pick, space in self._pickers]
         except KeyError:
-            return []
-        return [*[len(space) for _, space in self._namespaces], *chain.from_iterable(attributes), *self._others()]
+            return [], []
+        lengths = [len(space) for _, space in self._namespaces]
+        return lengths, [*chain.from_iterable(attributes), *self._others()]
 
     def _values(self) -> list[Any]:
         attributes = [v for owner, space in self._namespaces for n, v in space.items() if not _is_made_anew(owner, n)]
@@ -238,6 +257,11 @@ class Surroundings:
         ]
 
 
+def _attributes(thing: Any) -> dict[str, Any]:
+    space = getattr(thing, "__dict__", None)
+    return space if isinstance(space, dict) else {}
+
+
 def _content(cell: Any) -> Any:
     try:
         return cell.cell_contents
@@ -253,6 +277,8 @@ def _may_change(value: Any) -> bool:
     """Whether it is a tensor that a run may write to, besides parameters."""
     if not isinstance(value, Tensor) or isinstance(value, nn.Parameter) or value.layout is not torch.strided:
         return False
+    if value.is_nested or value.is_meta or value.is_quantized:
+        return False
     return value.numel() <= MOST_NUMBERS and 0 not in value.stride()
 
 
@@ -262,7 +288,9 @@ def _is_users(function: FunctionType) -> bool:
 
 def _is_made_anew(owner: Any, name: str) -> bool:
     """What Pyro's guides and transforms keep of a run, and make anew in the next: plates, the last value they saw."""
-    return name.startswith("_cached_") or name == "_inv" or (name == "plates" and isinstance(owner, AutoGuide))
+    if isinstance(owner, Transform):
+        return name.startswith("_cached_") or name == "_inv"
+    return name == "plates" and isinstance(owner, AutoGuide)
 
 
 def _fingerprint(value: Any) -> Any:

@@ -54,9 +54,10 @@ class SVI:
     buffers and other tensors anew, and a learning rate too, but hold Python numbers fixed. When an attribute of one of
     the pair's modules changes (a KL weight, a switch such as ``training``), or a global, a closure variable or an
     object's attribute that model or guide name (``args.beta``), the step is recorded again; what keeps changing belongs
-    in a tensor. Numbers in lists and dicts, those that helper functions read, and hooks that are registered between
-    steps are not watched. Python code whose effect is no tensor (a hook that fills a list) runs while a step is
-    recorded, and not after. What cannot be recorded is named in one warning, and runs eagerly with the same numbers.
+    in a tensor. Numbers in lists and dicts, those that helper functions of other modules read, and hooks that are
+    registered between steps are not watched. Python code whose effect is no tensor (a hook that fills a list) runs
+    while a step is recorded, and not after. What cannot be recorded is named in one warning, and runs eagerly with the
+    same numbers.
 
     A parameter that has no gradient in a step stays as it is; Pyro's own SVI moves it on by Adam's momentum.
     """
@@ -100,6 +101,7 @@ class SVI:
     def _forget(self) -> None:
         """What steps have found out: the parameters, the programs and for which states of the surroundings they are."""
         self._params: list[Tensor] = []
+        self._params_state: int | None = None  # in which state of the surroundings a step named them
         self._update: Update | None = None
         self._states: list[int] = []
         self._programs: dict[Any, Callable[..., Tensor] | None] = {}
@@ -176,6 +178,7 @@ class SVI:
         for param in params:
             param.grad = None
         self._params = params
+        self._params_state = None if self._surroundings is None else self._surroundings.state()
         return torch.as_tensor(loss)
 
     # Programs ---------------------------------------------------------------------------------------------------
@@ -202,6 +205,8 @@ class SVI:
         params = tuple([(p.requires_grad, p.shape, p.stride(), p.dtype) for p in self._params])
         signature = (state, params, *((arg.shape, arg.stride(), arg.dtype, arg.device) for arg in args))
         if signature not in self._programs:
+            if self._params_state not in (None, state):  # another state's parameters: an eager step names its own
+                return None
             if len(self._programs) == MAX_PROGRAMS:
                 self._unsaid = f"its arguments' shapes keep changing; {MAX_PROGRAMS} of them are recorded"
                 return None
@@ -218,7 +223,8 @@ class SVI:
             self._gave_up = True
             return False
         self._states.append(state)
-        if len(self._states) > 1:  # One eager step: it may name other parameters, and the state may change again.
+        # One eager step: it may name other parameters, and the state may change again.
+        if len(self._states) > 1 and not isinstance(self.optim, Optimizer):
             self._params, self._update = [], None
         return len(self._states) == 1
 
