@@ -46,10 +46,9 @@ class Captured:
         addresses = [each.data_ptr() for each in fixed if isinstance(each, Tensor)]
         if self._graph is None or addresses != self._addresses or not same_objects(fixed, self._fixed):
             self._fixed, self._addresses = fixed, addresses
+            self._graph = None  # its memory is free for the next
             if self._update.is_capturable:  # a state dict may have brought a learning rate that is not on the GPU
                 self._capture(*args)
-            else:
-                self._graph = None
             if self._graph is None:
                 return self._warm_up(*args)
         for held, arg in zip(self._inputs, args, strict=True):
@@ -67,7 +66,6 @@ class Captured:
 
     def _capture(self, *args: Tensor) -> None:
         current = torch.cuda.current_stream()
-        self._graph = None  # its memory is free for the next
         self._inputs = [arg.clone() for arg in args]
         graph = torch.cuda.CUDAGraph()
         try:

@@ -28,6 +28,7 @@ __all__ = ["Surroundings", "same_objects"]
 _NUMBERS = (bool, int, float, complex, str, type(None))
 _BOOKKEEPING = vars(nn.Module()).keys() - {"training"}
 _CONTAINERS = (list, tuple, set, dict)
+_HOLDERS = (nn.Module, *_CONTAINERS)
 MOST_MEMBERS = 100
 """Longer containers hold data, not modules."""
 MOST_NUMBERS = 2**24
@@ -135,7 +136,7 @@ class Surroundings:
             self._meet_method(thing.__self__, thing.__func__)
         elif isinstance(thing, ScaleMessenger):
             self._meet_owner(thing)
-        elif isinstance(thing, (nn.Module, partial, FunctionType, *_CONTAINERS)) and id(thing) not in self._met:
+        elif isinstance(thing, (partial, FunctionType, *_HOLDERS)) and id(thing) not in self._met:
             self._met.add(id(thing))
             if isinstance(thing, nn.Module):
                 for space in (vars(thing), thing._parameters, thing._buffers, thing._modules):
@@ -162,7 +163,7 @@ class Surroundings:
         elif id(owner) not in self._met and (space := _attributes(owner)):
             self._met.add(id(owner))
             self._namespaces.append((owner, space))
-            self._meet_all([v for v in space.values() if isinstance(v, (nn.Module, *_CONTAINERS))])
+            self._meet_all([v for v in space.values() if isinstance(v, _HOLDERS)])
 
     def _meet_method(self, owner: Any, method: Any) -> None:
         """Its globals, the attributes of its owner's objects that it names, and the owner's methods that it names."""
@@ -172,9 +173,7 @@ class Surroundings:
             self._meet_function(method)
             space = _attributes(owner)
             if id(owner) not in self._met:  # then not all of its attributes are watched
-                named = [n for n in method.__code__.co_names if n in space]
-                self._globals += [(space, n) for n in named]
-                self._meet_all([space[n] for n in named if isinstance(space[n], (nn.Module, *_CONTAINERS))])
+                self._meet_named(method.__code__, space)
             self._meet_attributes(method.__code__, [space[n] for n in method.__code__.co_names if n in space])
             for name in method.__code__.co_names:
                 for ancestor in type(owner).__mro__:
@@ -201,13 +200,8 @@ class Surroundings:
         defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
         helpers = [v for v in named.values() if isinstance(v, FunctionType) and v.__module__ == function.__module__]
         contents = [_content(cell) for cell, _ in cells]
-        self._meet_all(
-            [
-                *contents,
-                *helpers,
-                *(v for v in (*named.values(), *defaults) if isinstance(v, (nn.Module, *_CONTAINERS))),
-            ]
-        )
+        holders = [v for v in (*named.values(), *defaults) if isinstance(v, _HOLDERS)]
+        self._meet_all([*contents, *helpers, *holders])
         self._meet_attributes(code, [*contents, *named.values(), *defaults])
 
     def _meet_attributes(self, code: CodeType, things: list[Any]) -> None:
@@ -216,12 +210,15 @@ class Surroundings:
             if isinstance(thing, (nn.Module, type, ModuleType, FunctionType, Tensor)):
                 continue
             space = _attributes(thing)
+            self._meet_named(code, space)
             for name in code.co_names:
-                if name in space:
-                    self._globals.append((space, name))
-                    self._meet_all([space[name]] if isinstance(space[name], (nn.Module, *_CONTAINERS)) else [])
-                elif isinstance(method := getattr_static(type(thing), name, None), FunctionType):
-                    self._meet_method(thing, method)
+                if name not in space:
+                    self._meet_method(thing, getattr_static(type(thing), name, None))
+
+    def _meet_named(self, code: CodeType, space: dict[str, Any]) -> None:
+        named = [name for name in code.co_names if name in space]
+        self._globals += [(space, name) for name in named]
+        self._meet_all([space[name] for name in named if isinstance(space[name], _HOLDERS)])
 
     def _glance(self) -> tuple[list[int], list[Any]]:
         """The objects without those that ``nn.Module`` keeps for itself, nine in ten; empty where one is gone."""
