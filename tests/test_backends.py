@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import math
 import random
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -785,6 +784,9 @@ def scaled_by(pair: Pair, options: Any) -> Callable:
     return lambda x: pair.model(x, options.beta)
 
 
+BETA = 1.0
+
+
 class Annealed(Arguments):
     beta = 1.0
 
@@ -803,25 +805,47 @@ class Annealed(Arguments):
         self.model(x, self.options.beta)
 
 
+PLACES = ["a closure's object", "its own", "an attribute's", "its class", "a handler", "a dict", "a cell", "global"]
+
+
+def with_a_number_in(place: str, pair: Annealed, monkeypatch: pytest.MonkeyPatch) -> tuple[Callable, Callable]:
+    """A model that reads a number there, and how to change it."""
+    options, by_name, cell = SimpleNamespace(beta=1.0), {"beta": 1.0}, 1.0
+    monkeypatch.setattr(Annealed, "beta", 1.0)
+    monkeypatch.setitem(globals(), "BETA", 1.0)
+    scale = poutine.scale_messenger.ScaleMessenger(1.0)
+
+    def put_into_cell(beta: float) -> None:
+        nonlocal cell
+        cell = beta
+
+    return {
+        "a closure's object": (scaled_by(pair, options), partial(setattr, options, "beta")),
+        "its own": (pair.by_itself, partial(setattr, pair, "_cached_beta")),
+        "an attribute's": (pair.by_options, partial(setattr, pair.options, "beta")),
+        "its class": (pair.by_class, partial(setattr, Annealed, "beta")),
+        "a handler": (scale(pair.model), partial(setattr, scale, "scale")),
+        "a dict": (lambda x: pair.model(x, by_name["beta"]), partial(by_name.__setitem__, "beta")),
+        "a cell": (lambda x: pair.model(x, cell), put_into_cell),
+        "global": (lambda x: pair.model(x, BETA), partial(monkeypatch.setitem, globals(), "BETA")),
+    }[place]
+
+
 @pytest.mark.usefixtures("recorded")
-@pytest.mark.parametrize("place", ["a closure's object", "its own", "an attribute's", "its class", "a handler"])
-def test_numbers_of_other_objects_count(place: str, calls: list, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("often", [False, True])
+def test_numbers_of_other_objects_count(place: str, often: bool, calls: list, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for backend in ("eager", "compiled"):
-        pair, options = Annealed(), SimpleNamespace(beta=1.0)
-        monkeypatch.setattr(Annealed, "beta", 1.0)
-        scale = poutine.scale_messenger.ScaleMessenger(1.0)
-        model, owner, name = {
-            "a closure's object": (scaled_by(pair, options), options, "beta"),
-            "its own": (pair.by_itself, pair, "_cached_beta"),
-            "an attribute's": (pair.by_options, pair.options, "beta"),
-            "its class": (pair.by_class, Annealed, "beta"),
-            "a handler": (scale(pair.model), scale, "scale"),
-        }[place]
+        pair = Annealed()
+        model, put = with_a_number_in(place, pair, monkeypatch)
         svi = SVI(model, pair.guide, sgd(pair, 0.01), Trace_ELBO(), backend=backend)
         losses = [svi.step(x) for x in batches()]
-        monkeypatch.setattr(owner, name, 3.0)
-        results.append(losses + [svi.step(x) for x in batches()])
+        for step, x in enumerate(batches()):
+            if often or step == 0:
+                put(3.0 + step)
+            losses.append(svi.step(x))
+        results.append(losses)
     torch.testing.assert_close(*results)
     assert len(calls) == 10
 
@@ -852,7 +876,7 @@ def test_a_state_that_comes_back_is_not_recorded_again(monkeypatch: pytest.Monke
     pair = Weighted()
     svi = SVI(pair.model, pair.guide, sgd(pair), Trace_ELBO(), backend="compiled")
     for step in range(24):
-        pair.beta = (1.0, 0.5, 0.25)[step // 3 % 3]
+        pair.kind = ("a", "b", "c")[step // 3 % 3]
         svi.step(batches()[step % 6])
     assert len(made) == 3
     assert len(calls) == 24 - 3
@@ -934,13 +958,14 @@ class Weighted(Pair):
 
     def __init__(self) -> None:
         super().__init__()
-        self.beta = 1.0
+        self.beta, self.kind = 1.0, "a"
+        self.read: Callable[[Any], Any] = lambda beta: beta
         self.register_buffer("weight", torch.ones(()))
         self.loc = nn.Parameter(torch.zeros(4))
 
     def model(self, x: Tensor) -> None:
         with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0 / (self.beta * self.weight)).to_event(1))
+            z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0 / (self.read(self.beta) * self.weight)).to_event(1))
             pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
 
     def guide(self, x: Tensor) -> None:
@@ -948,8 +973,11 @@ class Weighted(Pair):
             pyro.sample("z", dist.Normal(self.loc + x, 1.0).to_event(1))
 
 
-def anneal(change: Callable[[Weighted, int], None], backend: str, steps: int) -> tuple[Tensor, Tensor]:
+def anneal(
+    change: Callable[[Weighted, int], None], backend: str, steps: int, read: Callable[[Any], Any] = lambda beta: beta
+) -> tuple[Tensor, Tensor]:
     pair = Weighted()
+    pair.read = read
     svi = SVI(pair.model, pair.guide, sgd(pair, 0.01), Trace_ELBO(), backend=backend)
     torch.manual_seed(0)
     losses = []
@@ -977,50 +1005,148 @@ def new_buffer(pair: Weighted, step: int) -> None:
 
 
 @pytest.mark.usefixtures("recorded")
-@pytest.mark.parametrize(("change", "number"), [(in_two_stages, 8), (buffer_at_every_step, 9), (new_buffer, 8)])
+@pytest.mark.parametrize(
+    ("change", "number"), [(in_two_stages, 8), (at_every_step, 8), (buffer_at_every_step, 9), (new_buffer, 8)]
+)
 def test_numbers_that_the_user_changes_count(change: Callable, number: int, calls: list) -> None:
     torch.testing.assert_close(anneal(change, "compiled", 10), anneal(change, "eager", 10))
     assert len(calls) == number
 
 
+@pytest.mark.slow
+def test_a_compiled_step_reads_a_number_that_changes() -> None:
+    torch.testing.assert_close(anneal(at_every_step, "compiled", 10), anneal(at_every_step, "eager", 10))
+
+
+READS = r"it reads the values? of a tensor into Python.*, at test_backends.py:\d+"
+READ_INTO_PYTHON: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "max": (lambda beta: max(beta, 0.004), READS),
+    "math": (lambda beta: math.exp(-beta), READS),
+    "numpy": (lambda beta: float(np.exp(-beta)), READS),
+    "an if": (lambda beta: beta if beta > 0.005 else 0.1, READS),
+    "a list": (lambda beta: torch.tensor([beta, 1.0]).sum(), "it makes a tensor of other tensors' values"),
+    "an old list": (lambda beta: torch.Tensor([beta, 1.0]).sum(), READS),
+    "an argument of torch's": (lambda beta: torch.full((), beta), READS),
+    "text": (lambda beta: 1.0 + len(f"{beta:.3f}"), READS),
+    "a type": (lambda beta: 2.0 + beta if isinstance(beta, float) else beta, "it computes something else where a"),
+    "another type": (lambda beta: beta.hex() and beta, "'Tensor' object has no attribute 'hex'"),
+}
+
+
 @pytest.mark.usefixtures("recorded")
-def test_a_number_that_changes_at_every_step_runs_eagerly(calls: list) -> None:
-    expected = anneal(at_every_step, "eager", 20)
-    with pytest.warns(
-        RuntimeWarning, match=r"eagerly: Weighted\.beta changes from step to step; a tensor.* may"
-    ) as warned:
-        actual = anneal(at_every_step, "compiled", 20)
+@pytest.mark.parametrize(("read", "reason"), READ_INTO_PYTHON.values(), ids=READ_INTO_PYTHON)
+def test_a_number_that_changes_and_no_tensor_can_stand_for(read: Callable, reason: str, calls: list) -> None:
+    expected = anneal(at_every_step, "eager", 20, read)
+    match = rf"eagerly: Weighted\.beta changes from step to step; no tensor can stand for it: {reason}"
+    with pytest.warns(RuntimeWarning, match=match) as warned:
+        actual = anneal(at_every_step, "compiled", 20, read)
     assert len(warned) == 1
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     assert len(calls) <= 1
 
 
-CALLS: dict[str, Callable[[SVI, Tensor, int], Tensor]] = {
-    "keyword": lambda svi, x, step: svi.step(x, scale=1.0 + step),
-    "number": lambda svi, x, step: svi.step(x, 1.0 + step),
-    "handler": lambda svi, x, step: poutine.scale(svi.step, scale=0.5 + step)(x),
+def counted(pair: Weighted, step: int) -> None:
+    pair.beta = 1 + step
+
+
+@pytest.mark.usefixtures("recorded")
+def test_a_whole_number_that_changes_at_every_step_runs_eagerly(calls: list) -> None:
+    expected = anneal(counted, "eager", 20)
+    match = r"eagerly: Weighted\.beta changes from step to step; a tensor.* may"
+    with pytest.warns(RuntimeWarning, match=match) as warned:
+        actual = anneal(counted, "compiled", 20)
+    assert len(warned) == 1
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+class Supervised(Arguments):
+    """With labels, or without: then they are summed out, and there is one latent more."""
+
+    def model(self, x: Any, y: Any = None, scale: Any = 1.0, *, kind: str = "normal", sizes: Any = (1, 1)) -> None:
+        x, extra = (x["x"], x["extra"]) if isinstance(x, dict) else (x, 0.0)
+        means = torch.stack([self.loc - 1, self.loc + 1])
+        family = dist.Normal if kind == "normal" else dist.Laplace
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Categorical(torch.tensor([0.3, 0.7])), obs=y, infer={"enumerate": "parallel"})
+            pyro.sample("x", family(means[y] + extra, scale * sum(sizes)).to_event(1), obs=x)
+
+    def guide(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+def labels(x: Tensor) -> Tensor:
+    return (x[:, 0] > 0.5).long()
+
+
+CALLS: dict[str, tuple[Callable[[SVI, Tensor, int], Tensor], int]] = {
+    "keyword": (lambda svi, x, step: svi.step(x, scale=1.0 + step), 11),
+    "number": (lambda svi, x, step: svi.step(x, None, 1.0 + step), 11),
+    "None": (lambda svi, x, step: svi.step(x, None), 11),
+    "None or a tensor": (lambda svi, x, step: svi.step(x, labels(x) if step % 2 else None), 11),
+    "or nothing": (lambda svi, x, step: svi.step(x, y=labels(x)) if step % 2 else svi.step(x), 11),
+    "text": (lambda svi, x, step: svi.step(x, kind="normal" if step < 6 else "laplace"), 11),
+    "tuples": (lambda svi, x, step: svi.step(x, sizes=(1.0 + step, 1)), 11),
+    "a dict": (lambda svi, x, step: svi.step({"x": x, "extra": 0.1 * x}), 11),
+    "whole numbers": (lambda svi, x, step: svi.step(x, None, 1 + step % 2), 11),
+}
+
+
+def called(call: Callable, pair: Pair, backend: str, loss: Any) -> Tensor:
+    svi = SVI(pair.model, pair.guide, sgd(pair, 0.01), loss, backend=backend)
+    return torch.stack([call(svi, x, step) for step, x in enumerate([*batches(), *batches()])])
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize(("call", "number"), CALLS.values(), ids=CALLS)
+def test_other_arguments_are_recorded(call: Callable, number: int, calls: list) -> None:
+    enum = lambda: TraceEnum_ELBO(strict_enumeration_warning=False)  # noqa: E731
+    mine, eager = (called(call, Supervised(), backend, enum()) for backend in ("compiled", "eager"))
+    torch.testing.assert_close(mine, eager)
+    assert len(calls) == number
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_calls_of_two_kinds_have_each_their_structure(first: int) -> None:
+    """With labels a bound sums nothing out, without them it sums them out: one loss object takes both."""
+    pair, x = Supervised(), batches()[0]
+    loss = RenyiELBO(num_particles=2)
+    calls = [(x, labels(x)), (x,)]
+    actual = [loss.loss(pair.model, pair.guide, *calls[(first + i) % 2]) for i in range(2)]
+    with torch.no_grad():
+        means = torch.stack([pair.loc - 1, pair.loc + 1])
+        log_joint = dist.Normal(means, 2.0).log_prob(x[:, None]).sum(-1) + torch.tensor([0.3, 0.7]).log()
+        bounds = [log_joint.gather(1, labels(x)[:, None]).sum(), log_joint.logsumexp(1).sum()]
+    torch.testing.assert_close(actual, [-bounds[first], -bounds[1 - first]])
+
+
+class Rooted(Arguments):
+    def model(self, x: Tensor, scale: Any = 1.0) -> None:
+        super().model(x, math.sqrt(scale))
+
+
+@pytest.mark.usefixtures("recorded")
+def test_a_float_that_no_tensor_can_stand_for_is_held_fixed(calls: list) -> None:
+    call = lambda svi, x, step: svi.step(x, scale=1.0 + step % 2)  # noqa: E731
+    mine, eager = (called(call, Rooted(), backend, Trace_ELBO()) for backend in ("compiled", "eager"))
+    torch.testing.assert_close(mine, eager)
+    assert len(calls) == 11
+
+
+REFUSED_CALLS: dict[str, tuple[Callable[[SVI, Tensor, int], Tensor], str]] = {
+    "handler": (lambda svi, x, step: poutine.scale(svi.step, scale=0.5 + step)(x), "handlers around it are not"),
+    "gradient": (lambda svi, x, step: svi.step(x.clone().requires_grad_()), "an argument that wants a gradient is not"),
+    "range": (lambda svi, x, step: svi.step(x, sizes=range(3)), r"an argument of type builtins\.range is not"),
 }
 
 
 @pytest.mark.usefixtures("recorded")
-@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_other_arguments_and_handlers_run_eagerly(call: Callable, calls: list) -> None:
-    results = []
-    for backend in ("eager", "compiled"):
-        pair = Arguments()
-        svi = SVI(pair.model, pair.guide, sgd(pair, 0.01), Trace_ELBO(), backend=backend)
-        with warnings.catch_warnings(record=True) as warned:
-            warnings.simplefilter("always")
-            results.append(torch.stack([call(svi, x, step) for step, x in enumerate(batches())]))
-        assert [str(w.message) for w in warned] == (
-            []
-            if backend == "eager"
-            else [
-                "pyrovae: this step runs eagerly: arguments that are no tensors or want gradients, and handlers "
-                "around it, are not recorded."
-            ]
-        )
-    torch.testing.assert_close(*results, rtol=0, atol=0)
+@pytest.mark.parametrize(("call", "reason"), REFUSED_CALLS.values(), ids=REFUSED_CALLS)
+def test_arguments_of_other_types_and_handlers_run_eagerly(call: Callable, reason: str, calls: list) -> None:
+    enum = lambda: TraceEnum_ELBO(strict_enumeration_warning=False)  # noqa: E731
+    expected = called(call, Supervised(), "eager", enum())
+    with pytest.warns(RuntimeWarning, match=f"this step runs eagerly: {reason} recorded") as warned:
+        actual = called(call, Supervised(), "compiled", enum())
+    assert len(warned) == 1
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     assert not calls
 
 
@@ -1136,7 +1262,7 @@ def test_too_many_shapes_run_eagerly(calls: list) -> None:
         return pair, sgd(pair)
 
     xs = [torch.ones(size, 4) for size in range(1, 14)]
-    with pytest.warns(RuntimeWarning, match=r"its arguments' shapes keep changing") as warned:
+    with pytest.warns(RuntimeWarning, match=r"its arguments' shapes or values keep changing") as warned:
         assert_same_run(setup, xs)
     assert len(warned) == 1
     assert len(calls) == svi_module.MAX_PROGRAMS

@@ -118,6 +118,9 @@ class Counter:
     value = 0
 
 
+RATE = torch.tensor(2.0)  # as a buffer of a module that lies outside, and that the record would otherwise hold fixed
+
+
 def count(x: Tensor) -> Tensor:
     Counter.value += 1
     return x * Counter.value  # the line to name
@@ -140,6 +143,17 @@ REFUSED = {
     "numpy": (lambda x: x * float(x.numpy().sum()), r"reads the values of a tensor.*numpy.*, at test_program.py:\d+"),
     "asarray": (lambda x: x * np.asarray(x).sum(), r"reads the values of a tensor.*, at test_program.py:\d+"),
     "tolist": (lambda x: x * sum(x.tolist()), r"reads the values of a tensor.*tolist.*, at test_program.py:\d+"),
+    "item of another": (lambda x: x * RATE.item(), r"the value of a tensor into Python.*, at test_program.py:\d+"),
+    "float of another": (lambda x: x * float(RATE), r"the value of a tensor into Python.*, at test_program.py:\d+"),
+    "numpy of another": (lambda x: x * np.exp(RATE), r"reads the values of a tensor.*, at test_program.py:\d+"),
+    "numpy float of another": (lambda x: x * np.float64(RATE), r"the value of a tensor.*, at test_program.py:\d+"),
+    "a number that torch wants": (lambda x: torch.add(x, x, alpha=RATE), r"the value of a tensor.*, at test_program"),
+    "tensor of tensors": (
+        lambda x: x * torch.tensor([RATE, 1.0, x.sum()]),
+        r"other tensors' values.*, at test_program",
+    ),
+    "new_tensor": (lambda x: x * x.new_tensor([RATE, 1.0, 1.0]), r"other tensors' values.*, at test_program.py:\d+"),
+    "Tensor of tensors": (lambda x: x * torch.Tensor([RATE, 1.0, 1.0]), r"value of a tensor.*, at test_program.py:\d+"),
     "counter": (count, r"something else each time it runs, at test_program.py:\d+: `return x \* Counter.value  # the"),
     "numpy noise": (lambda x: x * np.random.rand(), r"something else each time.*, at test_program.py:\d+"),  # noqa: NPY002
     "numpy tensor": (lambda x: x * torch.from_numpy(np.random.rand(3)), "other numbers each time it runs"),  # noqa: NPY002
@@ -153,6 +167,11 @@ REFUSED = {
 def test_it_refuses(function: Callable, match: str) -> None:
     with pytest.raises(Untraceable, match=match):
         record(function, X)
+
+
+def test_constants_may_be_read() -> None:
+    program = record(lambda x: x * torch.tensor([1.0, torch.tensor(2.0), 4.0]) + int(torch.tensor(3)), X)
+    torch.testing.assert_close(program(2 * X), 2 * X * torch.tensor([1.0, 2.0, 4.0]) + 3)
 
 
 def test_make_fx_may_fail(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,6 +416,47 @@ def test_globals_closures_and_functions_of_a_pair_are_watched(monkeypatch: pytes
         assert see(lambda: monkeypatch.setitem(globals(), "LEVEL", 2.0)) == "LEVEL"
         assert see(slow_down) == "rate"
         assert see(net.eval) == "Dropout.training"
+
+
+def test_numbers_that_move_count_no_more_and_records_read_tensors() -> None:
+    pair = Annealed()
+    surroundings = Surroundings(pair.model)
+    before = surroundings.state()
+    pair.temperature = 0.25
+    assert surroundings.let_move(before, surroundings.state(), torch.tensor)
+    state = surroundings.state()
+    program = Program(lambda x: x * pair.temperature, (X,), surroundings)
+    for temperature in (0.25, 3.0, 2):
+        pair.temperature = temperature
+        assert surroundings.state() == state
+        torch.testing.assert_close(program(X), X * temperature)
+        assert pair.temperature is temperature
+    pair.temperature = None  # no number: it counts again
+    assert surroundings.state() != state
+    assert not surroundings.hold()
+
+
+def test_a_number_that_the_function_itself_changes_is_refused() -> None:
+    pair = Annealed()
+
+    def rebound(x: Tensor) -> Tensor:
+        pair.temperature = pair.temperature * 0.5
+        return x * pair.temperature
+
+    def in_place(x: Tensor) -> Tensor:
+        pair.temperature *= 0.5
+        return x * pair.temperature
+
+    for function in (rebound, in_place):
+        surroundings = Surroundings(function, pair.model)
+        before, pair.temperature = surroundings.state(), pair.temperature + 0.5
+        assert surroundings.let_move(before, surroundings.state(), torch.tensor)
+        number = pair.temperature
+        with pytest.raises(Untraceable, match=r"it changes Annealed\.temperature as it"):
+            Program(function, (X,), surroundings)
+        assert pair.temperature is number
+        assert surroundings.hold()
+        assert not surroundings.let_move(before, surroundings.state(), torch.tensor)
 
 
 def test_the_param_store_is_watched() -> None:

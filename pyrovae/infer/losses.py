@@ -37,6 +37,10 @@ from pyrovae.infer.log_weights import (
 __all__ = ["RenyiELBO", "TraceEnum_ELBO", "TraceMeanField_ELBO", "Trace_ELBO", "renyi_bound"]
 
 
+MOST_CALLS = 8
+"""Of different kinds, whose structure an objective remembers."""
+
+
 class _Objective(ELBO):
     """Common to all: particles, the structure of the pair last seen, and Pyro's three entry points."""
 
@@ -50,16 +54,20 @@ class _Objective(ELBO):
         check_positive("num_particles", num_particles, integer=True)
         super().__init__(num_particles, max_plate_nesting, vectorize_particles=vectorize_particles, **options)
         self._given_nesting = max_plate_nesting
-        self._seen: tuple[Callable, Callable, Structure] | None = None
+        self._seen: dict[Any, Structure] = {}
 
     def _structure(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Structure:
-        """Looked at once for each pair: a second pair gets a look of its own."""
-        if self._seen is None or self._seen[:2] != (model, guide):
+        """Looked at once for each pair and kind of call: a second one, without labels say, gets a look of its own."""
+        kinds = [arg if isinstance(arg, bool | str) else type(arg) for arg in (*args, *kwargs.values())]
+        call = (model, guide, *kinds, *kwargs)
+        if call not in self._seen:
             structure = Structure.of(model, guide, args, kwargs)
             if self._given_nesting != math.inf:
                 structure = Structure(int(self._given_nesting), structure.enumerated)
-            self._seen = (model, guide, structure)
-        return self._seen[2]
+            if len(self._seen) == MOST_CALLS:
+                self._seen.clear()
+            self._seen[call] = structure
+        return self._seen[call]
 
     def _get_traces(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Iterator[tuple[Trace, Trace]]:
         """One vectorised pair of traces, or one for each particle."""

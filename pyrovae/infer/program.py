@@ -14,7 +14,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from itertools import zip_longest
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -48,27 +48,40 @@ class Program:
 
     Every other tensor that it touches (parameters, buffers, data) is read anew at each call, so in-place changes count.
     Random numbers are drawn anew at each call, in the order and from the generator of the original. ``surroundings``
-    are those of ``function``: looking at it leaves them as they were.
+    are those of ``function``: looking at it leaves them as they were. Numbers among them that move are read anew too.
+    ``original`` is the same function where tensors among ``args`` stand for Python numbers: it takes the numbers.
 
     Raises:
         Untraceable: it reads a tensor's value into Python, changes Python values, or two records of it differ.
     """
 
     def __init__(
-        self, function: Callable[..., Any], args: tuple[Tensor, ...], surroundings: Surroundings | None = None
+        self,
+        function: Callable[..., Any],
+        args: tuple[Tensor, ...],
+        surroundings: Surroundings | None = None,
+        original: Callable[..., Any] | None = None,
     ) -> None:
         surroundings = self._surroundings = surroundings or Surroundings(function)
-        with surroundings.unchanged():
-            _settle(function, _copies(args))
-            before, random_state = surroundings.key(), surroundings.python_random_state()
-            first = _Record(function, _copies(args))
-            second = _Record(function, _copies(args))
-            if before != (after := surroundings.key()):
-                raise Untraceable(f"it changes {surroundings.difference(before, after)} as it runs")
-            first.check_same(second)
-            if random_state != surroundings.python_random_state():
-                raise Untraceable("it draws random numbers of Python's or NumPy's")
-            first.check_runs(_copies(args))
+        with warnings.catch_warnings(), surroundings.unchanged():
+            warnings.simplefilter("ignore")  # an eager step says the same
+            with surroundings.unchanged():  # what is set up at the first use stays, and is no part of a record
+                expected = _result(original or function, _copies(args))
+            with surroundings.standing_in():
+                with surroundings.unchanged():
+                    result = _result_without_reading(function, _copies(args))
+                before, random_state = surroundings.key(), surroundings.python_random_state()
+                first = _Record(function, _copies(args))
+                with surroundings.other_numbers():
+                    second = _Record(function, _others(args))
+                if before != (after := surroundings.key()):
+                    raise Untraceable(f"it changes {surroundings.difference(before, after)} as it runs")
+                first.check_same(second)
+                if random_state != surroundings.python_random_state():
+                    raise Untraceable("it draws random numbers of Python's or NumPy's")
+                first.check_runs(_copies(args))
+            if (original or surroundings.has_moving_numbers) and not _are_close(result, expected):
+                raise Untraceable("it computes something else where a tensor stands for a Python number")
         self.graph, self.inputs = first.graph, first.inputs
         # Those that a record makes are constants; the others may change.
         self.outside = [a for a, b in zip(first.inputs, second.inputs, strict=True) if a is b]
@@ -167,6 +180,15 @@ def _copies(args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     )
 
 
+def _others(args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Like ``args``, with other values: a record that differs for it has read one into Python."""
+    others = _copies(args)
+    for other in others:
+        if other.is_floating_point() and 0 not in other.stride():
+            other.div_(2)
+    return others
+
+
 _one_at_a_time = threading.RLock()
 
 
@@ -182,13 +204,34 @@ def _unvalidated() -> Iterator[None]:
             Distribution._validate_sample = validate  # type: ignore[method-assign]
 
 
-def _settle(function: Callable[..., Any], args: tuple[Tensor, ...]) -> None:
-    """Run once: what is set up at the first use is no part of a record. Shapes must not depend on values."""
+def _result(function: Callable[..., Any], args: tuple[Tensor, ...], *modes: Any) -> Any:
+    """One run, with no record."""
     try:
-        with same_random_state(), _unvalidated(), _FixedShapes():
-            function(*args)
+        with same_random_state(), _unvalidated(), ExitStack() as stack:
+            for mode in modes:
+                stack.enter_context(mode)
+            return function(*args)
     except Exception as error:
         raise Untraceable(f"{_reason(error)}{_where(error.__traceback__)}") from error
+
+
+def _result_without_reading(function: Callable[..., Any], args: tuple[Tensor, ...]) -> Any:
+    """A record would hold fixed what is read. Recording refuses to read what it has computed, but not what it meets."""
+    values = _Values()
+    try:
+        result = _result(function, args, values, _Conversions(values))
+    except Untraceable:
+        if not values.read:
+            raise
+    if values.read:  # NumPy and torch's old constructors go on when they are refused, in a way of their own
+        raise Untraceable(values.read)
+    return result
+
+
+def _are_close(result: Any, expected: Any) -> bool:
+    """To far more than rounding, and far less than another computation."""
+    pairs = zip(_tensors(result), _tensors(expected), strict=True)
+    return all(torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()), equal_nan=True) for a, b in pairs)
 
 
 class _Record:
@@ -230,25 +273,36 @@ class _Record:
             raise Untraceable(f"its record does not run: {_reason(error)}") from error
 
 
-class _FixedShapes(TorchDispatchMode):
-    """Refuses operations the shape of whose result depends on values: a record would hold this one's."""
+class _Values(TorchDispatchMode):
+    """Refuses to read a tensor's value into Python, and operations the shape of whose result depends on values."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.read = ""
+        """What was refused first, and where."""
         self._constants: dict[int, Tensor] = {}  # made of nothing but Python numbers
+
+    def refuse(self, reason: str) -> None:
+        self.read = self.read or reason + _where(sys._getframe(2))
+        raise Untraceable(reason)
+
+    def are_constant(self, values: Any) -> bool:
+        return all(_memory(tensor) in self._constants for tensor in _tensors(values))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         random = torch.Tag.nondeterministic_seeded in func.tags
-        fixed = func is torch.ops.aten.lift_fresh.default or (not random and self._are_constant((args, kwargs)))
+        fixed = func is torch.ops.aten.lift_fresh.default or (not random and self.are_constant((args, kwargs)))
+        if torch.Tag.data_dependent_output in func.tags and not fixed:
+            self.refuse(_READS)
         if torch.Tag.dynamic_output_shape in func.tags and not fixed:
             masks = (
                 [i for i in args[1] if i is not None and i.dtype in _MASKS]
                 if func is torch.ops.aten.index.Tensor
                 else (args, kwargs)
             )
-            if not self._are_constant(masks):
-                raise Untraceable("the shape of a result depends on values (a boolean index, nonzero, unique)")
+            if not self.are_constant(masks):
+                self.refuse("the shape of a result depends on values (a boolean index, nonzero, unique)")
         result = func(*args, **kwargs)
         for tensor in _tensors(result):
             self._constants.pop(_memory(tensor), None)
@@ -256,10 +310,27 @@ class _FixedShapes(TorchDispatchMode):
                 self._constants[_memory(tensor)] = tensor
         return result
 
-    def _are_constant(self, values: Any) -> bool:
-        return all(_memory(tensor) in self._constants for tensor in _tensors(values))
+
+class _Conversions(TorchFunctionMode):
+    """Refuses those that are no operations: they read memory."""
+
+    def __init__(self, values: _Values) -> None:
+        super().__init__()
+        self._values = values
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _TO_NUMPY and not self._values.are_constant(args):
+            self._values.refuse(f"it reads the values of a tensor into Python (.{func.__name__}())")
+        if func in _TO_NUMBERS and not self._values.are_constant(args):
+            self._values.refuse(_READS)
+        if func in _FROM_NUMBERS and any(not isinstance(x, Tensor) and not self._values.are_constant(x) for x in args):
+            self._values.refuse("it makes a tensor of other tensors' values (use torch.stack)")
+        return func(*args, **(kwargs or {}))
 
 
+_TO_NUMPY = (Tensor.numpy, Tensor.tolist, Tensor.__array__)
+_TO_NUMBERS = (Tensor.item, Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.__bool__, Tensor.__complex__)
+_FROM_NUMBERS = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
 _MASKS = (torch.bool, torch.uint8)
 
 
@@ -273,15 +344,13 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 class _Witness(TorchFunctionMode):
-    """Notes what torch is asked for with which numbers, and at which line; refuses what recording would not notice."""
+    """Notes what torch is asked for with which numbers, and at which line."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[tuple, str]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (Tensor.numpy, Tensor.tolist, Tensor.__array__):
-            raise Untraceable(f"it reads the values of a tensor into Python (.{func.__name__}())")
         plain = [x for x in (*args, *(kwargs or {}).values()) if isinstance(x, bool | int | float | str | np.ndarray)]
         numbers = [x.tobytes() if isinstance(x, np.ndarray) else x for x in plain]
         self.calls.append(((func, *numbers), _where(sys._getframe(1))))
@@ -308,10 +377,13 @@ def _lines(graph: GraphModule) -> list[str]:
     return [line.split(";")[0].strip() for line in graph.code.splitlines()]
 
 
+_READS = "it reads the value of a tensor into Python (.item(), float(), or an `if` on a tensor)"
+
+
 def _reason(error: BaseException) -> str:
     text = str(error).strip().splitlines() or [type(error).__name__]
     if "_local_scalar_dense" in str(error) or "is_nonzero" in str(error):
-        return "it reads the value of a tensor into Python (.item(), float(), or an `if` on a tensor)"
+        return _READS
     return text[0]
 
 

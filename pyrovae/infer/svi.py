@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pyro
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pyrovae.checks import check_choice
+from pyrovae.infer.arguments import Arguments
 from pyrovae.infer.cudagraph import Captured, why_not
 from pyrovae.infer.program import Program, Untraceable, say_once
 from pyrovae.infer.surroundings import Surroundings, same_objects
@@ -53,11 +55,12 @@ class SVI:
     The first step runs eagerly, with Pyro's validation on; recorded steps do not validate values. They read parameters,
     buffers and other tensors anew, and a learning rate too, but hold Python numbers fixed. When an attribute of one of
     the pair's modules changes (a KL weight, a switch such as ``training``), or a global, a closure variable or an
-    object's attribute that model or guide name (``args.beta``), the step is recorded again; what keeps changing belongs
-    in a tensor. Numbers in lists and dicts, those that helper functions of other modules read, and hooks that are
-    registered between steps are not watched. Python code whose effect is no tensor (a hook that fills a list) runs
-    while a step is recorded, and not after. What cannot be recorded is named in one warning, and runs eagerly with the
-    same numbers.
+    object's attribute that model or guide name (``args.beta``, ``args["beta"]``), the step is recorded again; from then
+    on a tensor stands for a float that has changed, and it may change at every step. So it is for a float among the
+    arguments, from the first step on. Where no tensor can stand for it (``max(0.1, beta)``), what keeps changing runs
+    eagerly. Numbers in lists, those that helper functions of other modules read, and hooks that are registered between
+    steps are not watched. Python code whose effect is no tensor (a hook that fills a list) runs while a step is
+    recorded, and not after. What cannot be recorded is named in one warning, and runs eagerly with the same numbers.
 
     A parameter that has no gradient in a step stays as it is; Pyro's own SVI moves it on by Adam's momentum.
     """
@@ -106,6 +109,8 @@ class SVI:
         self._states: list[int] = []
         self._programs: dict[Any, Callable[..., Tensor] | None] = {}
         self._gave_up = False
+        self._why_held = ""  # no tensor stands for a number that changes
+        self._floats_are_tensors = True  # those among the arguments
 
     # Steps ------------------------------------------------------------------------------------------------------
 
@@ -117,7 +122,7 @@ class SVI:
                 return self._eager_step(*args, **kwargs)
         self._unsaid = ""
         program = self._program(args, kwargs) if self._wants_program() else None
-        loss = self._eager_step(*args, **kwargs) if program is None else program(*args)
+        loss = self._eager_step(*args, **kwargs) if program is None else program()
         if self._unsaid:  # an error of the step itself comes first
             say_once(f"pyrovae: this step runs eagerly: {self._unsaid}.")
         return loss
@@ -127,12 +132,12 @@ class SVI:
         with torch.no_grad(), self._handlers():
             return torch.as_tensor(self.loss.loss(self.model, self.guide, *self._prepared(args), **kwargs))
 
-    def compile(self, *args: Tensor) -> bool:
+    def compile(self, *args: Any, **kwargs: Any) -> bool:
         """Record and compile the step for arguments like these now, without taking it. False where it stays eager."""
         if self.backend == "eager" or not isinstance(self.optim, Optimizer):
             return False
         self._checked = True
-        return self._program(args, {}) is not None
+        return self._program(args, kwargs) is not None
 
     def _wants_program(self) -> bool:
         if self.backend == "eager" or self._gave_up:
@@ -183,10 +188,10 @@ class SVI:
 
     # Programs ---------------------------------------------------------------------------------------------------
 
-    def _program(self, args: tuple, kwargs: dict) -> Callable[..., Tensor] | None:
-        """The recorded step for arguments like these; None where there is none."""
-        if kwargs or _PYRO_STACK or not all(isinstance(arg, Tensor) and not arg.requires_grad for arg in args):
-            self._unsaid = "arguments that are no tensors or want gradients, and handlers around it, are not recorded"
+    def _program(self, args: tuple, kwargs: dict) -> Callable[[], Tensor] | None:
+        """The recorded step on these arguments; None where there is none."""
+        if _PYRO_STACK:
+            self._unsaid = "handlers around it are not recorded"
             return None
         parts = [self.model, self.guide, self.prepare, self.loss, self.optim]
         if self._surroundings is None or not same_objects(parts, self._parts):
@@ -202,24 +207,45 @@ class SVI:
             grouped = [p for group in self.optim.param_groups for p in group["params"]]
             if not same_objects(grouped, self._params):
                 self._params, self._update, self._programs = grouped, None, {}
+        try:
+            arguments = Arguments.of(args, kwargs, self._as_tensor if self._floats_are_tensors else None)
+        except TypeError as error:
+            self._unsaid = str(error)
+            return None
         params = tuple([(p.requires_grad, p.shape, p.stride(), p.dtype) for p in self._params])
-        signature = (state, params, *((arg.shape, arg.stride(), arg.dtype, arg.device) for arg in args))
+        signature = (state, params, *arguments.key())
         if signature not in self._programs:
             if self._params_state not in (None, state):  # another state's parameters: an eager step names its own
                 return None
             if len(self._programs) == MAX_PROGRAMS:
-                self._unsaid = f"its arguments' shapes keep changing; {MAX_PROGRAMS} of them are recorded"
+                self._unsaid = f"its arguments' shapes or values keep changing; {MAX_PROGRAMS} of them are recorded"
                 return None
             # Another shape, a short last batch say, is recorded too, but is not worth a compiler's time.
-            first = all(known[:2] != signature[:2] for known in self._programs)
-            self._programs[signature] = self._record(args, compile_it=first)
-        return self._programs[signature]
+            first = all(known[:4] != signature[:4] for known in self._programs)
+            program = self._record(arguments, compile_it=first)
+            if self._surroundings.state() != state:  # a number that moved is held fixed again
+                return None
+            if program is None and arguments.has_floats and self._floats_are_tensors:
+                self._floats_are_tensors, self._unsaid = False, ""
+                return self._program(args, kwargs)
+            self._programs[signature] = program
+        program = self._programs[signature]
+        return None if program is None else partial(program, *arguments.tensors)
+
+    def _as_tensor(self, value: float) -> Tensor:
+        """A number as a tensor that promotes others as little as the number would."""
+        like = next((p for p in self._params if p.is_floating_point()), torch.empty(()))
+        dtype = torch.promote_types(like.dtype, torch.get_default_dtype())
+        return torch.full((), value, dtype=dtype, device=like.device)
 
     def _meets(self, surroundings: Surroundings, state: int) -> bool:
         """Whether to record in a state of the surroundings that no step has seen."""
+        if self._states and surroundings.let_move(self._states[-1], state, self._as_tensor):
+            state = surroundings.state()
         if len(self._states) == MAX_PROGRAMS:
             names = surroundings.difference(surroundings.key(self._states[-1]), surroundings.key(state))
-            self._unsaid = f"{names} changes from step to step; a tensor (a buffer of the pair, say) may, in place"
+            why = self._why_held or "a tensor (a buffer of the pair, say) may, in place"
+            self._unsaid = f"{names} changes from step to step; {why}"
             self._gave_up = True
             return False
         self._states.append(state)
@@ -228,38 +254,45 @@ class SVI:
             self._params, self._update = [], None
         return len(self._states) == 1
 
-    def _record(self, args: tuple[Tensor, ...], *, compile_it: bool) -> Callable[..., Tensor] | None:
+    def _record(self, arguments: Arguments, *, compile_it: bool) -> Callable[..., Tensor] | None:
         assert self._surroundings is not None
         if not hasattr(self.loss, "_bound"):
             self._unsaid = f"{type(self.loss).__module__}.{type(self.loss).__name__} reads tensors; use pyrovae.infer's"
             return None
         params = [p for p in self._params if p.requires_grad]
         used: list[Tensor] = []
+        form = arguments._replace(tensors=())  # a record need not hold on to a batch
 
-        def loss_and_gradients(*args: Tensor) -> tuple[Tensor, ...]:
+        def loss_and_gradients(*tensors: Tensor, as_floats: bool = False) -> tuple[Tensor, ...]:
+            args, kwargs = form.put_together(tensors, as_floats=as_floats)
             with self._handlers():
-                loss = self.loss.differentiable_loss(self.model, self.guide, *self._prepared(args))
+                loss = self.loss.differentiable_loss(self.model, self.guide, *self._prepared(args), **kwargs)
             gradients = torch.autograd.grad(loss, params, allow_unused=True)
             used[:] = [p for p, g in zip(params, gradients, strict=True) if g is not None]
             return (loss.detach(), *_owned([g for g in gradients if g is not None], used))
 
         try:
-            program = Program(loss_and_gradients, args, self._surroundings)
+            original = partial(loss_and_gradients, as_floats=True) if arguments.has_floats else None
+            program = Program(loss_and_gradients, arguments.tensors, self._surroundings, original)
         except Untraceable as error:
+            if self._surroundings.hold():
+                self._why_held = f"no tensor can stand for it: {error}"
+                return None
             self._unsaid = str(error)
             return None
         if compile_it:
-            program.compile(args)
+            program.compile(arguments.tensors)
         update = self._update = self._update or Update(self.optim, self._params)
 
-        def step(*args: Tensor) -> Tensor:
-            loss, *gradients = program(*args)
+        def step(*tensors: Tensor) -> Tensor:
+            loss, *gradients = program(*tensors)
             update(used, gradients)
             return loss
 
-        if self.backend == "compiled" or not any(tensor.is_cuda for tensor in [*args, *program.outside]):
+        read = [*arguments.tensors, *program.outside]
+        if self.backend == "compiled" or not any(tensor.is_cuda for tensor in read):
             return step
-        if reason := why_not([*args, *program.outside], update):
+        if reason := why_not(read, update):
             if self.backend == "cudagraph":
                 say_once(f"pyrovae: this step runs without a CUDA graph: {reason}.")
             return step
