@@ -7,17 +7,13 @@ out, and the caller goes on without one.
 
 from __future__ import annotations
 
-import linecache
 import logging
 import sys
 import threading
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from itertools import zip_longest
-from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any
 
 import numpy as np
@@ -28,19 +24,14 @@ from torch.distributions import Distribution
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from pyrovae.infer.log_weights import same_random_state
 from pyrovae.infer.machine import with_tried_instructions
 from pyrovae.infer.rewrite import rewritten
 from pyrovae.infer.surroundings import Surroundings
+from pyrovae.infer.untraceable import Conversions, Untraceable, Values, reason, tensors_in, where
 
 __all__ = ["Program", "Untraceable", "say_once"]
-
-
-class Untraceable(RuntimeError):
-    """The computation is no fixed graph of tensor operations. The message says why, and at which line."""
 
 
 class Program:
@@ -67,12 +58,12 @@ class Program:
             warnings.simplefilter("ignore")  # an eager step says the same
             with surroundings.unchanged():  # what is set up at the first use stays, and is no part of a record
                 expected = _result(original or function, _copies(args))
-            with surroundings.standing_in():
+            with surroundings.stand_ins.in_place():
                 with surroundings.unchanged():
                     result = _result_without_reading(function, _copies(args))
                 before, random_state = surroundings.key(), surroundings.python_random_state()
                 first = _Record(function, _copies(args))
-                with surroundings.other_numbers():
+                with surroundings.stand_ins.with_other_values():
                     second = _Record(function, _others(args))
                 if before != (after := surroundings.key()):
                     raise Untraceable(f"it changes {surroundings.difference(before, after)} as it runs")
@@ -80,7 +71,7 @@ class Program:
                 if random_state != surroundings.python_random_state():
                     raise Untraceable("it draws random numbers of Python's or NumPy's")
                 first.check_runs(_copies(args))
-            if (original or surroundings.has_moving_numbers) and not _are_close(result, expected):
+            if (original or surroundings.stand_ins) and not _are_close(result, expected):
                 raise Untraceable("it computes something else where a tensor stands for a Python number")
         self.graph, self.inputs = first.graph, first.inputs
         # Those that a record makes are constants; the others may change.
@@ -94,8 +85,8 @@ class Program:
                 warnings.simplefilter("ignore")  # torch's, about itself
                 self._run = _compiled(self.graph, [*self.inputs, *_copies(args)])
         except Exception as error:  # whatever stops a compiler, the record still runs
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            say_once(f"pyrovae: cannot compile the step here ({reason[0]}); it runs recorded, but not compiled.")
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            say_once(f"pyrovae: cannot compile the step here ({lines[0]}); it runs recorded, but not compiled.")
             return
         self.is_compiled = True
 
@@ -212,14 +203,14 @@ def _result(function: Callable[..., Any], args: tuple[Tensor, ...], *modes: Any)
                 stack.enter_context(mode)
             return function(*args)
     except Exception as error:
-        raise Untraceable(f"{_reason(error)}{_where(error.__traceback__)}") from error
+        raise Untraceable(f"{reason(error)}{where(error.__traceback__)}") from error
 
 
 def _result_without_reading(function: Callable[..., Any], args: tuple[Tensor, ...]) -> Any:
     """A record would hold fixed what is read. Recording refuses to read what it has computed, but not what it meets."""
-    values = _Values()
+    values = Values()
     try:
-        result = _result(function, args, values, _Conversions(values))
+        result = _result(function, args, values, Conversions(values))
     except Untraceable:
         if not values.read:
             raise
@@ -230,7 +221,7 @@ def _result_without_reading(function: Callable[..., Any], args: tuple[Tensor, ..
 
 def _are_close(result: Any, expected: Any) -> bool:
     """To far more than rounding, and far less than another computation."""
-    pairs = zip(_tensors(result), _tensors(expected), strict=True)
+    pairs = zip(tensors_in(result), tensors_in(expected), strict=True)
     return all(torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()), equal_nan=True) for a, b in pairs)
 
 
@@ -248,7 +239,7 @@ class _Record:
             with same_random_state(), _unvalidated():
                 graph = make_fx(watched)(*args)
         except Exception as error:
-            raise Untraceable(f"{_reason(error)}{_where(error.__traceback__)}") from error
+            raise Untraceable(f"{reason(error)}{where(error.__traceback__)}") from error
         self.graph, self.inputs = _lift_constants(graph)
         self._calls = witness.calls
 
@@ -270,77 +261,7 @@ class _Record:
             with same_random_state(), torch.no_grad():
                 self.graph(*self.inputs, *args)
         except Exception as error:
-            raise Untraceable(f"its record does not run: {_reason(error)}") from error
-
-
-class _Values(TorchDispatchMode):
-    """Refuses to read a tensor's value into Python, and operations the shape of whose result depends on values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.read = ""
-        """What was refused first, and where."""
-        self._constants: dict[int, Tensor] = {}  # made of nothing but Python numbers
-
-    def refuse(self, reason: str) -> None:
-        self.read = self.read or reason + _where(sys._getframe(2))
-        raise Untraceable(reason)
-
-    def are_constant(self, values: Any) -> bool:
-        return all(_memory(tensor) in self._constants for tensor in _tensors(values))
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        random = torch.Tag.nondeterministic_seeded in func.tags
-        fixed = func is torch.ops.aten.lift_fresh.default or (not random and self.are_constant((args, kwargs)))
-        if torch.Tag.data_dependent_output in func.tags and not fixed:
-            self.refuse(_READS)
-        if torch.Tag.dynamic_output_shape in func.tags and not fixed:
-            masks = (
-                [i for i in args[1] if i is not None and i.dtype in _MASKS]
-                if func is torch.ops.aten.index.Tensor
-                else (args, kwargs)
-            )
-            if not self.are_constant(masks):
-                self.refuse("the shape of a result depends on values (a boolean index, nonzero, unique)")
-        result = func(*args, **kwargs)
-        for tensor in _tensors(result):
-            self._constants.pop(_memory(tensor), None)
-            if fixed:
-                self._constants[_memory(tensor)] = tensor
-        return result
-
-
-class _Conversions(TorchFunctionMode):
-    """Refuses those that are no operations: they read memory."""
-
-    def __init__(self, values: _Values) -> None:
-        super().__init__()
-        self._values = values
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _TO_NUMPY and not self._values.are_constant(args):
-            self._values.refuse(f"it reads the values of a tensor into Python (.{func.__name__}())")
-        if func in _TO_NUMBERS and not self._values.are_constant(args):
-            self._values.refuse(_READS)
-        if func in _FROM_NUMBERS and any(not isinstance(x, Tensor) and not self._values.are_constant(x) for x in args):
-            self._values.refuse("it makes a tensor of other tensors' values (use torch.stack)")
-        return func(*args, **(kwargs or {}))
-
-
-_TO_NUMPY = (Tensor.numpy, Tensor.tolist, Tensor.__array__)
-_TO_NUMBERS = (Tensor.item, Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.__bool__, Tensor.__complex__)
-_FROM_NUMBERS = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
-_MASKS = (torch.bool, torch.uint8)
-
-
-def _memory(tensor: Tensor) -> int:
-    """What a tensor shares with its views."""
-    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+            raise Untraceable(f"its record does not run: {reason(error)}") from error
 
 
 class _Witness(TorchFunctionMode):
@@ -353,7 +274,7 @@ class _Witness(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         plain = [x for x in (*args, *(kwargs or {}).values()) if isinstance(x, bool | int | float | str | np.ndarray)]
         numbers = [x.tobytes() if isinstance(x, np.ndarray) else x for x in plain]
-        self.calls.append(((func, *numbers), _where(sys._getframe(1))))
+        self.calls.append(((func, *numbers), where(sys._getframe(1))))
         return func(*args, **(kwargs or {}))
 
 
@@ -375,31 +296,3 @@ def _lift_constants(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:
 
 def _lines(graph: GraphModule) -> list[str]:
     return [line.split(";")[0].strip() for line in graph.code.splitlines()]
-
-
-_READS = "it reads the value of a tensor into Python (.item(), float(), or an `if` on a tensor)"
-
-
-def _reason(error: BaseException) -> str:
-    text = str(error).strip().splitlines() or [type(error).__name__]
-    if "_local_scalar_dense" in str(error) or "is_nonzero" in str(error):
-        return _READS
-    return text[0]
-
-
-_LIBRARIES = tuple(
-    str(Path(module.__file__).parent) for module in (torch, pyro, sys.modules[__package__]) if module.__file__
-)
-
-
-def _where(place: TracebackType | FrameType | None) -> str:
-    """The last line of the user's own in a traceback, or in the stack of a frame."""
-    if isinstance(place, TracebackType):
-        lines = [(frame, number) for frame, number in traceback.walk_tb(place)][::-1]
-    else:
-        lines = list(traceback.walk_stack(place))
-    for frame, number in lines:
-        file = frame.f_code.co_filename
-        if not file.startswith((*_LIBRARIES, "<")):
-            return f", at {Path(file).name}:{number}: `{linecache.getline(file, number).strip()}`"
-    return ""

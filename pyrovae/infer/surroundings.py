@@ -6,13 +6,12 @@ import pickle
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from inspect import getattr_static
 from itertools import chain
 from operator import is_, itemgetter
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Any, NamedTuple
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
 
 import numpy as np
 import pyro
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 
 from pyrovae.infer.log_weights import same_random_state
+from pyrovae.infer.stand_ins import Place, StandIns, content, is_real
 
 __all__ = ["Surroundings", "same_objects"]
 
@@ -34,42 +34,6 @@ MOST_MEMBERS = 100
 """Longer containers hold data, not modules."""
 MOST_NUMBERS = 2**24
 """Larger tensors are data, which no model changes."""
-
-
-class _Place(NamedTuple):
-    """Where a value is found: under a name in a namespace, or in the cell of a closure."""
-
-    space: Any
-    name: str
-    owner: Any = None
-
-    def reader(self) -> Callable[[], Any]:
-        cell = isinstance(self.space, CellType)
-        return partial(_content, self.space) if cell else partial(self.space.get, self.name)
-
-    def write(self, value: Any) -> None:
-        if isinstance(self.space, CellType):
-            self.space.cell_contents = value
-        elif isinstance(self.space, dict):
-            self.space[self.name] = value
-        else:  # a class's, which it only shows
-            setattr(self.owner, self.name, value)
-
-    def key(self) -> tuple[int, str]:
-        return id(self.owner if isinstance(self.owner, type) else self.space), self.name
-
-    def label(self) -> str:
-        return self.name if self.owner is None else f"{_class(self.owner).__name__}.{self.name}"
-
-
-@dataclass
-class _Moving:
-    """A Python number that changes from step to step, and the tensor that a record reads in its place."""
-
-    place: _Place
-    read: Callable[[], Any]
-    number: float
-    tensor: Tensor
 
 
 class Surroundings:
@@ -87,14 +51,13 @@ class Surroundings:
         self._states: list[tuple[list[Any], tuple]] = []
         self._state = 0  # which of them is the last
         self._last_glance: tuple[list[int], list[Any]] = ([], [])
-        self._moving: dict[tuple[int, str], _Moving] = {}
-        self._held: set[tuple[int, str]] = set()  # numbers that no tensor can stand for
+        self.stand_ins = StandIns()
         self._look()
 
     def state(self) -> int:
         """A number that stands for all of it: it is the same as long as numbers are equal and objects the same."""
-        for moving in [*self._moving.values()]:
-            self._follow(moving)
+        if not self.stand_ins.follow():
+            self._last_glance = ([], [])
         # Nearly always every object is the one seen last, which this tells in a few microseconds.
         lengths, objects = self._glance()
         if lengths != self._last_glance[0] or not same_objects(objects, self._last_glance[1]):
@@ -112,8 +75,7 @@ class Surroundings:
         """What a state, or what all is now, comes down to. Unlike a state it shows a list that grows."""
         if state is not None:
             return self._states[state][1]
-        stand_ins = [(id(moving.read()), moving.tensor.item()) for moving in self._moving.values()]
-        return (*map(_fingerprint, self._values()), *stand_ins)
+        return (*map(_fingerprint, self._values()), *self.stand_ins.fingerprints())
 
     def difference(self, before: tuple, after: tuple) -> str:
         """What differs between two keys, by name."""
@@ -121,70 +83,30 @@ class Surroundings:
         different = [name for name, a, b in zip(names, before, after, strict=False) if a != b]
         return ", ".join(different[:3]) or "an attribute"
 
-    # Numbers that move --------------------------------------------------------------------------------------------
-
     def let_move(self, before: int, after: int, as_tensor: Callable[[float], Tensor]) -> bool:
         """Have tensors stand for the numbers in which two states differ. False where there are none."""
         places, a, b = self._places(), self.key(before), self.key(after)
         if not len(places) <= len(a) == len(b):
             return False
-        moved = {}
+        moved = False
         for place, old, new in zip(places, a, b, strict=False):
             number = place.reader()()
-            if old != new and place.key() not in self._held and _is_real(old, number):
-                moved[place.key()] = _Moving(place, place.reader(), number, as_tensor(number))
-        self._moving |= moved
+            if (
+                old != new
+                and is_real(old)
+                and is_real(number)
+                and not (isinstance(old, int) and isinstance(number, int))
+            ):
+                moved |= self.stand_ins.add(place, number, as_tensor)
         self._last_glance = ([], [])
-        return bool(moved)
-
-    @property
-    def has_moving_numbers(self) -> bool:
-        return bool(self._moving)
+        return moved
 
     def hold(self) -> bool:
         """No tensor can stand for the numbers that move: they count again. False where there are none."""
-        held, self._moving = self._moving, {}
-        self._held |= held.keys()
+        held = bool(self.stand_ins)
+        self.stand_ins.refuse()
         self._last_glance = ([], [])
-        return bool(held)
-
-    @contextmanager
-    def standing_in(self) -> Iterator[None]:
-        """While a record is made, the tensors lie where the numbers are."""
-        moving = [*self._moving.values()]
-        for each in moving:
-            each.place.write(each.tensor)
-        try:
-            yield
-        finally:
-            for each in moving:
-                each.place.write(each.number)
-                each.tensor.fill_(each.number)
-
-    @contextmanager
-    def other_numbers(self) -> Iterator[None]:
-        """Other values of the stand-ins: a record that differs for it has read one into Python."""
-        values = [(moving.tensor, moving.tensor.item()) for moving in self._moving.values()]
-        for tensor, value in values:
-            tensor.fill_(value / 2 or 0.5)
-        try:
-            yield
-        finally:
-            for tensor, value in values:
-                tensor.fill_(value)
-
-    def _follow(self, moving: _Moving) -> None:
-        number = moving.read()
-        if number is moving.number:
-            return
-        if _is_real(number, 0.0):
-            moving.number = number
-            moving.tensor.fill_(number)
-        else:  # None, say, which is no number
-            del self._moving[moving.place.key()]
-            self._last_glance = ([], [])
-
-    # Looking ------------------------------------------------------------------------------------------------------
+        return held
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
@@ -232,10 +154,10 @@ class Surroundings:
     def _look(self) -> None:
         """Find what there is to watch; a module may have come in another's place."""
         self._namespaces: list[tuple[Any, dict]] = []
-        self._named: list[_Place] = []
+        self._named: list[Place] = []
         self._met: set[Any] = set()
         self._meet_all(self._functions)
-        self._named = [place for place in self._named if place.key() not in self._moving]
+        self._named = [place for place in self._named if place.key() not in self.stand_ins]
         self._readers = [place.reader() for place in self._named]
         named = [
             (space, [name for name in space if name not in _BOOKKEEPING and self._is_watched(owner, space, name)])
@@ -244,7 +166,7 @@ class Surroundings:
         self._pickers = [(itemgetter(names[0], *names), space) for space, names in named if names]
 
     def _is_watched(self, owner: Any, space: dict, name: str) -> bool:
-        return (id(space), name) not in self._moving and not _is_made_anew(owner, name)
+        return (id(space), name) not in self.stand_ins and not _is_made_anew(owner, name)
 
     def _meet(self, thing: Any) -> None:
         if isinstance(thing, MethodType):
@@ -302,21 +224,21 @@ class Surroundings:
         if isinstance(value, FunctionType):
             self._meet_method(owner, value)
         elif isinstance(value, _NUMBERS):
-            self._named.append(_Place(vars(ancestor), name, ancestor))
+            self._named.append(Place(vars(ancestor), name, ancestor))
 
     def _meet_function(self, function: FunctionType) -> None:
         code = function.__code__
         cells = list(zip(function.__closure__ or (), code.co_freevars, strict=True))
         named = {name: function.__globals__[name] for name in code.co_names if name in function.__globals__}
-        self._named += [_Place(cell, name) for cell, name in cells]
+        self._named += [Place(cell, name) for cell, name in cells]
         self._named += [
-            _Place(function.__globals__, name)
+            Place(function.__globals__, name)
             for name, value in named.items()
             if not isinstance(value, type | ModuleType) and not callable(value)
         ]
         defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
         helpers = [v for v in named.values() if isinstance(v, FunctionType) and v.__module__ == function.__module__]
-        contents = [_content(cell) for cell, _ in cells]
+        contents = [content(cell) for cell, _ in cells]
         holders = [v for v in (*named.values(), *defaults) if isinstance(v, _HOLDERS)]
         self._meet_all([*contents, *helpers, *holders])
         self._meet_attributes(code, [*contents, *named.values(), *defaults])
@@ -325,7 +247,7 @@ class Surroundings:
         """Of objects that a function reads, what it names: ``args.beta``, ``q.guide``, the number ``args["beta"]``."""
         for thing in things:
             keys = [c for c in code.co_consts if isinstance(c, str) and c in thing] if isinstance(thing, dict) else []
-            self._named += [_Place(thing, key) for key in keys if isinstance(thing[key], _NUMBERS)]
+            self._named += [Place(thing, key) for key in keys if isinstance(thing[key], _NUMBERS)]
             if isinstance(thing, (nn.Module, type, ModuleType, FunctionType, Tensor)):
                 continue
             space = _attributes(thing)
@@ -336,7 +258,7 @@ class Surroundings:
 
     def _meet_named(self, code: CodeType, space: dict[str, Any]) -> None:
         named = [name for name in code.co_names if name in space]
-        self._named += [_Place(space, name) for name in named]
+        self._named += [Place(space, name) for name in named]
         self._meet_all([space[name] for name in named if isinstance(space[name], _HOLDERS)])
 
     def _glance(self) -> tuple[list[int], list[Any]]:
@@ -349,10 +271,10 @@ class Surroundings:
         named = [read() for read in self._readers]
         return lengths, [*chain.from_iterable(attributes), *named, *pyro.get_param_store()._params.values()]
 
-    def _places(self) -> list[_Place]:
+    def _places(self) -> list[Place]:
         """Of all that is watched, besides the parameter store."""
         attributes = [
-            _Place(space, name, owner)
+            Place(space, name, owner)
             for owner, space in self._namespaces
             for name in space
             if self._is_watched(owner, space, name)
@@ -363,8 +285,7 @@ class Surroundings:
         return [*(place.reader()() for place in self._places()), *pyro.get_param_store()._params.values()]
 
     def _names(self) -> list[str]:
-        watched, moving = self._places(), [moving.place for moving in self._moving.values()]
-        labels = [[place.label() for place in places] for places in (watched, moving)]
+        labels = [[place.label() for place in places] for places in (self._places(), self.stand_ins.places())]
         return [*labels[0], *pyro.get_param_store()._params, *labels[1]]
 
 
@@ -374,23 +295,6 @@ def _attributes(thing: Any) -> dict[str, Any]:
 
 def _dict(space: Any) -> dict[str, Any]:
     return space if isinstance(space, dict) else {}
-
-
-def _class(thing: Any) -> type:
-    return thing if isinstance(thing, type) else type(thing)
-
-
-def _is_real(some: Any, other: Any) -> bool:
-    """Whether they are Python's real numbers, and one of them no whole one."""
-    plain = all(isinstance(x, int | float) and not isinstance(x, bool) for x in (some, other))
-    return plain and (isinstance(some, float) or isinstance(other, float))
-
-
-def _content(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # empty so far
-        return None
 
 
 def same_objects(some: list[Any], others: list[Any]) -> bool:

@@ -1,0 +1,121 @@
+"""What no record can hold, and at which line: values that are read into Python, shapes that depend on values."""
+
+from __future__ import annotations
+
+import linecache
+import sys
+import traceback
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["Conversions", "Untraceable", "Values", "reason", "tensors_in", "where"]
+
+
+class Untraceable(RuntimeError):
+    """The computation is no fixed graph of tensor operations. The message says why, and at which line."""
+
+
+class Values(TorchDispatchMode):
+    """Refuses to read a tensor's value into Python, and operations the shape of whose result depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read = ""
+        """What was refused first, and where."""
+        self._constants: dict[int, Tensor] = {}  # made of nothing but Python numbers
+
+    def refuse(self, reason: str) -> None:
+        self.read = self.read or reason + where(sys._getframe(2))
+        raise Untraceable(reason)
+
+    def are_constant(self, values: Any) -> bool:
+        return all(_memory(tensor) in self._constants for tensor in tensors_in(values))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        random = torch.Tag.nondeterministic_seeded in func.tags
+        fixed = func is torch.ops.aten.lift_fresh.default or (not random and self.are_constant((args, kwargs)))
+        if torch.Tag.data_dependent_output in func.tags and not fixed:
+            self.refuse(_READS)
+        if torch.Tag.dynamic_output_shape in func.tags and not fixed:
+            masks = (
+                [i for i in args[1] if i is not None and i.dtype in _MASKS]
+                if func is torch.ops.aten.index.Tensor
+                else (args, kwargs)
+            )
+            if not self.are_constant(masks):
+                self.refuse("the shape of a result depends on values (a boolean index, nonzero, unique)")
+        result = func(*args, **kwargs)
+        for tensor in tensors_in(result):
+            self._constants.pop(_memory(tensor), None)
+            if fixed:
+                self._constants[_memory(tensor)] = tensor
+        return result
+
+
+class Conversions(TorchFunctionMode):
+    """Refuses those that are no operations: they read memory."""
+
+    def __init__(self, values: Values) -> None:
+        super().__init__()
+        self._values = values
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _TO_NUMPY and not self._values.are_constant(args):
+            self._values.refuse(f"it reads the values of a tensor into Python (.{func.__name__}())")
+        if func in _TO_NUMBERS and not self._values.are_constant(args):
+            self._values.refuse(_READS)
+        if func in _FROM_NUMBERS and any(not isinstance(x, Tensor) and not self._values.are_constant(x) for x in args):
+            self._values.refuse("it makes a tensor of other tensors' values (use torch.stack)")
+        return func(*args, **(kwargs or {}))
+
+
+_TO_NUMPY = (Tensor.numpy, Tensor.tolist, Tensor.__array__)
+_TO_NUMBERS = (Tensor.item, Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.__bool__, Tensor.__complex__)
+_FROM_NUMBERS = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
+_MASKS = (torch.bool, torch.uint8)
+
+
+def _memory(tensor: Tensor) -> int:
+    """What a tensor shares with its views."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+
+
+_READS = "it reads the value of a tensor into Python (.item(), float(), or an `if` on a tensor)"
+
+
+def reason(error: BaseException) -> str:
+    text = str(error).strip().splitlines() or [type(error).__name__]
+    if "_local_scalar_dense" in str(error) or "is_nonzero" in str(error):
+        return _READS
+    return text[0]
+
+
+_LIBRARIES = tuple(
+    str(Path(module.__file__).parent) for module in (torch, pyro, sys.modules[__package__]) if module.__file__
+)
+
+
+def where(place: TracebackType | FrameType | None) -> str:
+    """The last line of the user's own in a traceback, or in the stack of a frame."""
+    if isinstance(place, TracebackType):
+        lines = [(frame, number) for frame, number in traceback.walk_tb(place)][::-1]
+    else:
+        lines = list(traceback.walk_stack(place))
+    for frame, number in lines:
+        file = frame.f_code.co_filename
+        if not file.startswith((*_LIBRARIES, "<")):
+            return f", at {Path(file).name}:{number}: `{linecache.getline(file, number).strip()}`"
+    return ""
