@@ -8,6 +8,7 @@ import random
 import re
 from collections.abc import Callable
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 import pyro
@@ -116,6 +117,7 @@ def test_a_function_of_no_arguments() -> None:
 
 class Counter:
     value = 0
+    values: ClassVar = [0]  # which is not watched
 
 
 RATE = torch.tensor(2.0)  # as a buffer of a module that lies outside, and that the record would otherwise hold fixed
@@ -123,12 +125,17 @@ RATE = torch.tensor(2.0)  # as a buffer of a module that lies outside, and that 
 
 def count(x: Tensor) -> Tensor:
     Counter.value += 1
-    return x * Counter.value  # the line to name
+    return x * Counter.value
+
+
+def count_on(x: Tensor) -> Tensor:
+    Counter.values[0] += 1
+    return x * Counter.values[0]  # the line to name
 
 
 def grow(x: Tensor) -> Tensor:
-    Counter.value += 1
-    for _ in range(Counter.value):
+    Counter.values[0] += 1
+    for _ in range(Counter.values[0]):
         x = x.sin()
     return x
 
@@ -150,11 +157,17 @@ REFUSED = {
     "a number that torch wants": (lambda x: torch.add(x, x, alpha=RATE), r"the value of a tensor.*, at test_program"),
     "tensor of tensors": (
         lambda x: x * torch.tensor([RATE, 1.0, x.sum()]),
-        r"other tensors' values.*, at test_program",
+        r"a tensor of a list of tensors.*, at test_program",
     ),
-    "new_tensor": (lambda x: x * x.new_tensor([RATE, 1.0, 1.0]), r"other tensors' values.*, at test_program.py:\d+"),
+    "new_tensor": (
+        lambda x: x * x.new_tensor([RATE, 1.0, 1.0]),
+        r"a tensor of a list of tensors.*, at test_program.py:\d+",
+    ),
+    "tensor of data": (lambda x: x * torch.tensor(data=[RATE, 1.0, 1.0]), r"a tensor of a list of tensors.*, at test_"),
+    "numpy that writes": (lambda x: (m := torch.zeros(3), m.numpy().fill(2.0), x * m)[-1], r"numpy.*, at test_program"),
     "Tensor of tensors": (lambda x: x * torch.Tensor([RATE, 1.0, 1.0]), r"value of a tensor.*, at test_program.py:\d+"),
-    "counter": (count, r"something else each time it runs, at test_program.py:\d+: `return x \* Counter.value  # the"),
+    "counter": (count, r"it changes Counter\.value as it runs"),
+    "hidden counter": (count_on, r"something else each time it runs, at test_program.py:\d+: `return x .*  # the"),
     "numpy noise": (lambda x: x * np.random.rand(), r"something else each time.*, at test_program.py:\d+"),  # noqa: NPY002
     "numpy tensor": (lambda x: x * torch.from_numpy(np.random.rand(3)), "other numbers each time it runs"),  # noqa: NPY002
     "random list": (lambda x: x * torch.tensor([random.random()]), "other numbers each time it runs"),

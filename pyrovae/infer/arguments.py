@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-__all__ = ["Arguments"]
+__all__ = ["Arguments", "kind_of_call"]
 
 _FIXED = (bool, int, float, str, type(None))
 
@@ -17,39 +18,48 @@ class Arguments(NamedTuple):
     """``args`` and ``kwargs``, taken apart; tensors in tuples, lists and dicts are found."""
 
     tensors: tuple[Tensor, ...]
-    spec: TreeSpec | None = None
+    spec: Any = None
     """Where everything goes; None where there are tensors only, one after another."""
     kinds: tuple[type, ...] = ()
     fixed: tuple[Any, ...] = ()
     """Everything, with ``...`` in the place of each tensor."""
 
     @staticmethod
-    def of(args: tuple, kwargs: dict, as_tensor: Callable[[float], Tensor] | None) -> Arguments:
-        """Floats become tensors by ``as_tensor``; without it they are held fixed too.
-
-        Raises:
-            TypeError: there is one of another type, or a tensor that wants a gradient.
+    def of(args: tuple, kwargs: dict) -> Arguments:
         """
-        spec: TreeSpec | None = None
-        leaves = list(args)
-        if kwargs or not all(isinstance(arg, Tensor) for arg in args):
-            leaves, spec = tree_flatten((args, kwargs))
-        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
-            raise TypeError("an argument that wants a gradient is not recorded")
-        if spec is None:
-            return Arguments(args)
+        Raises:
+            TypeError: there is one of another type, a sparse tensor, or one that wants a gradient.
+        """
+        leaves, spec = _leaves(args, kwargs)
+        tensors = tuple([leaf for leaf in leaves if isinstance(leaf, Tensor)])
+        for tensor in tensors:
+            if tensor.requires_grad:
+                raise TypeError("an argument that wants a gradient is not recorded")
+            if tensor.layout is not torch.strided or tensor.is_nested:
+                raise TypeError("a sparse or nested argument is not recorded")
+        if spec == (len(tensors), ()):
+            return Arguments(tensors)
         kinds = tuple(map(type, leaves))
         for leaf, kind in zip(leaves, kinds, strict=True):
             if not isinstance(leaf, (Tensor, *_FIXED)):
                 raise TypeError(f"an argument of type {kind.__module__}.{kind.__qualname__} is not recorded")
-        if as_tensor is not None:
-            leaves = [as_tensor(leaf) if isinstance(leaf, float) else leaf for leaf in leaves]
-        tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
         return Arguments(tensors, spec, kinds, tuple(... if isinstance(leaf, Tensor) else leaf for leaf in leaves))
 
     @property
     def has_floats(self) -> bool:
         return any(issubclass(kind, float) for kind in self.kinds)
+
+    def call(self) -> tuple:
+        """Calls of one kind differ in tensors and floats alone."""
+        return self.spec, self.kinds, tuple(... if isinstance(leaf, float) else leaf for leaf in self.fixed)
+
+    def with_floats_as_tensors(self, as_tensor: Callable[[float], Tensor]) -> Arguments:
+        given = iter(self.tensors)
+        leaves = [
+            next(given) if leaf is ... else as_tensor(leaf) if isinstance(leaf, float) else leaf for leaf in self.fixed
+        ]
+        tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+        return self._replace(tensors=tensors, fixed=self.call()[2])
 
     def put_together(self, tensors: tuple[Tensor, ...], *, as_floats: bool = False) -> tuple[tuple, dict]:
         """``args`` and ``kwargs`` again, with ``tensors`` in the place of these. Floats may be floats again."""
@@ -59,9 +69,28 @@ class Arguments(NamedTuple):
         leaves = [next(rest) if leaf is ... else leaf for leaf in self.fixed]
         if as_floats:
             leaves = [float(x) if issubclass(kind, float) else x for x, kind in zip(leaves, self.kinds, strict=True)]
-        return tree_unflatten(leaves, self.spec)
+        if isinstance(self.spec, TreeSpec):
+            return tree_unflatten(leaves, self.spec)
+        number, names = self.spec
+        return tuple(leaves[:number]), dict(zip(names, leaves[number:], strict=True))
 
     def key(self) -> tuple:
         """Arguments of one key differ in nothing but their tensors' values."""
         shapes = [(arg.shape, arg.stride(), arg.dtype, arg.device) for arg in self.tensors]
         return (self.spec, self.kinds, self.fixed, *shapes)
+
+
+def kind_of_call(args: tuple, kwargs: dict) -> Hashable:
+    """Which arguments are tensors or numbers, one standing for the other, which are None, and what switches say."""
+    leaves, spec = _leaves(args, kwargs)
+    return spec, tuple(
+        [x if isinstance(x, bool | str) else Tensor if isinstance(x, Tensor | int | float) else type(x) for x in leaves]
+    )
+
+
+def _leaves(args: tuple, kwargs: dict) -> tuple[list[Any], Any]:
+    """The arguments that are no containers, and where they go."""
+    leaves = [*args, *kwargs.values()]
+    if any(isinstance(leaf, tuple | list | dict) for leaf in leaves):
+        return tree_flatten((args, kwargs))  # ten times slower
+    return leaves, (len(args), tuple(kwargs))

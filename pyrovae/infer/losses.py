@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyrovae.checks import check_positive
+from pyrovae.infer.arguments import kind_of_call
 from pyrovae.infer.log_weights import (
     LogWeightTerms,
     Structure,
@@ -35,10 +36,6 @@ from pyrovae.infer.log_weights import (
 )
 
 __all__ = ["RenyiELBO", "TraceEnum_ELBO", "TraceMeanField_ELBO", "Trace_ELBO", "renyi_bound"]
-
-
-MOST_CALLS = 8
-"""Of different kinds, whose structure an objective remembers."""
 
 
 class _Objective(ELBO):
@@ -54,18 +51,19 @@ class _Objective(ELBO):
         check_positive("num_particles", num_particles, integer=True)
         super().__init__(num_particles, max_plate_nesting, vectorize_particles=vectorize_particles, **options)
         self._given_nesting = max_plate_nesting
+        self._pair: Any = None  # the one last seen, and its structure by kind of call
         self._seen: dict[Any, Structure] = {}
 
     def _structure(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Structure:
         """Looked at once for each pair and kind of call: a second one, without labels say, gets a look of its own."""
-        kinds = [arg if isinstance(arg, bool | str) else type(arg) for arg in (*args, *kwargs.values())]
-        call = (model, guide, *kinds, *kwargs)
+        if self._pair != (model, guide):
+            self._pair = (model, guide)
+            self._seen.clear()
+        call = kind_of_call(args, kwargs)
         if call not in self._seen:
             structure = Structure.of(model, guide, args, kwargs)
             if self._given_nesting != math.inf:
                 structure = Structure(int(self._given_nesting), structure.enumerated)
-            if len(self._seen) == MOST_CALLS:
-                self._seen.clear()
             self._seen[call] = structure
         return self._seen[call]
 

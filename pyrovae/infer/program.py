@@ -28,8 +28,9 @@ from torch.overrides import TorchFunctionMode
 from pyrovae.infer.log_weights import same_random_state
 from pyrovae.infer.machine import with_tried_instructions
 from pyrovae.infer.rewrite import rewritten
+from pyrovae.infer.stand_ins import other_number
 from pyrovae.infer.surroundings import Surroundings
-from pyrovae.infer.untraceable import Conversions, Untraceable, Values, reason, tensors_in, where
+from pyrovae.infer.untraceable import Conversions, NoKey, Untraceable, Values, reason, tensors_in, where
 
 __all__ = ["Program", "Untraceable", "say_once"]
 
@@ -56,26 +57,34 @@ class Program:
         surroundings = self._surroundings = surroundings or Surroundings(function)
         with warnings.catch_warnings(), surroundings.unchanged():
             warnings.simplefilter("ignore")  # an eager step says the same
-            with surroundings.unchanged():  # what is set up at the first use stays, and is no part of a record
-                expected = _result(original or function, _copies(args))
-            with surroundings.stand_ins.in_place():
-                with surroundings.unchanged():
-                    result = _result_without_reading(function, _copies(args))
-                before, random_state = surroundings.key(), surroundings.python_random_state()
+            stand_ins = surroundings.stand_ins
+            has_numbers = bool(stand_ins) or original is not None
+            _result(original or function, _copies(args))  # what is set up at the first use is no part of a record
+            if not has_numbers:
+                _result_without_reading(function, _copies(args))
+            for other in (False, True) if has_numbers else ():
+                with surroundings.unchanged(), stand_ins.as_numbers(other=other):
+                    expected = _result(original or function, _copies(args, other=other))
+                with surroundings.unchanged(), stand_ins.as_tensors(other=other, unhashable=True):
+                    copies = _copies(args, other=other)
+                    result = _result_without_reading(function, copies if original is None else _without_keys(copies))
+                if not _are_close(result, expected):
+                    raise Untraceable("it computes something else where a tensor stands for a Python number")
+            before, random_state = surroundings.key(), surroundings.python_random_state()
+            with stand_ins.as_tensors(other=False):
                 first = _Record(function, _copies(args))
-                with surroundings.stand_ins.with_other_values():
-                    second = _Record(function, _others(args))
-                if before != (after := surroundings.key()):
-                    raise Untraceable(f"it changes {surroundings.difference(before, after)} as it runs")
-                first.check_same(second)
-                if random_state != surroundings.python_random_state():
-                    raise Untraceable("it draws random numbers of Python's or NumPy's")
                 first.check_runs(_copies(args))
-            if (original or surroundings.stand_ins) and not _are_close(result, expected):
-                raise Untraceable("it computes something else where a tensor stands for a Python number")
+            # A record that differs for other values has read one into Python.
+            with stand_ins.as_tensors(other=True):
+                second = _Record(function, _copies(args, other=True))
+            if before != (after := surroundings.key()):
+                raise Untraceable(f"it changes {surroundings.difference(before, after)} as it runs")
+            first.check_same(second)
+            if random_state != surroundings.python_random_state():
+                raise Untraceable("it draws random numbers of Python's or NumPy's")
         self.graph, self.inputs = first.graph, first.inputs
         # Those that a record makes are constants; the others may change.
-        self.outside = [a for a, b in zip(first.inputs, second.inputs, strict=True) if a is b]
+        self.outside = [a for a, b in zip(first.inputs, second.inputs, strict=True) if _are_one(a, b)]
         self.is_compiled = False
 
     def compile(self, args: tuple[Tensor, ...]) -> None:
@@ -161,23 +170,29 @@ def say_once(message: str) -> None:
 # Recording ------------------------------------------------------------------------------------------------------
 
 
-def _copies(args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Arguments to look with: the computation may change them, and they may be its surroundings' or each other."""
-    return tuple(
-        arg.detach()  # an expanded one is not to be written to
-        if 0 in arg.stride()
-        else torch.empty_strided(arg.shape, arg.stride(), dtype=arg.dtype, device=arg.device).copy_(arg.detach())
-        for arg in args
-    )
+def _copies(args: tuple[Tensor, ...], *, other: bool = False) -> tuple[Tensor, ...]:
+    """Arguments to look with: the computation may change them, and they may be its surroundings' or each other.
+
+    With the same values, or with others.
+    """
+    copies = []
+    for index, arg in enumerate(args):
+        copy = arg.detach()
+        if 0 not in arg.stride():  # an expanded one is not to be written to
+            copy = torch.empty_strided(arg.shape, arg.stride(), dtype=arg.dtype, device=arg.device).copy_(copy)
+            if other and arg.dtype in _FLOATS:
+                copy = copy.fill_(other_number(float(copy), index)) if copy.ndim == 0 else copy.div_(2 + index)
+        copies.append(copy)
+    return tuple(copies)
 
 
-def _others(args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Like ``args``, with other values: a record that differs for it has read one into Python."""
-    others = _copies(args)
-    for other in others:
-        if other.is_floating_point() and 0 not in other.stride():
-            other.div_(2)
-    return others
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _are_one(one: Any, other: Any) -> bool:
+    """Whether they are the same, or the same memory: numbers that change are met as new objects each time."""
+    numbers = isinstance(one, Tensor) and isinstance(other, Tensor) and one.ndim == other.ndim == 0
+    return one is other or (numbers and one.untyped_storage()._cdata == other.untyped_storage()._cdata)
 
 
 _one_at_a_time = threading.RLock()
@@ -195,20 +210,26 @@ def _unvalidated() -> Iterator[None]:
             Distribution._validate_sample = validate  # type: ignore[method-assign]
 
 
-def _result(function: Callable[..., Any], args: tuple[Tensor, ...], *modes: Any) -> Any:
-    """One run, with no record."""
+def _result(function: Callable[..., Any], args: tuple[Tensor, ...], *modes: Any) -> tuple[Any, Tensor]:
+    """Of one run, with no record; and where random numbers go on."""
     try:
         with same_random_state(), _unvalidated(), ExitStack() as stack:
             for mode in modes:
                 stack.enter_context(mode)
-            return function(*args)
+            return function(*args), torch.get_rng_state()
     except Exception as error:
         raise Untraceable(f"{reason(error)}{where(error.__traceback__)}") from error
 
 
-def _result_without_reading(function: Callable[..., Any], args: tuple[Tensor, ...]) -> Any:
+def _without_keys(args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Those that may stand for numbers are no keys."""
+    return tuple(arg.as_subclass(NoKey) if arg.ndim == 0 else arg for arg in args)
+
+
+def _result_without_reading(function: Callable[..., Any], args: tuple[Tensor, ...]) -> tuple[Any, Tensor]:
     """A record would hold fixed what is read. Recording refuses to read what it has computed, but not what it meets."""
     values = Values()
+    versions = [arg._version for arg in args]
     try:
         result = _result(function, args, values, Conversions(values))
     except Untraceable:
@@ -216,13 +237,22 @@ def _result_without_reading(function: Callable[..., Any], args: tuple[Tensor, ..
             raise
     if values.read:  # NumPy and torch's old constructors go on when they are refused, in a way of their own
         raise Untraceable(values.read)
+    if any(isinstance(arg, NoKey) and arg._version != version for arg, version in zip(args, versions, strict=True)):
+        raise Untraceable("it changes an argument that is a number, in place")
     return result
 
 
-def _are_close(result: Any, expected: Any) -> bool:
-    """To far more than rounding, and far less than another computation."""
-    pairs = zip(tensors_in(result), tensors_in(expected), strict=True)
-    return all(torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()), equal_nan=True) for a, b in pairs)
+def _are_close(result: tuple[Any, Tensor], expected: tuple[Any, Tensor]) -> bool:
+    """To far more than rounding, and far less than another computation; with as many random numbers."""
+    ours, theirs = tensors_in(result), tensors_in(expected)
+    if [(x.shape, x.dtype) for x in ours] != [(x.shape, x.dtype) for x in theirs]:
+        return False
+    return all(
+        torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()), equal_nan=True)
+        if b.is_floating_point() and b.numel()
+        else torch.equal(a, b)
+        for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 class _Record:
@@ -252,7 +282,7 @@ class _Record:
             if a != b:
                 raise Untraceable(f"it does something else each time it runs: first `{a}`, then `{b}`")
         for x, y in zip(self.inputs, other.inputs, strict=True):
-            if x is not y and not (x.shape == y.shape and x.dtype == y.dtype and bool(torch.equal(x, y))):
+            if not _are_one(x, y) and not (x.shape == y.shape and x.dtype == y.dtype and bool(torch.equal(x, y))):
                 raise Untraceable("it makes a tensor of other numbers each time it runs")
 
     def check_runs(self, args: tuple[Tensor, ...]) -> None:

@@ -6,12 +6,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from types import CellType
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Place", "StandIns", "content", "is_real"]
+from pyrovae.infer.untraceable import NoKey, Untraceable
+
+__all__ = ["Place", "StandIns", "content", "is_real", "other_number"]
+
+Key = tuple[int, str]
 
 
 class Place(NamedTuple):
@@ -34,7 +39,7 @@ class Place(NamedTuple):
         else:  # a class's, which it only shows
             setattr(self.owner, self.name, value)
 
-    def key(self) -> tuple[int, str]:
+    def key(self) -> Key:
         return id(self.owner if isinstance(self.owner, type) else self.space), self.name
 
     def label(self) -> str:
@@ -54,38 +59,58 @@ def is_real(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def other_number(value: float, index: int) -> float:
+    """Another one of the same sign, and equal ones apart."""
+    return value / (2 + index) or 0.5 / (1 + index)
+
+
 @dataclass
 class _StandIn:
     place: Place
     read: Callable[[], Any]
     number: float
     tensor: Tensor
+    serial: int
 
 
 class StandIns:
     """One for each number that moves, by the key of its place."""
 
     def __init__(self) -> None:
-        self._all: dict[tuple[int, str], _StandIn] = {}
-        self._refused: set[tuple[int, str]] = set()
+        self._all: dict[Key, _StandIn] = {}
+        self._fresh: set[Key] = set()  # those that no record has read yet
+        self._refused: set[Key] = set()
+        self._serials = count()
 
     def __bool__(self) -> bool:
         return bool(self._all)
 
-    def __contains__(self, key: tuple[int, str]) -> bool:
+    def __contains__(self, key: Key) -> bool:
         return key in self._all
 
     def add(self, place: Place, number: float, as_tensor: Callable[[float], Tensor]) -> bool:
         """False where it was found that no tensor can stand for the number there."""
-        if place.key() in self._refused:
+        key = place.key()
+        if key in self._refused:
             return False
-        self._all[place.key()] = _StandIn(place, place.reader(), number, as_tensor(number))
+        self._all[key] = _StandIn(place, place.reader(), number, as_tensor(number), next(self._serials))
+        self._fresh.add(key)
         return True
 
-    def refuse(self) -> None:
-        """No tensor can stand for these numbers."""
-        self._refused |= self._all.keys()
-        self._all = {}
+    def accept(self) -> None:
+        """A record has been made with them."""
+        self._fresh = set()
+
+    def refuse(self) -> bool:
+        """No record can be made with those that are new. False where there are none."""
+        refused, self._fresh = self._fresh & self._all.keys(), set()
+        self._refused |= refused
+        self._all = {key: each for key, each in self._all.items() if key not in refused}
+        return bool(refused)
+
+    def keep(self, keys: set[Key]) -> None:
+        """Drop the others: nothing reads their numbers any more."""
+        self._all = {key: each for key, each in self._all.items() if key in keys}
 
     def follow(self) -> bool:
         """Read the numbers anew. False where one is no number now (None, say), and has no stand-in any more."""
@@ -101,34 +126,45 @@ class StandIns:
                 del self._all[key]
         return len(self._all) == before
 
-    def places(self) -> list[Place]:
-        return [each.place for each in self._all.values()]
-
-    def fingerprints(self) -> list[Any]:
-        """While they are in place: what shows that a run has changed one."""
-        return [(id(each.read()), each.tensor.item()) for each in self._all.values()]
+    def state(self) -> tuple:
+        """Which there are."""
+        return tuple((key, each.serial) for key, each in self._all.items())
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """The tensors lie where the numbers are."""
-        stand_ins = [*self._all.values()]
-        for each in stand_ins:
-            each.place.write(each.tensor)
+    def as_numbers(self, *, other: bool) -> Iterator[None]:
+        """The numbers lie where they do, or other ones."""
+        with self._in_place([(each, value) for each, value in self._values(other)]):
+            yield
+
+    @contextmanager
+    def as_tensors(self, *, other: bool, unhashable: bool = False) -> Iterator[None]:
+        """The tensors lie where the numbers are, with their values or others, as objects that nothing has met.
+
+        Raises:
+            Untraceable: what ran has changed one.
+        """
+        placed: list[tuple[_StandIn, Tensor]] = []
+        for each, value in self._values(other):
+            each.tensor.fill_(value)
+            alias = each.tensor.detach()
+            placed.append((each, alias.as_subclass(NoKey) if unhashable else alias))
+        versions = [alias._version for _, alias in placed]
+        with self._in_place(placed):
+            yield
+            for (each, alias), version in zip(placed, versions, strict=True):
+                if each.read() is not alias or alias._version != version:
+                    raise Untraceable(f"it changes {each.place.label()} as it runs")
+
+    def _values(self, other: bool) -> list[tuple[_StandIn, float]]:
+        return [(x, other_number(x.number, i) if other else x.number) for i, x in enumerate(self._all.values())]
+
+    @contextmanager
+    def _in_place(self, values: list[tuple[_StandIn, Any]]) -> Iterator[None]:
+        for each, value in values:
+            each.place.write(value)
         try:
             yield
         finally:
-            for each in stand_ins:
+            for each, _ in values:
                 each.place.write(each.number)
                 each.tensor.fill_(each.number)
-
-    @contextmanager
-    def with_other_values(self) -> Iterator[None]:
-        """A record that differs for it has read one into Python."""
-        values = [(each.tensor, each.tensor.item()) for each in self._all.values()]
-        for tensor, value in values:
-            tensor.fill_(value / 2 or 0.5)
-        try:
-            yield
-        finally:
-            for tensor, value in values:
-                tensor.fill_(value)

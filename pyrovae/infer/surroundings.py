@@ -6,7 +6,7 @@ import pickle
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from inspect import getattr_static
 from itertools import chain
 from operator import is_, itemgetter
@@ -39,9 +39,9 @@ MOST_NUMBERS = 2**24
 class Surroundings:
     """Attributes of the modules and objects that ``functions`` belong to, and the globals and closures that they name.
 
-    Of other objects (``args.beta``), the attributes that a function names, and of dicts the numbers (``args["beta"]``).
-    Modules are found in containers and default arguments too; other numbers there are not seen, nor what helper
-    functions of other modules read.
+    Of other objects (``args.beta``), the attributes that a function names; of dicts, classes and modules the numbers
+    (``args["beta"]``). Modules are found in containers and default arguments too; other numbers there are not seen, nor
+    what helper functions of other modules read.
 
     A number can be let move (:meth:`let_move`): then it counts no more, and a record reads a tensor in its place.
     """
@@ -50,20 +50,20 @@ class Surroundings:
         self._functions = functions
         self._states: list[tuple[list[Any], tuple]] = []
         self._state = 0  # which of them is the last
-        self._last_glance: tuple[list[int], list[Any]] = ([], [])
+        self._last_glance: tuple[list[int], list[Any]] | None = None  # None: look again
         self.stand_ins = StandIns()
         self._look()
 
     def state(self) -> int:
         """A number that stands for all of it: it is the same as long as numbers are equal and objects the same."""
         if not self.stand_ins.follow():
-            self._last_glance = ([], [])
+            self._last_glance = None
         # Nearly always every object is the one seen last, which this tells in a few microseconds.
-        lengths, objects = self._glance()
-        if lengths != self._last_glance[0] or not same_objects(objects, self._last_glance[1]):
+        glance, last = self._glance(), self._last_glance
+        if glance is None or last is None or glance[0] != last[0] or not same_objects(glance[1], last[1]):
             self._look()
             values = self._values()
-            key = tuple(id(value) if isinstance(value, list) else _fingerprint(value) for value in values)
+            key = (*(id(x) if isinstance(x, list) else _fingerprint(x) for x in values), self.stand_ins.state())
             keys = [known for _, known in self._states]
             self._state = keys.index(key) if key in keys else len(keys)
             # Holding on to the objects keeps their ids from being given to others.
@@ -73,9 +73,7 @@ class Surroundings:
 
     def key(self, state: int | None = None) -> tuple:
         """What a state, or what all is now, comes down to. Unlike a state it shows a list that grows."""
-        if state is not None:
-            return self._states[state][1]
-        return (*map(_fingerprint, self._values()), *self.stand_ins.fingerprints())
+        return tuple(map(_fingerprint, self._values())) if state is None else self._states[state][1]
 
     def difference(self, before: tuple, after: tuple) -> str:
         """What differs between two keys, by name."""
@@ -98,15 +96,13 @@ class Surroundings:
                 and not (isinstance(old, int) and isinstance(number, int))
             ):
                 moved |= self.stand_ins.add(place, number, as_tensor)
-        self._last_glance = ([], [])
+        self._last_glance = None
         return moved
 
     def hold(self) -> bool:
-        """No tensor can stand for the numbers that move: they count again. False where there are none."""
-        held = bool(self.stand_ins)
-        self.stand_ins.refuse()
-        self._last_glance = ([], [])
-        return held
+        """No tensor can stand for the numbers that began to move last: they count again. False where none did."""
+        self._last_glance = None
+        return self.stand_ins.refuse()
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
@@ -155,8 +151,11 @@ class Surroundings:
         """Find what there is to watch; a module may have come in another's place."""
         self._namespaces: list[tuple[Any, dict]] = []
         self._named: list[Place] = []
+        self._spaces: list[Any] = []  # where names may come and go
         self._met: set[Any] = set()
         self._meet_all(self._functions)
+        keys = {(id(space), name) for _, space in self._namespaces for name in space}
+        self.stand_ins.keep(keys | {place.key() for place in self._named})
         self._named = [place for place in self._named if place.key() not in self.stand_ins]
         self._readers = [place.reader() for place in self._named]
         named = [
@@ -183,6 +182,7 @@ class Surroundings:
                 self._meet_all([*thing.children(), *own])
                 self._meet_method(thing, type(thing).forward)
             elif isinstance(thing, partial):
+                self._named += [Place(thing.keywords, k) for k, v in thing.keywords.items() if isinstance(v, _NUMBERS)]
                 self._meet_all([thing.func, *thing.args, *thing.keywords.values()])
             elif isinstance(thing, FunctionType):
                 self._meet_function(thing)
@@ -209,27 +209,25 @@ class Surroundings:
         if isinstance(method, FunctionType) and both not in self._met and _is_users(method):
             self._met.add(both)
             self._meet_function(method)
-            space = _attributes(owner)
+            code, space = method.__code__, _attributes(owner)
             if id(owner) not in self._met:  # then not all of its attributes are watched
-                self._meet_named(method.__code__, space)
-            self._meet_attributes(method.__code__, [space[n] for n in method.__code__.co_names if n in space])
-            for name in method.__code__.co_names:
-                for ancestor in type(owner).__mro__:
-                    if name in vars(ancestor):
-                        self._meet_class_attribute(owner, ancestor, name)
-                        break
+                self._meet_named(code, space)
+            self._meet_attributes(code, [space[n] for n in _names(code) if n in space])
+            for name in _names(code):
+                self._meet_class_attribute(owner, name)
 
-    def _meet_class_attribute(self, owner: Any, ancestor: type, name: str) -> None:
-        value = vars(ancestor)[name]
-        if isinstance(value, FunctionType):
-            self._meet_method(owner, value)
-        elif isinstance(value, _NUMBERS):
-            self._named.append(Place(vars(ancestor), name, ancestor))
+    def _meet_class_attribute(self, owner: Any, name: str) -> None:
+        """A method or a number; of methods those of parents too, which may be asked for by ``super()``."""
+        having = [ancestor for ancestor in type(owner).__mro__ if name in vars(ancestor)]
+        if having and isinstance(vars(having[0])[name], _NUMBERS):
+            self._named.append(Place(vars(having[0]), name, having[0]))
+        for ancestor in having:
+            self._meet_method(owner, _function(vars(ancestor)[name]))
 
     def _meet_function(self, function: FunctionType) -> None:
         code = function.__code__
         cells = list(zip(function.__closure__ or (), code.co_freevars, strict=True))
-        named = {name: function.__globals__[name] for name in code.co_names if name in function.__globals__}
+        named = {name: function.__globals__[name] for name in _names(code) if name in function.__globals__}
         self._named += [Place(cell, name) for cell, name in cells]
         self._named += [
             Place(function.__globals__, name)
@@ -237,37 +235,59 @@ class Surroundings:
             if not isinstance(value, type | ModuleType) and not callable(value)
         ]
         defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-        helpers = [v for v in named.values() if isinstance(v, FunctionType) and v.__module__ == function.__module__]
         contents = [content(cell) for cell, _ in cells]
-        holders = [v for v in (*named.values(), *defaults) if isinstance(v, _HOLDERS)]
-        self._meet_all([*contents, *helpers, *holders])
+        met = [
+            value
+            for value in named.values()
+            if isinstance(value, _HOLDERS)
+            or (isinstance(value, FunctionType) and value.__module__ == function.__module__)
+            or (callable(value) and not isinstance(value, type | FunctionType))
+        ]
+        self._meet_all([*contents, *met, *(value for value in defaults if isinstance(value, _HOLDERS))])
         self._meet_attributes(code, [*contents, *named.values(), *defaults])
 
     def _meet_attributes(self, code: CodeType, things: list[Any]) -> None:
-        """Of objects that a function reads, what it names: ``args.beta``, ``q.guide``, the number ``args["beta"]``."""
+        """Of objects that a function reads, what it names: ``args.beta``, ``q.guide``; of dicts, classes and modules
+        the numbers, ``args["beta"]``; and so on, ``args.kl.beta``."""
         for thing in things:
-            keys = [c for c in code.co_consts if isinstance(c, str) and c in thing] if isinstance(thing, dict) else []
-            self._named += [Place(thing, key) for key in keys if isinstance(thing[key], _NUMBERS)]
-            if isinstance(thing, (nn.Module, type, ModuleType, FunctionType, Tensor)):
+            both = id(thing), id(code)
+            if both in self._met or isinstance(thing, (nn.Module, FunctionType, Tensor)):
                 continue
-            space = _attributes(thing)
-            self._meet_named(code, space)
-            for name in code.co_names:
-                if name not in space:
-                    self._meet_method(thing, getattr_static(type(thing), name, None))
+            self._met.add(both)
+            names = dict.fromkeys((*_names(code), *_texts(code)))
+            bare = isinstance(thing, type | ModuleType | dict)
+            space: Any = thing if isinstance(thing, dict) else vars(thing) if bare else _attributes(thing)
+            self._spaces.append(space)
+            if bare:
+                texts = [value for value in things if isinstance(value, str)]  # config[KEY]
+                named = [name for name in dict.fromkeys((*names, *texts)) if name in space]
+                owner = thing if isinstance(thing, type) else None
+                self._named += [Place(space, name, owner) for name in named if isinstance(space[name], _NUMBERS)]
+            else:
+                named = [name for name in names if name in space]
+                self._meet_named(code, space)
+                for name in names:
+                    if name not in space:
+                        self._meet_method(thing, _function(getattr_static(type(thing), name, None)))
+            if isinstance(thing, type):
+                for name in named:
+                    self._meet_method(thing, _function(space[name]))
+            if not isinstance(thing, ModuleType):
+                inner = [space[name] for name in named]
+                self._meet_attributes(code, [x for x in inner if isinstance(x, dict) or _attributes(x)])
 
     def _meet_named(self, code: CodeType, space: dict[str, Any]) -> None:
-        named = [name for name in code.co_names if name in space]
+        named = [name for name in (*_names(code), *_texts(code)) if name in space]
         self._named += [Place(space, name) for name in named]
         self._meet_all([space[name] for name in named if isinstance(space[name], _HOLDERS)])
 
-    def _glance(self) -> tuple[list[int], list[Any]]:
-        """The objects without those that ``nn.Module`` keeps for itself, nine in ten; empty where one is gone."""
+    def _glance(self) -> tuple[list[int], list[Any]] | None:
+        """The objects without those that ``nn.Module`` keeps for itself, nine in ten; None where one is gone."""
         try:
             attributes = [pick(space) for pick, space in self._pickers]
         except KeyError:
-            return [], []
-        lengths = [len(space) for _, space in self._namespaces]
+            return None
+        lengths = [*(len(space) for _, space in self._namespaces), *map(len, self._spaces)]
         named = [read() for read in self._readers]
         return lengths, [*chain.from_iterable(attributes), *named, *pyro.get_param_store()._params.values()]
 
@@ -285,8 +305,7 @@ class Surroundings:
         return [*(place.reader()() for place in self._places()), *pyro.get_param_store()._params.values()]
 
     def _names(self) -> list[str]:
-        labels = [[place.label() for place in places] for places in (self._places(), self.stand_ins.places())]
-        return [*labels[0], *pyro.get_param_store()._params, *labels[1]]
+        return [*(place.label() for place in self._places()), *pyro.get_param_store()._params, "a number"]
 
 
 def _attributes(thing: Any) -> dict[str, Any]:
@@ -295,6 +314,28 @@ def _attributes(thing: Any) -> dict[str, Any]:
 
 def _dict(space: Any) -> dict[str, Any]:
     return space if isinstance(space, dict) else {}
+
+
+@cache
+def _names(code: CodeType) -> tuple[str, ...]:
+    """Of globals and attributes, in functions inside it too."""
+    return tuple(dict.fromkeys([*code.co_names, *(name for inner in _inner(code) for name in _names(inner))]))
+
+
+@cache
+def _texts(code: CodeType) -> tuple[str, ...]:
+    """Which may be keys, or names of attributes."""
+    texts = [value for value in code.co_consts if isinstance(value, str)]
+    return tuple(dict.fromkeys([*texts, *(text for inner in _inner(code) for text in _texts(inner))]))
+
+
+def _inner(code: CodeType) -> list[CodeType]:
+    return [value for value in code.co_consts if isinstance(value, CodeType)]
+
+
+def _function(member: Any) -> Any:
+    """Of a property, or a static or class method; others are left as they are."""
+    return member.fget if isinstance(member, property) else getattr(member, "__func__", member)
 
 
 def same_objects(some: list[Any], others: list[Any]) -> bool:

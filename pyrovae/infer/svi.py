@@ -31,6 +31,7 @@ WORTH_COMPILING = 5000
 """Steps after which ``auto`` compiles: compiling takes about as long as they save in a small pair."""
 MAX_PROGRAMS = 8
 """Of one step, for different shapes; and of different Python numbers that it reads."""
+_LOSS_METHODS = ("loss_and_grads", "differentiable_loss", "_bound", "_particle_bound")
 
 
 class SVI:
@@ -56,11 +57,12 @@ class SVI:
     buffers and other tensors anew, and a learning rate too, but hold Python numbers fixed. When an attribute of one of
     the pair's modules changes (a KL weight, a switch such as ``training``), or a global, a closure variable or an
     object's attribute that model or guide name (``args.beta``, ``args["beta"]``), the step is recorded again; from then
-    on a tensor stands for a float that has changed, and it may change at every step. So it is for a float among the
-    arguments, from the first step on. Where no tensor can stand for it (``max(0.1, beta)``), what keeps changing runs
-    eagerly. Numbers in lists, those that helper functions of other modules read, and hooks that are registered between
-    steps are not watched. Python code whose effect is no tensor (a hook that fills a list) runs while a step is
-    recorded, and not after. What cannot be recorded is named in one warning, and runs eagerly with the same numbers.
+    on a tensor of the parameters' precision stands for a float that has changed, and it may change at every step. So it
+    is for a float among the arguments, from the first step on. Where no tensor can stand for it (``max(0.1, beta)``,
+    ``beta % 1``), what keeps changing runs eagerly. Numbers in lists and ``__slots__``, default arguments, those that
+    helper functions of other modules read, and hooks that are registered between steps are not watched. Python code
+    whose effect is no tensor (a hook that fills a list) runs while a step is recorded, and not after. What cannot be
+    recorded is named in one warning, and runs eagerly with the same numbers.
 
     A parameter that has no gradient in a step stays as it is; Pyro's own SVI moves it on by Adam's momentum.
     """
@@ -99,24 +101,26 @@ class SVI:
         self._unsaid = ""
         self._parts: list[Any] = []
         self._surroundings: Surroundings | None = None
+        self._call: tuple = ()
         self._forget()
 
     def _forget(self) -> None:
         """What steps have found out: the parameters, the programs and for which states of the surroundings they are."""
         self._params: list[Tensor] = []
-        self._params_state: int | None = None  # in which state of the surroundings a step named them
+        self._named: dict[Any, list[Tensor]] = {}  # by state of the surroundings and kind of call, for pyro.optim
         self._update: Update | None = None
         self._states: list[int] = []
         self._programs: dict[Any, Callable[..., Tensor] | None] = {}
         self._gave_up = False
         self._why_held = ""  # no tensor stands for a number that changes
-        self._floats_are_tensors = True  # those among the arguments
+        self._fixed_floats: dict[Any, str] = {}  # kinds of calls where no tensor can stand for them, and why
 
     # Steps ------------------------------------------------------------------------------------------------------
 
     def step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One update on one batch. Returns the loss before it, nats, a scalar tensor without gradient."""
         self._steps += 1
+        self._call = () if isinstance(self.optim, Optimizer) else _kind(args, kwargs)
         if self._steps == 1 and self.backend != "eager" and not self._checked:
             with pyro.validation_enabled(True):
                 return self._eager_step(*args, **kwargs)
@@ -183,8 +187,11 @@ class SVI:
         for param in params:
             param.grad = None
         self._params = params
-        self._params_state = None if self._surroundings is None else self._surroundings.state()
+        self._named[self._state(), self._call] = params
         return torch.as_tensor(loss)
+
+    def _state(self) -> int:
+        return 0 if self._surroundings is None else self._surroundings.state()
 
     # Programs ---------------------------------------------------------------------------------------------------
 
@@ -196,41 +203,56 @@ class SVI:
         parts = [self.model, self.guide, self.prepare, self.loss, self.optim]
         if self._surroundings is None or not same_objects(parts, self._parts):
             known, self._parts = self._surroundings, parts
-            self._surroundings = Surroundings(self.model, self.guide, self.prepare, self.loss.loss_and_grads)
+            of_loss = [getattr(self.loss, name) for name in _LOSS_METHODS if hasattr(self.loss, name)]
+            self._surroundings = Surroundings(self.model, self.guide, self.prepare, *of_loss)
             if known is not None:  # One eager step: the new ones may name other parameters.
                 self._forget()
                 return None
         state = self._surroundings.state()
         if state not in self._states and not self._meets(self._surroundings, state):
             return None
-        if isinstance(self.optim, Optimizer):
-            grouped = [p for group in self.optim.param_groups for p in group["params"]]
-            if not same_objects(grouped, self._params):
-                self._params, self._update, self._programs = grouped, None, {}
         try:
-            arguments = Arguments.of(args, kwargs, self._as_tensor if self._floats_are_tensors else None)
+            arguments = Arguments.of(args, kwargs)
         except TypeError as error:
             self._unsaid = str(error)
             return None
-        params = tuple([(p.requires_grad, p.shape, p.stride(), p.dtype) for p in self._params])
-        signature = (state, params, *arguments.key())
+        fixed, why = arguments, self._fixed_floats.get(arguments.call())
+        if arguments.has_floats and why is None:
+            arguments = arguments.with_floats_as_tensors(self._as_tensor)
+        params = self._trained()
+        if params is None:
+            return None
+        shapes = tuple([(p.requires_grad, p.shape, p.stride(), p.dtype) for p in params])
+        signature = (state, shapes, *arguments.key())
         if signature not in self._programs:
-            if self._params_state not in (None, state):  # another state's parameters: an eager step names its own
-                return None
             if len(self._programs) == MAX_PROGRAMS:
-                self._unsaid = f"its arguments' shapes or values keep changing; {MAX_PROGRAMS} of them are recorded"
+                self._unsaid = why or f"its arguments' shapes or values keep changing; {MAX_PROGRAMS} were looked at"
                 return None
             # Another shape, a short last batch say, is recorded too, but is not worth a compiler's time.
             first = all(known[:4] != signature[:4] for known in self._programs)
-            program = self._record(arguments, compile_it=first)
-            if self._surroundings.state() != state:  # a number that moved is held fixed again
+            moving = self._surroundings.stand_ins.state()
+            program = self._record(arguments, params, compile_it=first)
+            if self._surroundings.stand_ins.state() != moving:  # a number that moved is held fixed again
+                self._unsaid = ""
                 return None
-            if program is None and arguments.has_floats and self._floats_are_tensors:
-                self._floats_are_tensors, self._unsaid = False, ""
-                return self._program(args, kwargs)
+            if program is None and arguments is not fixed:
+                why = f"no tensor can stand for a float among its arguments: {self._unsaid}"
+                program = self._record(fixed, params, compile_it=first)
+                if program is not None:
+                    self._unsaid, self._fixed_floats[fixed.call()] = "", why
+                    arguments, signature = fixed, (state, shapes, *fixed.key())
             self._programs[signature] = program
         program = self._programs[signature]
         return None if program is None else partial(program, *arguments.tensors)
+
+    def _trained(self) -> list[Tensor] | None:
+        """The parameters of such a step. With ``pyro.optim`` an eager step names them: None until one has."""
+        if not isinstance(self.optim, Optimizer):
+            return self._named.get((self._state(), self._call))
+        grouped = [p for group in self.optim.param_groups for p in group["params"]]
+        if not same_objects(grouped, self._params):
+            self._params, self._update, self._programs = grouped, None, {}
+        return self._params
 
     def _as_tensor(self, value: float) -> Tensor:
         """A number as a tensor that promotes others as little as the number would."""
@@ -249,17 +271,14 @@ class SVI:
             self._gave_up = True
             return False
         self._states.append(state)
-        # One eager step: it may name other parameters, and the state may change again.
-        if len(self._states) > 1 and not isinstance(self.optim, Optimizer):
-            self._params, self._update = [], None
-        return len(self._states) == 1
+        return len(self._states) == 1  # else one eager step: the state may change again
 
-    def _record(self, arguments: Arguments, *, compile_it: bool) -> Callable[..., Tensor] | None:
+    def _record(self, arguments: Arguments, params: list[Tensor], *, compile_it: bool) -> Callable[..., Tensor] | None:
         assert self._surroundings is not None
         if not hasattr(self.loss, "_bound"):
             self._unsaid = f"{type(self.loss).__module__}.{type(self.loss).__name__} reads tensors; use pyrovae.infer's"
             return None
-        params = [p for p in self._params if p.requires_grad]
+        wanted = [p for p in params if p.requires_grad]
         used: list[Tensor] = []
         form = arguments._replace(tensors=())  # a record need not hold on to a batch
 
@@ -267,22 +286,25 @@ class SVI:
             args, kwargs = form.put_together(tensors, as_floats=as_floats)
             with self._handlers():
                 loss = self.loss.differentiable_loss(self.model, self.guide, *self._prepared(args), **kwargs)
-            gradients = torch.autograd.grad(loss, params, allow_unused=True)
-            used[:] = [p for p, g in zip(params, gradients, strict=True) if g is not None]
+            gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
+            used[:] = [p for p, g in zip(wanted, gradients, strict=True) if g is not None]
             return (loss.detach(), *_owned([g for g in gradients if g is not None], used))
 
         try:
-            original = partial(loss_and_gradients, as_floats=True) if arguments.has_floats else None
+            has_stand_ins = arguments.has_floats and not any(isinstance(x, float) for x in arguments.fixed)
+            original = partial(loss_and_gradients, as_floats=True) if has_stand_ins else None
             program = Program(loss_and_gradients, arguments.tensors, self._surroundings, original)
         except Untraceable as error:
             if self._surroundings.hold():
                 self._why_held = f"no tensor can stand for it: {error}"
-                return None
             self._unsaid = str(error)
             return None
+        self._surroundings.stand_ins.accept()
         if compile_it:
             program.compile(arguments.tensors)
-        update = self._update = self._update or Update(self.optim, self._params)
+        if self._update is None or not isinstance(self.optim, Optimizer):  # each kind of call names its own
+            self._update = Update(self.optim, params)
+        update = self._update
 
         def step(*tensors: Tensor) -> Tensor:
             loss, *gradients = program(*tensors)
@@ -297,6 +319,13 @@ class SVI:
                 say_once(f"pyrovae: this step runs without a CUDA graph: {reason}.")
             return step
         return Captured(step, update, program.inputs)
+
+
+def _kind(args: tuple, kwargs: dict) -> tuple:
+    try:
+        return Arguments.of(args, kwargs).call()
+    except TypeError:  # not recorded
+        return ()
 
 
 def _owned(gradients: list[Tensor], params: list[Tensor]) -> list[Tensor]:

@@ -16,21 +16,34 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Conversions", "Untraceable", "Values", "reason", "tensors_in", "where"]
+__all__ = ["Conversions", "NoKey", "Untraceable", "Values", "reason", "tensors_in", "where"]
 
 
 class Untraceable(RuntimeError):
     """The computation is no fixed graph of tensor operations. The message says why, and at which line."""
 
 
+class NoKey(Tensor):
+    """Stands for a Python number, which is equal to another of its value, while a tensor is equal to itself alone."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __hash__(self) -> int:
+        raise Untraceable("a number that changes is looked up by its value (in a dict, a set or a cache)")
+
+
 class Values(TorchDispatchMode):
-    """Refuses to read a tensor's value into Python, and operations the shape of whose result depends on values."""
+    """Refuses to read a tensor's value into Python, and operations the shape of whose result depends on values.
+
+    And jumps (rounding, comparing) of what is computed of ``NoKey`` alone: Python computes it in double precision.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.read = ""
         """What was refused first, and where."""
         self._constants: dict[int, Tensor] = {}  # made of nothing but Python numbers
+        self._numbers: dict[int, Tensor] = {}  # made of nothing but those that change
 
     def refuse(self, reason: str) -> None:
         self.read = self.read or reason + where(sys._getframe(2))
@@ -53,11 +66,17 @@ class Values(TorchDispatchMode):
             )
             if not self.are_constant(masks):
                 self.refuse("the shape of a result depends on values (a boolean index, nonzero, unique)")
+        among = tensors_in((args, kwargs))
+        numbers = [x for x in among if isinstance(x, NoKey) or _memory(x) in self._numbers]
+        scalar = bool(numbers) and all(x.ndim == 0 for x in among)
+        if scalar and (func.overloadpacket.__name__ in _JUMPS or kwargs.get("rounding_mode")):
+            self.refuse("it rounds or compares a number that changes")
         result = func(*args, **kwargs)
         for tensor in tensors_in(result):
-            self._constants.pop(_memory(tensor), None)
-            if fixed:
-                self._constants[_memory(tensor)] = tensor
+            for known, belongs in ((self._constants, fixed), (self._numbers, scalar)):
+                known.pop(_memory(tensor), None)
+                if belongs:
+                    known[_memory(tensor)] = tensor
         return result
 
 
@@ -69,18 +88,23 @@ class Conversions(TorchFunctionMode):
         self._values = values
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _TO_NUMPY and not self._values.are_constant(args):
+        if func in _TO_NUMPY or (func is Tensor.tolist and not self._values.are_constant(args)):
             self._values.refuse(f"it reads the values of a tensor into Python (.{func.__name__}())")
         if func in _TO_NUMBERS and not self._values.are_constant(args):
             self._values.refuse(_READS)
-        if func in _FROM_NUMBERS and any(not isinstance(x, Tensor) and not self._values.are_constant(x) for x in args):
-            self._values.refuse("it makes a tensor of other tensors' values (use torch.stack)")
+        given = [x for x in (*args, *(kwargs or {}).values()) if not isinstance(x, Tensor)]
+        if func in _FROM_NUMBERS and not self._values.are_constant(given):
+            self._values.refuse("it makes a tensor of a list of tensors, or of numbers that change (use torch.stack)")
         return func(*args, **(kwargs or {}))
 
 
-_TO_NUMPY = (Tensor.numpy, Tensor.tolist, Tensor.__array__)
+_TO_NUMPY = (Tensor.numpy, Tensor.__array__, Tensor.__dlpack__)  # which may write to it, too
 _TO_NUMBERS = (Tensor.item, Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.__bool__, Tensor.__complex__)
-_FROM_NUMBERS = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
+_FROM_NUMBERS = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor, Tensor.new)
+_JUMPS = {
+    *("remainder", "fmod", "floor", "ceil", "round", "trunc", "frac", "floor_divide", "sign"),
+    *("eq", "ne", "lt", "le", "gt", "ge"),
+}
 _MASKS = (torch.bool, torch.uint8)
 
 
