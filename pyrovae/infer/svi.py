@@ -216,9 +216,10 @@ class SVI:
         except TypeError as error:
             self._unsaid = str(error)
             return None
-        fixed, why = arguments, self._fixed_floats.get(arguments.call())
-        if arguments.has_floats and why is None:
-            arguments = arguments.with_floats_as_tensors(self._as_tensor)
+        fixed, why = arguments, ""
+        if arguments.has_floats:
+            why = self._fixed_floats.get(arguments.call(), "")
+            arguments = arguments if why else arguments.with_floats_as_tensors(self._as_tensor)
         params = self._trained()
         if params is None:
             return None
