@@ -895,6 +895,99 @@ def test_numbers_of_other_objects_count(place: str, often: bool, calls: list, mo
 
 
 @pytest.mark.usefixtures("recorded")
+def test_a_number_that_a_class_comes_to_have(calls: list) -> None:
+    class Heir(Annealed):
+        """Reads a number of its parent's class."""
+
+    results = []
+    for backend in ("eager", "compiled"):
+        if "beta" in vars(Heir):
+            del Heir.beta
+        pair = Heir()
+        svi = SVI(pair.by_class, pair.guide, sgd(pair, 0.01), Trace_ELBO(), backend=backend)
+        losses = [svi.step(x) for x in batches()]
+        Heir.beta = 3.0
+        results.append(losses + [svi.step(x) for x in batches()])
+    torch.testing.assert_close(*results)
+    assert len(calls) == 10
+
+
+class Checked(dict):
+    def __setitem__(self, key: str, value: float) -> None:
+        assert isinstance(value, float)
+        super().__setitem__(key, value)
+
+
+class Hidden:
+    @property
+    def __dict__(self) -> dict:  # type: ignore[override]
+        raise RuntimeError("not here")
+
+
+def long_list() -> Any:
+    last = None
+    for _ in range(3000):
+        last = SimpleNamespace(next=last, beta=1.0)
+    return last
+
+
+@pytest.mark.usefixtures("recorded")
+def test_objects_of_all_sorts(calls: list) -> None:
+    """A dict that checks what it is given, a long chain of objects, things that are named as sites are."""
+    config, chain, trainer = Checked(beta=1.0), long_list(), SimpleNamespace(x=None, data=0)
+    pair = Arguments()
+
+    def model(x: Tensor) -> None:
+        trainer.seen = chain.next.beta
+        pair.model(x, config["beta"] * chain.beta)
+
+    def losses(backend: str) -> list[Tensor]:
+        config["beta"] = chain.beta = 1.0
+        pair.load_state_dict(Arguments().state_dict())
+        svi = SVI(model, pair.guide, sgd(pair, 0.01), Trace_ELBO(), backend=backend)
+        found = []
+        for step, x in enumerate([*batches(), *batches()]):
+            trainer.x, trainer.data, config["beta"] = x, step, 1.0 + step / 10
+            found.append(svi.step(x))
+        return found
+
+    torch.testing.assert_close(losses("compiled"), losses("eager"))
+    assert len(calls) == 10
+    assert all(type(value) is float for value in (config["beta"], chain.beta))
+
+
+@pytest.mark.usefixtures("recorded")
+def test_what_cannot_be_looked_at_runs_eagerly(calls: list) -> None:
+    hidden, pair = Hidden(), Arguments()
+
+    def model(x: Tensor) -> None:
+        pair.model(x, 1.0 if hidden else 2.0)
+
+    svi = SVI(model, pair.guide, sgd(pair), Trace_ELBO(), backend="compiled")
+    svi.step(batches()[0])
+    with pytest.warns(RuntimeWarning, match=r"what it reads cannot be watched \(RuntimeError: not here\)"):
+        svi.step(batches()[1])
+    svi.step(batches()[2])
+    assert not calls
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.filterwarnings("ignore:pyrovae. this step runs eagerly")
+def test_numbers_that_a_pair_keeps_stay_numbers() -> None:
+    kept: dict[str, Any] = {}
+
+    def model(x: Tensor, beta: float) -> None:
+        kept["beta"] = beta
+        pair.model(x, beta)
+
+    pair = Arguments()
+    svi = SVI(model, lambda x, beta: None, sgd(pair), Trace_ELBO(), backend="compiled")
+    for step, x in enumerate([*batches(), *batches()]):
+        svi.step(x, 1.0 + step)
+    assert type(kept["beta"]) is float
+
+
+@pytest.mark.usefixtures("recorded")
 def test_what_else_an_object_counts_does_not_matter(calls: list) -> None:
     """A trainer, say, that the model asks for something."""
 
@@ -1280,7 +1373,7 @@ def test_scales_that_were_equal_when_they_were_recorded() -> None:
         svi.step(x, 0.5, 0.75)
 
 
-def two_kinds_of_calls(backend: str) -> tuple[list[Tensor], dict]:
+def two_kinds_of_calls(backend: str, missing: tuple) -> tuple[list[Tensor], dict]:
     def model(x: Tensor, y: Tensor | None = None) -> None:
         plain_model(x)
 
@@ -1292,14 +1385,32 @@ def two_kinds_of_calls(backend: str) -> tuple[list[Tensor], dict]:
     pyro.clear_param_store()
     torch.manual_seed(0)
     svi = SVI(model, guide, pyro.optim.Adam(ADAM), Trace_ELBO(), backend=backend)
-    losses = [svi.step(x, x if step % 4 == 3 else None) for step, x in enumerate([*batches(), *batches()])]
+    given = [(x, x) if step % 4 == 3 else (x, *missing) for step, x in enumerate([*batches(), *batches()])]
+    losses = [svi.step(*args) for args in given]
     return losses, {name: value.clone().detach() for name, value in pyro.get_param_store().items()}
 
 
 @pytest.mark.usefixtures("recorded")
-def test_each_kind_of_call_trains_the_parameters_that_it_names(calls: list) -> None:
-    torch.testing.assert_close(two_kinds_of_calls("compiled"), two_kinds_of_calls("eager"))
+@pytest.mark.parametrize("missing", [(None,), ()], ids=["None", "left out"])
+def test_each_kind_of_call_trains_the_parameters_that_it_names(missing: tuple, calls: list) -> None:
+    torch.testing.assert_close(two_kinds_of_calls("compiled", missing), two_kinds_of_calls("eager", missing))
     assert len(calls) >= 8
+
+
+@pytest.mark.usefixtures("recorded")
+def test_calls_of_many_kinds_are_named(calls: list) -> None:
+    def model(x: Tensor, number: int) -> None:
+        plain_model(x)
+
+    def guide(x: Tensor, number: int) -> None:
+        plain_guide(x)
+
+    svi = SVI(model, guide, pyro.optim.Adam(ADAM), Trace_ELBO(), backend="compiled")
+    for step in range(8):
+        svi.step(batches()[step % 6], step)
+    with pytest.warns(RuntimeWarning, match="its arguments keep changing, and pyro.optim asks at each"):
+        svi.step(batches()[0], 8)
+    assert not calls
 
 
 @pytest.mark.usefixtures("recorded")

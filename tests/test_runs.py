@@ -260,7 +260,14 @@ def start(out):
     """A run in its own process, once its first checkpoint is there."""
     command = [sys.executable, "-m", "pyrovae.cli", "fit", *LONG, "--out", out]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # the same sums, bit for bit
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     while not Path(out, "checkpoint.safetensors").is_file():
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)

@@ -51,7 +51,8 @@ class Arguments(NamedTuple):
 
     def call(self) -> tuple:
         """Calls of one kind differ in tensors and floats alone."""
-        return self.spec, self.kinds, tuple(... if isinstance(leaf, float) else leaf for leaf in self.fixed)
+        fixed = tuple(... if isinstance(leaf, float) else leaf for leaf in self.fixed)
+        return (len(self.tensors) if self.spec is None else self.spec), self.kinds, fixed
 
     def with_floats_as_tensors(self, as_tensor: Callable[[float], Tensor]) -> Arguments:
         given = iter(self.tensors)
@@ -84,7 +85,7 @@ def kind_of_call(args: tuple, kwargs: dict) -> Hashable:
     """Which arguments are tensors or numbers, one standing for the other, which are None, and what switches say."""
     leaves, spec = _leaves(args, kwargs)
     return spec, tuple(
-        [x if isinstance(x, bool | str) else Tensor if isinstance(x, Tensor | int | float) else type(x) for x in leaves]
+        [x if isinstance(x, bool) else Tensor if isinstance(x, Tensor | int | float) else type(x) for x in leaves]
     )
 
 

@@ -38,6 +38,10 @@ from pyrovae.infer.log_weights import (
 __all__ = ["RenyiELBO", "TraceEnum_ELBO", "TraceMeanField_ELBO", "Trace_ELBO", "renyi_bound"]
 
 
+MOST_CALLS = 8
+"""Of different kinds, whose structure an objective remembers."""
+
+
 class _Objective(ELBO):
     """Common to all: particles, the structure of the pair last seen, and Pyro's three entry points."""
 
@@ -64,6 +68,8 @@ class _Objective(ELBO):
             structure = Structure.of(model, guide, args, kwargs)
             if self._given_nesting != math.inf:
                 structure = Structure(int(self._given_nesting), structure.enumerated)
+            if len(self._seen) == MOST_CALLS:
+                self._seen.clear()
             self._seen[call] = structure
         return self._seen[call]
 

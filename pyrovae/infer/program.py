@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from pyrovae.infer.log_weights import same_random_state
 from pyrovae.infer.machine import with_tried_instructions
 from pyrovae.infer.rewrite import rewritten
-from pyrovae.infer.stand_ins import other_number
+from pyrovae.infer.stand_ins import are_kept, counted_users, other_number
 from pyrovae.infer.surroundings import Surroundings
 from pyrovae.infer.untraceable import Conversions, NoKey, Untraceable, Values, reason, tensors_in, where
 
@@ -57,19 +57,12 @@ class Program:
         surroundings = self._surroundings = surroundings or Surroundings(function)
         with warnings.catch_warnings(), surroundings.unchanged():
             warnings.simplefilter("ignore")  # an eager step says the same
-            stand_ins = surroundings.stand_ins
-            has_numbers = bool(stand_ins) or original is not None
             _result(original or function, _copies(args))  # what is set up at the first use is no part of a record
-            if not has_numbers:
+            stand_ins = surroundings.stand_ins
+            if stand_ins or original is not None:
+                _check_stand_ins(function, original, args, surroundings)
+            else:
                 _result_without_reading(function, _copies(args))
-            for other in (False, True) if has_numbers else ():
-                with surroundings.unchanged(), stand_ins.as_numbers(other=other):
-                    expected = _result(original or function, _copies(args, other=other))
-                with surroundings.unchanged(), stand_ins.as_tensors(other=other, unhashable=True):
-                    copies = _copies(args, other=other)
-                    result = _result_without_reading(function, copies if original is None else _without_keys(copies))
-                if not _are_close(result, expected):
-                    raise Untraceable("it computes something else where a tensor stands for a Python number")
             before, random_state = surroundings.key(), surroundings.python_random_state()
             with stand_ins.as_tensors(other=False):
                 first = _Record(function, _copies(args))
@@ -240,6 +233,28 @@ def _result_without_reading(function: Callable[..., Any], args: tuple[Tensor, ..
     if any(isinstance(arg, NoKey) and arg._version != version for arg, version in zip(args, versions, strict=True)):
         raise Untraceable("it changes an argument that is a number, in place")
     return result
+
+
+def _check_stand_ins(
+    function: Callable[..., Any],
+    original: Callable[..., Any] | None,
+    args: tuple[Tensor, ...],
+    surroundings: Surroundings,
+) -> None:
+    """With tensors in the place of Python's numbers it must be the same function, at two values of each."""
+    for other in (False, True):
+        with surroundings.unchanged(), surroundings.stand_ins.as_numbers(other=other):
+            expected = _result(original or function, _copies(args, other=other))
+        with surroundings.unchanged(), surroundings.stand_ins.as_tensors(other=other, unhashable=True):
+            copies = _copies(args, other=other)
+            copies = copies if original is None else _without_keys(copies)
+            numbers = [copy for copy in copies if isinstance(copy, NoKey)]
+            users = counted_users(numbers)
+            result = _result_without_reading(function, copies)
+            if any(are_kept(numbers, users)):
+                raise Untraceable("it keeps an argument that is a number, in a list say")
+        if not _are_close(result, expected):
+            raise Untraceable("it computes something else where a tensor stands for a Python number")
 
 
 def _are_close(result: tuple[Any, Tensor], expected: tuple[Any, Tensor]) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import gc
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
+from sys import getrefcount
 from types import CellType
 from typing import Any, NamedTuple
 
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from pyrovae.infer.untraceable import NoKey, Untraceable
 
-__all__ = ["Place", "StandIns", "content", "is_real", "other_number"]
+__all__ = ["Place", "StandIns", "are_kept", "content", "counted_users", "is_real", "other_number"]
 
 Key = tuple[int, str]
 
@@ -35,9 +37,12 @@ class Place(NamedTuple):
         if isinstance(self.space, CellType):
             self.space.cell_contents = value
         elif isinstance(self.space, dict):
-            self.space[self.name] = value
+            dict.__setitem__(self.space, self.name, value)  # whatever a kind of dict does besides
         else:  # a class's, which it only shows
-            setattr(self.owner, self.name, value)
+            type.__setattr__(self.owner, self.name, value)
+
+    def exists(self) -> bool:
+        return isinstance(self.space, CellType) or self.name in self.space
 
     def key(self) -> Key:
         return id(self.owner if isinstance(self.owner, type) else self.space), self.name
@@ -62,6 +67,17 @@ def is_real(value: Any) -> bool:
 def other_number(value: float, index: int) -> float:
     """Another one of the same sign, and equal ones apart."""
     return value / (2 + index) or 0.5 / (1 + index)
+
+
+def counted_users(tensors: Sequence[Tensor]) -> list[int]:
+    return [getrefcount(tensor) for tensor in tensors]
+
+
+def are_kept(tensors: Sequence[Tensor], users: list[int]) -> list[bool]:
+    """Whether more hold on to them than did. Traces refer to themselves, and go when garbage is collected."""
+    if counted_users(tensors) != users:
+        gc.collect()
+    return [now > before for now, before in zip(counted_users(tensors), users, strict=True)]
 
 
 @dataclass
@@ -148,21 +164,25 @@ class StandIns:
             each.tensor.fill_(value)
             alias = each.tensor.detach()
             placed.append((each, alias.as_subclass(NoKey) if unhashable else alias))
-        versions = [alias._version for _, alias in placed]
+        aliases = [alias for _, alias in placed]
         with self._in_place(placed):
+            versions, users = [alias._version for alias in aliases], counted_users(aliases)
             yield
-            for (each, alias), version in zip(placed, versions, strict=True):
+            keeps = are_kept(aliases, users) if unhashable else [False] * len(aliases)  # a record holds them
+            for (each, alias), version, kept in zip(placed, versions, keeps, strict=True):
                 if each.read() is not alias or alias._version != version:
                     raise Untraceable(f"it changes {each.place.label()} as it runs")
+                if kept:
+                    raise Untraceable(f"it keeps {each.place.label()}, in a list say")
 
     def _values(self, other: bool) -> list[tuple[_StandIn, float]]:
         return [(x, other_number(x.number, i) if other else x.number) for i, x in enumerate(self._all.values())]
 
     @contextmanager
     def _in_place(self, values: list[tuple[_StandIn, Any]]) -> Iterator[None]:
-        for each, value in values:
-            each.place.write(value)
         try:
+            for each, value in values:
+                each.place.write(value)
             yield
         finally:
             for each, _ in values:

@@ -6,6 +6,7 @@ import pickle
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dis import get_instructions
 from functools import cache, partial
 from inspect import getattr_static
 from itertools import chain
@@ -32,6 +33,8 @@ _CONTAINERS = (list, tuple, set, dict)
 _HOLDERS = (nn.Module, *_CONTAINERS)
 MOST_MEMBERS = 100
 """Longer containers hold data, not modules."""
+MOST_DEEP = 3
+"""``args.a.b.c.beta``"""
 MOST_NUMBERS = 2**24
 """Larger tensors are data, which no model changes."""
 
@@ -89,12 +92,8 @@ class Surroundings:
         moved = False
         for place, old, new in zip(places, a, b, strict=False):
             number = place.reader()()
-            if (
-                old != new
-                and is_real(old)
-                and is_real(number)
-                and not (isinstance(old, int) and isinstance(number, int))
-            ):
+            whole = isinstance(old, int) and isinstance(number, int)  # counts, say: shapes and loops depend on them
+            if old != new and is_real(old) and is_real(number) and not whole:
                 moved |= self.stand_ins.add(place, number, as_tensor)
         self._last_glance = None
         return moved
@@ -109,7 +108,7 @@ class Surroundings:
         """Put all back afterwards, tensors and random states too: looking at a computation runs it."""
         tensors = [(x, x.detach().clone()) for x in self._values() if _may_change(x)]
         attributes = [(space, dict(space)) for _, space in self._namespaces]
-        attributes += [(p.space, {p.name: p.space[p.name]}) for p in self._named if p.name in _dict(p.space)]
+        named = [(place, place.reader()()) for place in self._named if place.exists()]
         lists = [(value, value[:]) for value in self._values() if isinstance(value, list)]
         generators = [(x, x.get_state()) for x in self._values() if isinstance(x, torch.Generator)]
         states = [(put, get()) for get, put in self._python_generators()]
@@ -123,6 +122,9 @@ class Surroundings:
                 generator.set_state(state)
             for space, attribute in attributes:
                 space.update({n: v for n, v in attribute.items() if isinstance(v, (*_NUMBERS, Tensor))})
+            for place, value in named:
+                if isinstance(value, (*_NUMBERS, Tensor)) and place.reader()() is not value:
+                    place.write(value)
             for values, contents in lists:
                 values[:] = contents
             for tensor, value in tensors:
@@ -151,7 +153,6 @@ class Surroundings:
         """Find what there is to watch; a module may have come in another's place."""
         self._namespaces: list[tuple[Any, dict]] = []
         self._named: list[Place] = []
-        self._spaces: list[Any] = []  # where names may come and go
         self._met: set[Any] = set()
         self._meet_all(self._functions)
         keys = {(id(space), name) for _, space in self._namespaces for name in space}
@@ -214,13 +215,14 @@ class Surroundings:
                 self._meet_named(code, space)
             self._meet_attributes(code, [space[n] for n in _names(code) if n in space])
             for name in _names(code):
-                self._meet_class_attribute(owner, name)
+                self._meet_class_attribute(owner, type(owner), name)
 
-    def _meet_class_attribute(self, owner: Any, name: str) -> None:
+    def _meet_class_attribute(self, owner: Any, kind: type, name: str) -> None:
         """A method or a number; of methods those of parents too, which may be asked for by ``super()``."""
-        having = [ancestor for ancestor in type(owner).__mro__ if name in vars(ancestor)]
+        having = [ancestor for ancestor in kind.__mro__ if name in vars(ancestor)]
         if having and isinstance(vars(having[0])[name], _NUMBERS):
-            self._named.append(Place(vars(having[0]), name, having[0]))
+            nearer = kind.__mro__[: kind.__mro__.index(having[0]) + 1]  # which may come to have it too
+            self._named += [Place(vars(ancestor), name, ancestor) for ancestor in nearer]
         for ancestor in having:
             self._meet_method(owner, _function(vars(ancestor)[name]))
 
@@ -246,7 +248,7 @@ class Surroundings:
         self._meet_all([*contents, *met, *(value for value in defaults if isinstance(value, _HOLDERS))])
         self._meet_attributes(code, [*contents, *named.values(), *defaults])
 
-    def _meet_attributes(self, code: CodeType, things: list[Any]) -> None:
+    def _meet_attributes(self, code: CodeType, things: list[Any], depth: int = MOST_DEEP) -> None:
         """Of objects that a function reads, what it names: ``args.beta``, ``q.guide``; of dicts, classes and modules
         the numbers, ``args["beta"]``; and so on, ``args.kl.beta``."""
         for thing in things:
@@ -254,31 +256,30 @@ class Surroundings:
             if both in self._met or isinstance(thing, (nn.Module, FunctionType, Tensor)):
                 continue
             self._met.add(both)
-            names = dict.fromkeys((*_names(code), *_texts(code)))
-            bare = isinstance(thing, type | ModuleType | dict)
-            space: Any = thing if isinstance(thing, dict) else vars(thing) if bare else _attributes(thing)
-            self._spaces.append(space)
-            if bare:
-                texts = [value for value in things if isinstance(value, str)]  # config[KEY]
-                named = [name for name in dict.fromkeys((*names, *texts)) if name in space]
-                owner = thing if isinstance(thing, type) else None
-                self._named += [Place(space, name, owner) for name in named if isinstance(space[name], _NUMBERS)]
+            inner: list[Any] = []
+            if isinstance(thing, dict):
+                asked = dict.fromkeys((*_keys(code), *(value for value in things if isinstance(value, str))))
+                inner = [thing[key] for key in asked if key in thing]
+                self._named += [Place(thing, key) for key in asked if isinstance(thing.get(key), _NUMBERS)]
+            elif isinstance(thing, ModuleType):
+                space = vars(thing)
+                self._named += [Place(space, n) for n in _names(code) if isinstance(space.get(n, thing), _NUMBERS)]
+            elif isinstance(thing, type):
+                for name in _names(code):
+                    self._meet_class_attribute(thing, thing, name)
             else:
-                named = [name for name in names if name in space]
+                space = _attributes(thing)
+                inner = [space[name] for name in _names(code) if name in space]
                 self._meet_named(code, space)
-                for name in names:
+                for name in _names(code):
                     if name not in space:
-                        self._meet_method(thing, _function(getattr_static(type(thing), name, None)))
-            if isinstance(thing, type):
-                for name in named:
-                    self._meet_method(thing, _function(space[name]))
-            if not isinstance(thing, ModuleType):
-                inner = [space[name] for name in named]
-                self._meet_attributes(code, [x for x in inner if isinstance(x, dict) or _attributes(x)])
+                        self._meet_class_attribute(thing, type(thing), name)
+            if depth:
+                self._meet_attributes(code, [x for x in inner if isinstance(x, dict) or _attributes(x)], depth - 1)
 
     def _meet_named(self, code: CodeType, space: dict[str, Any]) -> None:
-        named = [name for name in (*_names(code), *_texts(code)) if name in space]
-        self._named += [Place(space, name) for name in named]
+        named = [name for name in (*_names(code), *_keys(code)) if name in space]  # vars(args)["beta"]
+        self._named += [Place(space, name) for name in (*named, *_asked(code))]
         self._meet_all([space[name] for name in named if isinstance(space[name], _HOLDERS)])
 
     def _glance(self) -> tuple[list[int], list[Any]] | None:
@@ -287,7 +288,7 @@ class Surroundings:
             attributes = [pick(space) for pick, space in self._pickers]
         except KeyError:
             return None
-        lengths = [*(len(space) for _, space in self._namespaces), *map(len, self._spaces)]
+        lengths = [len(space) for _, space in self._namespaces]
         named = [read() for read in self._readers]
         return lengths, [*chain.from_iterable(attributes), *named, *pyro.get_param_store()._params.values()]
 
@@ -323,10 +324,24 @@ def _names(code: CodeType) -> tuple[str, ...]:
 
 
 @cache
-def _texts(code: CodeType) -> tuple[str, ...]:
-    """Which may be keys, or names of attributes."""
-    texts = [value for value in code.co_consts if isinstance(value, str)]
-    return tuple(dict.fromkeys([*texts, *(text for inner in _inner(code) for text in _texts(inner))]))
+def _keys(code: CodeType) -> tuple[str, ...]:
+    """``a["key"]`` and ``a.get("key")``: strings that are no names of sites, most likely."""
+    between = ("CACHE", "PRECALL", "EXTENDED_ARG", "COPY", "SWAP")
+    steps = [step for step in get_instructions(code) if step.opname not in between]
+    keys = []
+    for before, step, after in zip([None, *steps], steps, [*steps[1:], None], strict=False):
+        subscript = after is not None and (after.opname == "BINARY_SUBSCR" or after.argrepr == "[]")
+        asked = before is not None and str(before.argval) == "get"
+        if isinstance(step.argval, str) and step.opname == "LOAD_CONST" and (subscript or asked):
+            keys.append(step.argval)
+    return tuple(dict.fromkeys([*keys, *(key for inner in _inner(code) for key in _keys(inner))]))
+
+
+@cache
+def _asked(code: CodeType) -> tuple[str, ...]:
+    """``getattr(a, "name")``"""
+    own = [x for x in code.co_consts if isinstance(x, str) and x.isidentifier()] if "getattr" in code.co_names else []
+    return tuple(dict.fromkeys([*own, *(name for inner in _inner(code) for name in _asked(inner))]))
 
 
 def _inner(code: CodeType) -> list[CodeType]:

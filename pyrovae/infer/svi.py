@@ -187,7 +187,12 @@ class SVI:
         for param in params:
             param.grad = None
         self._params = params
-        self._named[self._state(), self._call] = params
+        if self.backend != "eager" and not self._gave_up:
+            call = self._state(), self._call
+            if len(self._named) < MAX_PROGRAMS or call in self._named:
+                self._named[call] = params
+            else:
+                self._unsaid = "its arguments keep changing, and pyro.optim asks at each which parameters there are"
         return torch.as_tensor(loss)
 
     def _state(self) -> int:
@@ -204,7 +209,11 @@ class SVI:
         if self._surroundings is None or not same_objects(parts, self._parts):
             known, self._parts = self._surroundings, parts
             of_loss = [getattr(self.loss, name) for name in _LOSS_METHODS if hasattr(self.loss, name)]
-            self._surroundings = Surroundings(self.model, self.guide, self.prepare, *of_loss)
+            try:
+                self._surroundings = Surroundings(self.model, self.guide, self.prepare, *of_loss)
+            except Exception as error:  # of a user's object that does not want to be looked at
+                self._unsaid, self._gave_up = f"what it reads cannot be watched ({type(error).__name__}: {error})", True
+                return None
             if known is not None:  # One eager step: the new ones may name other parameters.
                 self._forget()
                 return None
