@@ -47,7 +47,7 @@ class Arguments(NamedTuple):
 
     @property
     def has_floats(self) -> bool:
-        return bool(self.kinds) and any(issubclass(kind, float) for kind in self.kinds)
+        return any(issubclass(kind, float) for kind in self.kinds)
 
     def call(self) -> tuple:
         """Calls of one kind differ in tensors and floats alone."""

@@ -149,7 +149,7 @@ class StandIns:
     @contextmanager
     def as_numbers(self, *, other: bool) -> Iterator[None]:
         """The numbers lie where they do, or other ones."""
-        with self._in_place([(each, value) for each, value in self._values(other)]):
+        with self._in_place(self._values(other)):
             yield
 
     @contextmanager
@@ -179,7 +179,7 @@ class StandIns:
         return [(x, other_number(x.number, i) if other else x.number) for i, x in enumerate(self._all.values())]
 
     @contextmanager
-    def _in_place(self, values: list[tuple[_StandIn, Any]]) -> Iterator[None]:
+    def _in_place(self, values: Sequence[tuple[_StandIn, Any]]) -> Iterator[None]:
         try:
             for each, value in values:
                 each.place.write(value)

@@ -310,42 +310,41 @@ class Surroundings:
 
 
 def _attributes(thing: Any) -> dict[str, Any]:
-    return _dict(getattr(thing, "__dict__", None))
-
-
-def _dict(space: Any) -> dict[str, Any]:
+    space = getattr(thing, "__dict__", None)
     return space if isinstance(space, dict) else {}
 
 
 @cache
 def _names(code: CodeType) -> tuple[str, ...]:
-    """Of globals and attributes, in functions inside it too."""
-    return tuple(dict.fromkeys([*code.co_names, *(name for inner in _inner(code) for name in _names(inner))]))
+    """Of globals and attributes."""
+    return tuple(dict.fromkeys(name for each in _codes(code) for name in each.co_names))
 
 
 @cache
 def _keys(code: CodeType) -> tuple[str, ...]:
     """``a["key"]`` and ``a.get("key")``: strings that are no names of sites, most likely."""
     between = ("CACHE", "PRECALL", "EXTENDED_ARG", "COPY", "SWAP")
-    steps = [step for step in get_instructions(code) if step.opname not in between]
     keys = []
-    for before, step, after in zip([None, *steps], steps, [*steps[1:], None], strict=False):
-        subscript = after is not None and (after.opname == "BINARY_SUBSCR" or after.argrepr == "[]")
-        asked = before is not None and str(before.argval) == "get"
-        if isinstance(step.argval, str) and step.opname == "LOAD_CONST" and (subscript or asked):
-            keys.append(step.argval)
-    return tuple(dict.fromkeys([*keys, *(key for inner in _inner(code) for key in _keys(inner))]))
+    for each in _codes(code):
+        steps = [step for step in get_instructions(each) if step.opname not in between]
+        for before, step, after in zip([None, *steps], steps, [*steps[1:], None], strict=False):
+            subscript = after is not None and (after.opname == "BINARY_SUBSCR" or after.argrepr == "[]")
+            asked = before is not None and str(before.argval) == "get"
+            if isinstance(step.argval, str) and step.opname == "LOAD_CONST" and (subscript or asked):
+                keys.append(step.argval)
+    return tuple(dict.fromkeys(keys))
 
 
 @cache
 def _asked(code: CodeType) -> tuple[str, ...]:
     """``getattr(a, "name")``"""
-    own = [x for x in code.co_consts if isinstance(x, str) and x.isidentifier()] if "getattr" in code.co_names else []
-    return tuple(dict.fromkeys([*own, *(name for inner in _inner(code) for name in _asked(inner))]))
+    texts = [x for each in _codes(code) if "getattr" in each.co_names for x in each.co_consts if isinstance(x, str)]
+    return tuple(dict.fromkeys(text for text in texts if text.isidentifier()))
 
 
-def _inner(code: CodeType) -> list[CodeType]:
-    return [value for value in code.co_consts if isinstance(value, CodeType)]
+def _codes(code: CodeType) -> list[CodeType]:
+    """Its own, and those of the functions inside it."""
+    return [code, *(each for inner in code.co_consts if isinstance(inner, CodeType) for each in _codes(inner))]
 
 
 def _function(member: Any) -> Any:

@@ -188,15 +188,12 @@ class SVI:
             param.grad = None
         self._params = params
         if self.backend != "eager" and not self._gave_up:
-            call = self._state(), self._call
+            call = 0 if self._surroundings is None else self._surroundings.state(), self._call
             if len(self._named) < MAX_PROGRAMS or call in self._named:
                 self._named[call] = params
             else:
                 self._unsaid = "its arguments keep changing, and pyro.optim asks at each which parameters there are"
         return torch.as_tensor(loss)
-
-    def _state(self) -> int:
-        return 0 if self._surroundings is None else self._surroundings.state()
 
     # Programs ---------------------------------------------------------------------------------------------------
 
@@ -229,7 +226,7 @@ class SVI:
         if arguments.has_floats:
             why = self._fixed_floats.get(arguments.call(), "")
             arguments = arguments if why else arguments.with_floats_as_tensors(self._as_tensor)
-        params = self._trained()
+        params = self._trained(state)
         if params is None:
             return None
         shapes = tuple([(p.requires_grad, p.shape, p.stride(), p.dtype) for p in params])
@@ -255,10 +252,10 @@ class SVI:
         program = self._programs[signature]
         return None if program is None else partial(program, *arguments.tensors)
 
-    def _trained(self) -> list[Tensor] | None:
+    def _trained(self, state: int) -> list[Tensor] | None:
         """The parameters of such a step. With ``pyro.optim`` an eager step names them: None until one has."""
         if not isinstance(self.optim, Optimizer):
-            return self._named.get((self._state(), self._call))
+            return self._named.get((state, self._call))
         grouped = [p for group in self.optim.param_groups for p in group["params"]]
         if not same_objects(grouped, self._params):
             self._params, self._update, self._programs = grouped, None, {}
