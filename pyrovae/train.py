@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import signal
+import threading
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
@@ -225,6 +227,34 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 # Data ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], None]]:
+    """Gives a function that raises KeyboardInterrupt once Ctrl-C has been pressed.
+
+    Python drops the exception where it comes while a weak reference's callback runs, or a ``__del__``.
+    """
+    pressed = False
+
+    def press(number: int, frame: Any) -> None:
+        nonlocal pressed
+        pressed = True
+        signal.default_int_handler(number, frame)
+
+    def raise_if_pressed() -> None:
+        if pressed:
+            raise KeyboardInterrupt
+
+    in_main = threading.current_thread() is threading.main_thread()
+    is_ours = in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if is_ours:
+        signal.signal(signal.SIGINT, press)
+    try:
+        yield raise_if_pressed
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass
@@ -508,10 +538,10 @@ class _Run:
             leave=False,
         )
         try:
-            with bar:
+            with bar, _interrupts() as raise_if_interrupted:
                 while self.epoch < epochs and not (stopped := self._is_stuck(patience)):
                     start = time.perf_counter()
-                    row = self._one_epoch(good)
+                    row = self._one_epoch(good, raise_if_interrupted)
                     self.seconds += time.perf_counter() - start
                     row["seconds"] = self.seconds
                     if monitor is not None:
@@ -540,11 +570,12 @@ class _Run:
     def _is_stuck(self, patience: int | None) -> bool:
         return patience is not None and self.best is not None and self.epoch - self.best["epoch"] >= patience
 
-    def _one_epoch(self, good: dict[str, Any]) -> dict[str, float]:
+    def _one_epoch(self, good: dict[str, Any], raise_if_interrupted: Callable[[], None]) -> dict[str, float]:
         total = torch.zeros((), device=self.device)
         weight = 0
         for argument in self.data.arguments():
             bound = self.take_step(argument)
+            raise_if_interrupted()
             total += bound * len(argument)
             weight += len(argument)
             # Reading the bound waits for a GPU: there, look once an epoch.

@@ -788,6 +788,14 @@ def scaled_by(pair: Pair, options: Any) -> Callable:
 BETA = 1.0
 
 
+@dataclass(slots=True)
+class Slotted:
+    beta: float
+
+    def twice(self) -> float:
+        return 2 * self.beta
+
+
 class Annealed(Arguments):
     beta = 1.0
 
@@ -795,6 +803,7 @@ class Annealed(Arguments):
         super().__init__()
         self.options = SimpleNamespace(beta=1.0)
         self._cached_beta = 1.0
+        self.betas, self.layers = [0.0, 1.0], (SimpleNamespace(beta=1.0), Slotted(1.0))
 
     def by_itself(self, x: Tensor) -> None:
         self.model(x, self._cached_beta)
@@ -804,6 +813,12 @@ class Annealed(Arguments):
 
     def by_options(self, x: Tensor) -> None:
         self.model(x, self.options.beta)
+
+    def by_layers(self, x: Tensor) -> None:
+        self.model(x, self.betas[1] + sum(layer.beta for layer in self.layers))
+
+    def by_global(self, x: Tensor) -> None:
+        self.model(x, BETA)
 
 
 class Schedule:
@@ -825,11 +840,16 @@ class Schedule:
 
 
 SCHEDULE = Schedule()
-MODULE = ModuleType("configuration")
+MODULE, HELPERS = ModuleType("configuration"), ModuleType("helpers")
+HELPERS.__file__ = "helpers.py"
+exec(compile("beta, nested = 1.0, {'beta': 1.0}\ndef weight(): return beta", "helpers.py", "exec"), vars(HELPERS))
+WEIGHT = HELPERS.weight
 PLACES = [
     *("a closure's object", "its own", "an attribute's", "its class", "a handler", "a dict", "a cell", "global"),
     *("a nested dict", "a nested object", "a class", "a static method", "a module", "a property", "a callable"),
-    *("a default", "getattr", "getattr's default", "a function inside", "a partial"),
+    *("a default", "getattr", "getattr's default", "a function inside", "a partial", "a list", "a nested list"),
+    *("a module's list", "an object in a tuple", "slots in a tuple", "slots", "a slotted object's method"),
+    *("a method's global", "another module's function", "its function by name", "another module's dict"),
 ]
 
 
@@ -842,6 +862,10 @@ def with_a_number_in(place: str, pair: Annealed, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(owner, name, 1.0)
     monkeypatch.setattr(MODULE, "beta", 1.0, raising=False)
     monkeypatch.setitem(globals(), "BETA", 1.0)
+    monkeypatch.setattr(HELPERS, "beta", 1.0)
+    monkeypatch.setitem(HELPERS.nested, "beta", 1.0)
+    betas, slotted = [1.0, 2.0], Slotted(1.0)
+    lists = {"kl": [betas]}
     scale = poutine.scale_messenger.ScaleMessenger(1.0)
 
     def put_into_cell(beta: float) -> None:
@@ -872,26 +896,42 @@ def with_a_number_in(place: str, pair: Annealed, monkeypatch: pytest.MonkeyPatch
         ),
         "a function inside": (lambda x: (lambda: pair.model(x, BETA))(), partial(globals().__setitem__, "BETA")),
         "a partial": (by_part, partial(by_part.keywords.__setitem__, "scale")),
+        "a list": (lambda x: pair.model(x, betas[0]), partial(betas.__setitem__, 0)),
+        "a nested list": (lambda x: pair.model(x, lists["kl"][0][1]), partial(betas.__setitem__, 1)),
+        "a module's list": (pair.by_layers, partial(pair.betas.__setitem__, 1)),
+        "an object in a tuple": (pair.by_layers, partial(setattr, pair.layers[0], "beta")),
+        "slots in a tuple": (pair.by_layers, partial(setattr, pair.layers[1], "beta")),
+        "slots": (lambda x: pair.model(x, slotted.beta), partial(setattr, slotted, "beta")),
+        "a slotted object's method": (lambda x: pair.model(x, slotted.twice()), partial(setattr, slotted, "beta")),
+        "a method's global": (lambda x: pair.by_global(x), partial(monkeypatch.setitem, globals(), "BETA")),
+        "another module's function": (lambda x: pair.model(x, HELPERS.weight()), partial(setattr, HELPERS, "beta")),
+        "its function by name": (lambda x: pair.model(x, WEIGHT()), partial(setattr, HELPERS, "beta")),
+        "another module's dict": (
+            lambda x: pair.model(x, HELPERS.nested["beta"]),
+            partial(HELPERS.nested.__setitem__, "beta"),
+        ),
     }[place]
 
 
 @pytest.mark.usefixtures("recorded")
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("often", [False, True])
-def test_numbers_of_other_objects_count(place: str, often: bool, calls: list, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_of_other_objects_count(place: str, calls: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that change once, and then at every step."""
     results = []
     for backend in ("eager", "compiled"):
         pair = Annealed()
         model, put = with_a_number_in(place, pair, monkeypatch)
         svi = SVI(model, pair.guide, sgd(pair, 0.01), Trace_ELBO(), backend=backend)
-        losses = [svi.step(x) for x in batches()]
-        for step, x in enumerate(batches()):
-            if often or step == 0:
+        losses = [svi.step(x) for x in batches()[:2]]
+        for step, x in enumerate([*batches(), *batches()]):
+            if step in (0, *range(3, 7)):
                 put(3.0 + step)
             losses.append(svi.step(x))
         results.append(losses)
     torch.testing.assert_close(*results)
-    assert len(calls) == (9 if often and "default" in place else 10)  # a number that comes is no number that changes
+    assert len(calls) == (
+        11 if place in ("a default", "getattr's default") else 12
+    )  # a number that comes is no number that changes
 
 
 @pytest.mark.usefixtures("recorded")

@@ -103,14 +103,12 @@ def test_ppca_learns_the_mean_from_a_wrong_one_and_matches_its_guide():
 @pytest.mark.parametrize("covariance", COVARIANCES)
 def test_log_likelihood_never_falls_and_chunks_do_not_matter(covariance, seed):
     x = blobs(seed=seed)
-    results = [
-        fit_em(GMM(4, 3, covariance=covariance), x, seed=seed, max_iter=60, chunk_size=chunk_size)
-        for chunk_size in (None, 1, 64)
-    ]
-    assert rises(results[0].trace)
-    assert results[0].trace[-1] > results[0].trace[0]
-    for result in results[1:]:
-        np.testing.assert_allclose(result.trace, results[0].trace, rtol=1e-10)
+    result = fit_em(GMM(4, 3, covariance=covariance), x, seed=seed, max_iter=60)
+    assert rises(result.trace)
+    assert result.trace[-1] > result.trace[0]
+    for chunk_size in (1, 64):
+        chunked = fit_em(GMM(4, 3, covariance=covariance), x, seed=seed, max_iter=10, chunk_size=chunk_size)
+        np.testing.assert_allclose(chunked.trace, result.trace[: len(chunked.trace)], rtol=1e-10)
 
 
 def test_ppca_chunks_do_not_matter():

@@ -803,7 +803,7 @@ CONJUGATE = [
 ]
 
 
-def train(pair: Pair, loss, x: Tensor, steps: int = 1500) -> None:
+def train(pair: Pair, loss, x: Tensor, steps: int = 800) -> None:
     # Gradients at the start are hundreds of times those near the end: forget them soon.
     optim = torch.optim.Adam(pair.parameters(), lr=0.2, betas=(0.9, 0.95))
     svi = SVI(pair.model, pair.guide, optim, loss)

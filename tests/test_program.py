@@ -32,7 +32,12 @@ def record(function: Callable, *args: Tensor) -> Program:
 # --- what a record is ----------------------------------------------------------------------------
 
 
-def test_it_repeats_the_computation_and_draws_anew() -> None:
+@pytest.mark.parametrize("torchs_context", [True, False])
+def test_it_repeats_the_computation_and_draws_anew(torchs_context: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With torch's internals, which it is quicker with, and without."""
+    if not torchs_context:
+        monkeypatch.delattr("torch._guards.tracing")
+
     def function(x: Tensor) -> Tensor:
         return x + torch.randn(3) + pyro.sample("z", dist.Normal(x, 1.0))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
+import weakref
 from itertools import pairwise
 
 import pyro
@@ -457,6 +459,32 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, grey, name, at):
     assert_same(weights(straight), weights(resumed))
     assert without_seconds(expected.history) == without_seconds(result.history)
     assert (expected.steps, expected.stopped_early) == (result.steps, result.stopped_early)
+
+
+def test_ctrl_c_counts_where_python_drops_it(tmp_path, x, monkeypatch):
+    """In callbacks of weak references, such as those that every `import` has."""
+
+    class Dropped(Interrupted):
+        def loss_and_grads(self, model, guide, x):
+            self.steps += 1
+            if self.steps == self.at:
+                thing = type("Thing", (), {})()
+                reference = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGINT))
+                del thing, reference
+                assert dropped == [KeyboardInterrupt]
+            return Trace_ELBO.loss_and_grads(self, model, guide, x)
+
+    dropped = []
+    monkeypatch.setattr("sys.unraisablehook", lambda event: dropped.append(event.exc_type))
+    file, before = tmp_path / "checkpoint", signal.getsignal(signal.SIGINT)
+    pair, resumed, straight = new(Latent), new(Latent), new(Latent)
+    options = {"epochs": 3, "batch_size": 5}
+    with pytest.raises(KeyboardInterrupt):
+        fit(pair, x, loss=Dropped(7), checkpoint=file, **options)
+    assert signal.getsignal(signal.SIGINT) is before
+    fit(resumed, x, loss=Dropped(), checkpoint=file, resume=True, **options)
+    fit(straight, x, loss=Dropped(), **options)
+    assert_same(weights(straight), weights(resumed))
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path, x):

@@ -114,7 +114,7 @@ def _compiled(graph: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     options = {"fallback_random": True, "reorder_for_peak_memory": False}
 
     def compile_it(graph: GraphModule, options: dict[str, Any]) -> Callable[..., Any]:
-        with _cached_on_disk():
+        with _torchs_context():
             run = _inductor.compile(graph, inputs, options=options)
         run(*inputs)
         return run
@@ -138,15 +138,15 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _cached_on_disk() -> AbstractContextManager:
-    """torch keeps what it compiles for later processes, but only for callers that say where shapes come from."""
+def _torchs_context() -> AbstractContextManager:
+    """Without it torch compiles anew in every process, and takes twice as long to record."""
     try:
         from torch._guards import TracingContext, tracing
         from torch._subclasses.fake_tensor import FakeTensorMode
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
         return tracing(TracingContext(FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())))
-    except (ImportError, TypeError):  # torch's own business: without it every process compiles anew
+    except (ImportError, TypeError):  # torch's own business
         return nullcontext()
 
 
@@ -281,7 +281,7 @@ class _Record:
                 return function(*args)
 
         try:
-            with same_random_state(), _unvalidated():
+            with same_random_state(), _unvalidated(), _torchs_context():
                 graph = make_fx(watched)(*args)
         except Exception as error:
             raise Untraceable(f"{reason(error)}{where(error.__traceback__)}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,36 +18,50 @@ from pyrovae.infer.untraceable import NoKey, Untraceable
 
 __all__ = ["Place", "StandIns", "are_kept", "content", "counted_users", "is_real", "other_number"]
 
-Key = tuple[int, str]
+Key = tuple[int, Any]
 
 
 class Place(NamedTuple):
-    """Where a value is found: under a name in a namespace, or in the cell of a closure."""
+    """Where a value is found: under a name in a namespace or an object's slots, in a list, in the cell of a closure."""
 
     space: Any
-    name: str
+    name: Any
+    """In a list the index."""
     owner: Any = None
     """Whose namespace it is."""
 
     def reader(self) -> Callable[[], Any]:
-        cell = isinstance(self.space, CellType)
-        return partial(content, self.space) if cell else partial(self.space.get, self.name)
+        if isinstance(self.space, CellType):
+            return partial(content, self.space)
+        if isinstance(self.space, list):
+            return partial(_entry, self.space, self.name)
+        if isinstance(self.space, Mapping):
+            return partial(self.space.get, self.name)
+        return partial(getattr, self.space, self.name, None)
 
     def write(self, value: Any) -> None:
         if isinstance(self.space, CellType):
             self.space.cell_contents = value
+        elif isinstance(self.space, list):
+            list.__setitem__(self.space, self.name, value)  # whatever a kind of list or dict does besides
         elif isinstance(self.space, dict):
-            dict.__setitem__(self.space, self.name, value)  # whatever a kind of dict does besides
-        else:  # a class's, which it only shows
+            dict.__setitem__(self.space, self.name, value)
+        elif isinstance(self.owner, type):  # whose namespace only shows it
             type.__setattr__(self.owner, self.name, value)
+        else:
+            object.__setattr__(self.space, self.name, value)
 
     def exists(self) -> bool:
-        return isinstance(self.space, CellType) or self.name in self.space
+        if isinstance(self.space, list):
+            return self.name < len(self.space)
+        return self.name in self.space if isinstance(self.space, Mapping) else True
 
     def key(self) -> Key:
         return id(self.owner if isinstance(self.owner, type) else self.space), self.name
 
     def label(self) -> str:
+        if isinstance(self.space, list):
+            return f"entry {self.name} of a list"
         kind = self.owner if isinstance(self.owner, type) else type(self.owner)
         return self.name if self.owner is None else f"{kind.__name__}.{self.name}"
 
@@ -57,6 +71,10 @@ def content(cell: CellType) -> Any:
         return cell.cell_contents
     except ValueError:  # empty so far
         return None
+
+
+def _entry(values: list, index: int) -> Any:
+    return values[index] if index < len(values) else None
 
 
 def is_real(value: Any) -> bool:

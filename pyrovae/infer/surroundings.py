@@ -11,7 +11,8 @@ from functools import cache, partial
 from inspect import getattr_static
 from itertools import chain
 from operator import is_, itemgetter
-from types import CodeType, FunctionType, MethodType, ModuleType
+from sysconfig import get_path
+from types import CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -42,9 +43,9 @@ MOST_NUMBERS = 2**24
 class Surroundings:
     """Attributes of the modules and objects that ``functions`` belong to, and the globals and closures that they name.
 
-    Of other objects (``args.beta``), the attributes that a function names; of dicts, classes and modules the numbers
-    (``args["beta"]``). Modules are found in containers and default arguments too; other numbers there are not seen, nor
-    what helper functions of other modules read.
+    Of other objects (``args.beta``), the attributes that a function names; of lists, dicts, classes and modules the
+    numbers (``args["beta"]``). So too for the functions that it calls, but for those of installed packages. Modules are
+    found in containers and default arguments too; other numbers there are not seen.
 
     A number can be let move (:meth:`let_move`): then it counts no more, and a record reads a tensor in its place.
     """
@@ -205,17 +206,12 @@ class Surroundings:
             self._meet_all([v for v in space.values() if isinstance(v, _HOLDERS)])
 
     def _meet_method(self, owner: Any, method: Any) -> None:
-        """Its globals, the attributes of its owner's objects that it names, and the owner's methods that it names."""
+        """Its globals, and what it names of its owner."""
         both = id(owner), id(method)
         if isinstance(method, FunctionType) and both not in self._met and _is_users(method):
             self._met.add(both)
             self._meet_function(method)
-            code, space = method.__code__, _attributes(owner)
-            if id(owner) not in self._met:  # then not all of its attributes are watched
-                self._meet_named(code, space)
-            self._meet_attributes(code, [space[n] for n in _names(code) if n in space])
-            for name in _names(code):
-                self._meet_class_attribute(owner, type(owner), name)
+            self._meet_attributes(method.__code__, [owner])
 
     def _meet_class_attribute(self, owner: Any, kind: type, name: str) -> None:
         """A method or a number; of methods those of parents too, which may be asked for by ``super()``."""
@@ -242,7 +238,7 @@ class Surroundings:
             value
             for value in named.values()
             if isinstance(value, _HOLDERS)
-            or (isinstance(value, FunctionType) and value.__module__ == function.__module__)
+            or (isinstance(value, FunctionType) and _is_followed(value, function))
             or (callable(value) and not isinstance(value, type | FunctionType))
         ]
         self._meet_all([*contents, *met, *(value for value in defaults if isinstance(value, _HOLDERS))])
@@ -250,10 +246,10 @@ class Surroundings:
 
     def _meet_attributes(self, code: CodeType, things: list[Any], depth: int = MOST_DEEP) -> None:
         """Of objects that a function reads, what it names: ``args.beta``, ``q.guide``; of dicts, classes and modules
-        the numbers, ``args["beta"]``; and so on, ``args.kl.beta``."""
+        the numbers, ``args["beta"]``; of lists all; and so on, ``args.kl[0].beta``."""
         for thing in things:
             both = id(thing), id(code)
-            if both in self._met or isinstance(thing, (nn.Module, FunctionType, Tensor)):
+            if both in self._met or isinstance(thing, (FunctionType, Tensor)):
                 continue
             self._met.add(both)
             inner: list[Any] = []
@@ -261,21 +257,34 @@ class Surroundings:
                 asked = dict.fromkeys((*_keys(code), *(value for value in things if isinstance(value, str))))
                 inner = [thing[key] for key in asked if key in thing]
                 self._named += [Place(thing, key) for key in asked if isinstance(thing.get(key), _NUMBERS)]
+            elif isinstance(thing, list | tuple):
+                inner = list(thing[:MOST_MEMBERS])
+                if isinstance(thing, list):  # and what comes to be its next
+                    numbers = [i for i, value in enumerate(inner) if isinstance(value, _NUMBERS)]
+                    self._named += [Place(thing, i) for i in (*numbers, len(thing))]
             elif isinstance(thing, ModuleType):
                 space = vars(thing)
-                self._named += [Place(space, n) for n in _names(code) if isinstance(space.get(n, thing), _NUMBERS)]
+                named = [name for name in _names(code) if name in space]
+                self._named += [Place(space, name) for name in named if isinstance(space[name], _NUMBERS)]
+                if not _is_library(getattr(thing, "__file__", None)):
+                    inner = [space[name] for name in named]
+                    self._meet_all([value for value in inner if isinstance(value, FunctionType)])
             elif isinstance(thing, type):
                 for name in _names(code):
                     self._meet_class_attribute(thing, thing, name)
             else:
                 space = _attributes(thing)
+                slots = [name for name in _names(code) if name not in space and _is_slot(thing, name)]
                 inner = [space[name] for name in _names(code) if name in space]
-                self._meet_named(code, space)
+                inner += [getattr(thing, name, None) for name in slots]
+                if id(thing) not in self._met:  # then not all of its attributes are watched
+                    self._meet_named(code, space)
+                    self._named += [Place(thing, name) for name in slots]
                 for name in _names(code):
                     if name not in space:
                         self._meet_class_attribute(thing, type(thing), name)
             if depth:
-                self._meet_attributes(code, [x for x in inner if isinstance(x, dict) or _attributes(x)], depth - 1)
+                self._meet_attributes(code, [x for x in inner if _has_more(x)], depth - 1)
 
     def _meet_named(self, code: CodeType, space: dict[str, Any]) -> None:
         named = [name for name in (*_names(code), *_keys(code)) if name in space]  # vars(args)["beta"]
@@ -312,6 +321,15 @@ class Surroundings:
 def _attributes(thing: Any) -> dict[str, Any]:
     space = getattr(thing, "__dict__", None)
     return space if isinstance(space, dict) else {}
+
+
+def _is_slot(thing: Any, name: str) -> bool:
+    return isinstance(getattr_static(type(thing), name, None), MemberDescriptorType)
+
+
+def _has_more(thing: Any) -> bool:
+    slots = hasattr(type(thing), "__slots__") and not isinstance(thing, (*_NUMBERS, Tensor))
+    return slots or isinstance(thing, dict | list | tuple) or bool(_attributes(thing))
 
 
 @cache
@@ -367,6 +385,18 @@ def _may_change(value: Any) -> bool:
 
 def _is_users(function: FunctionType) -> bool:
     return not (function.__module__ or "").startswith(("torch.", "pyro.", "pyrovae.infer"))
+
+
+def _is_followed(function: FunctionType, caller: FunctionType) -> bool:
+    """Whether what a function reads that another calls is looked for."""
+    return function.__module__ == caller.__module__ or not _is_library(function.__code__.co_filename)
+
+
+@cache
+def _is_library(file: str | None) -> bool:
+    """Python's own, or installed: their numbers are fixed, and there are many."""
+    installed = file is None or "site-packages" in file or "dist-packages" in file
+    return installed or str(file).startswith((get_path("stdlib"), "<frozen"))
 
 
 def _is_made_anew(owner: Any, name: str) -> bool:
