@@ -8,6 +8,9 @@ from __future__ import annotations
 import copy
 import math
 import random
+import re
+import warnings
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -932,6 +935,64 @@ def test_numbers_of_other_objects_count(place: str, calls: list, monkeypatch: py
     assert len(calls) == (
         11 if place in ("a default", "getattr's default") else 12
     )  # a number that comes is no number that changes
+
+
+def unwatched(place: str, pair: Arguments) -> tuple[Callable, Callable]:
+    """A model that reads a number which is not watched, and how to change it."""
+    numbers = deque([1.0])
+
+    def model(x: Tensor, beta: float = 1.0) -> None:
+        pair.model(x, beta * numbers[0])
+
+    def put(beta: float) -> None:
+        if place == "a default argument":
+            model.__defaults__ = (beta,)
+        else:
+            numbers[0] = beta
+
+    return model, put
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize("place", ["a default argument", "a deque"])
+def test_what_changes_unseen_is_found_out(place: str, calls: list) -> None:
+    """At every step: before one is wrong."""
+    results = []
+    for backend in ("eager", "compiled"):
+        pair = Arguments()
+        model, put = unwatched(place, pair)
+        svi, losses = SVI(model, pair.guide, sgd(pair, 0.01), Trace_ELBO(), backend=backend), []
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            for step, x in enumerate(batches()):
+                put(1.0 + step / 2)
+                losses.append(svi.step(x))
+        results.append((losses, pair.loc))
+    torch.testing.assert_close(*results)
+    assert len(calls) == 1
+    assert re.search("this step runs eagerly: it computes something else than when it was recorded", str(warned[0]))
+
+
+@pytest.mark.usefixtures("recorded")
+def test_what_changes_unseen_and_late_is_found_out(calls: list) -> None:
+    pair = Arguments()
+    model, put = unwatched("a deque", pair)
+    svi = SVI(model, pair.guide, sgd(pair, 0.01), Trace_ELBO(), backend="compiled")
+    for step in range(32):
+        svi.step(batches()[step % 6])
+        if step == 20:
+            put(2.0)
+    with pytest.warns(RuntimeWarning, match="the last 16 steps may have been those of before"):
+        svi.step(batches()[0])
+    assert len(calls) == 31
+    svi.step(batches()[0])
+    assert len(calls) == 31
+
+
+def test_programs_are_compared_with_the_pair_now_and_then() -> None:
+    recorded = svi_module._Recorded(program=None, step=None)  # type: ignore[arg-type]
+    due = [run for run in range(1, 4100) if recorded.is_due()]
+    assert due == [2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 3072, 4096]
 
 
 @pytest.mark.usefixtures("recorded")

@@ -394,10 +394,10 @@ def test_a_stopped_comparison_goes_on_to_the_same_table(monkeypatch, faithful):
     whole = compare(mixture, faithful, **options)
     epochs, one_epoch = iter(range(100)), _Run._one_epoch
 
-    def stop(run, good):
+    def stop(*args):
         if next(epochs) == 15:  # in the third training run
             raise KeyboardInterrupt
-        return one_epoch(run, good)
+        return one_epoch(*args)
 
     monkeypatch.setattr(_Run, "_one_epoch", stop)
     with pytest.raises(KeyboardInterrupt):

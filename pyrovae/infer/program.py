@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -55,9 +56,10 @@ class Program:
         original: Callable[..., Any] | None = None,
     ) -> None:
         surroundings = self._surroundings = surroundings or Surroundings(function)
+        self._original = original or function
         with warnings.catch_warnings(), surroundings.unchanged():
             warnings.simplefilter("ignore")  # an eager step says the same
-            _result(original or function, _copies(args))  # what is set up at the first use is no part of a record
+            _result(self._original, _copies(args))  # what is set up at the first use is no part of a record
             stand_ins = surroundings.stand_ins
             if stand_ins or original is not None:
                 _check_stand_ins(function, original, args, surroundings)
@@ -91,6 +93,19 @@ class Program:
             say_once(f"pyrovae: cannot compile the step here ({lines[0]}); it runs recorded, but not compiled.")
             return
         self.is_compiled = True
+
+    def still_holds(self, args: tuple[Tensor, ...]) -> bool:
+        """Whether the function is still the recorded one: something else that it reads may have changed unseen."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with self._surroundings.unchanged(*self.inputs):
+                    expected = _result(self._original, _copies(args))
+                with self._surroundings.unchanged(*self.inputs), torch.no_grad():
+                    result = _result(partial(self.graph, *self.inputs), _copies(args))
+        except Untraceable:  # an error of its own, which comes again
+            return True
+        return _are_close(result, expected)
 
     def __call__(self, *args: Tensor) -> Any:
         with torch.no_grad():
@@ -263,7 +278,7 @@ def _are_close(result: tuple[Any, Tensor], expected: tuple[Any, Tensor]) -> bool
     if [(x.shape, x.dtype) for x in ours] != [(x.shape, x.dtype) for x in theirs]:
         return False
     return all(
-        torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()), equal_nan=True)
+        torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().nan_to_num(0, 0).max()), equal_nan=True)
         if b.is_floating_point() and b.numel()
         else torch.equal(a, b)
         for a, b in zip(ours, theirs, strict=True)

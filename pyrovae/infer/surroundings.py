@@ -105,9 +105,9 @@ class Surroundings:
         return self.stand_ins.refuse()
 
     @contextmanager
-    def unchanged(self) -> Iterator[None]:
+    def unchanged(self, *others: Any) -> Iterator[None]:
         """Put all back afterwards, tensors and random states too: looking at a computation runs it."""
-        tensors = [(x, x.detach().clone()) for x in self._values() if _may_change(x)]
+        tensors = [(x, x.detach().clone()) for x in (*self._values(), *others) if _may_change(x)]
         attributes = [(space, dict(space)) for _, space in self._namespaces]
         named = [(place, place.reader()()) for place in self._named if place.exists()]
         lists = [(value, value[:]) for value in self._values() if isinstance(value, list)]

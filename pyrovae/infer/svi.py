@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -31,7 +32,24 @@ WORTH_COMPILING = 5000
 """Steps after which ``auto`` compiles: compiling takes about as long as they save in a small pair."""
 MAX_PROGRAMS = 8
 """Of one step, for different shapes; and of different Python numbers that it reads."""
+BETWEEN_CHECKS = 1024
+"""Steps of a program after which it is compared with the pair again; before that, at the second, fourth, eighth, ..."""
 _LOSS_METHODS = ("loss_and_grads", "differentiable_loss", "_bound", "_particle_bound")
+
+
+@dataclass
+class _Recorded:
+    """A step's program, and how often it has run."""
+
+    program: Program
+    step: Callable[..., Tensor]
+    runs: int = 0
+
+    def is_due(self) -> bool:
+        """Whether it is to be compared with the pair now."""
+        self.runs += 1
+        doubled = 1 < self.runs < BETWEEN_CHECKS and self.runs & (self.runs - 1) == 0
+        return doubled or self.runs % BETWEEN_CHECKS == 0
 
 
 class SVI:
@@ -110,7 +128,7 @@ class SVI:
         self._named: dict[Any, list[Tensor]] = {}  # by state of the surroundings and kind of call, for pyro.optim
         self._update: Update | None = None
         self._states: list[int] = []
-        self._programs: dict[Any, Callable[..., Tensor] | None] = {}
+        self._programs: dict[Any, _Recorded | None] = {}
         self._gave_up = False
         self._why_held = ""  # no tensor stands for a number that changes
         self._fixed_floats: dict[Any, str] = {}  # kinds of calls where no tensor can stand for them, and why
@@ -238,19 +256,28 @@ class SVI:
             # Another shape, a short last batch say, is recorded too, but is not worth a compiler's time.
             first = all(known[:4] != signature[:4] for known in self._programs)
             moving = self._surroundings.stand_ins.state()
-            program = self._record(arguments, params, compile_it=first)
+            recorded = self._record(arguments, params, compile_it=first)
             if self._surroundings.stand_ins.state() != moving:  # a number that moved is held fixed again
                 self._unsaid = ""
                 return None
-            if program is None and arguments is not fixed:
+            if recorded is None and arguments is not fixed:
                 why = f"no tensor can stand for a float among its arguments: {self._unsaid}"
-                program = self._record(fixed, params, compile_it=first)
-                if program is not None:
+                recorded = self._record(fixed, params, compile_it=first)
+                if recorded is not None:
                     self._unsaid, self._fixed_floats[fixed.call()] = "", why
                     arguments, signature = fixed, (state, shapes, *fixed.key())
-            self._programs[signature] = program
-        program = self._programs[signature]
-        return None if program is None else partial(program, *arguments.tensors)
+            self._programs[signature] = recorded
+        recorded = self._programs[signature]
+        if recorded is None:
+            return None
+        if recorded.is_due() and not recorded.program.still_holds(arguments.tensors):
+            self._gave_up = True
+            self._unsaid = (
+                "it computes something else than when it was recorded, though nothing that is watched has changed (see "
+                f"SVI); the last {min(recorded.runs // 2, BETWEEN_CHECKS)} steps may have been those of before"
+            )
+            return None
+        return partial(recorded.step, *arguments.tensors)
 
     def _trained(self, state: int) -> list[Tensor] | None:
         """The parameters of such a step. With ``pyro.optim`` an eager step names them: None until one has."""
@@ -280,7 +307,7 @@ class SVI:
         self._states.append(state)
         return len(self._states) == 1  # else one eager step: the state may change again
 
-    def _record(self, arguments: Arguments, params: list[Tensor], *, compile_it: bool) -> Callable[..., Tensor] | None:
+    def _record(self, arguments: Arguments, params: list[Tensor], *, compile_it: bool) -> _Recorded | None:
         assert self._surroundings is not None
         if not hasattr(self.loss, "_bound"):
             self._unsaid = f"{type(self.loss).__module__}.{type(self.loss).__name__} reads tensors; use pyrovae.infer's"
@@ -320,12 +347,12 @@ class SVI:
 
         read = [*arguments.tensors, *program.outside]
         if self.backend == "compiled" or not any(tensor.is_cuda for tensor in read):
-            return step
+            return _Recorded(program, step)
         if reason := why_not(read, update):
             if self.backend == "cudagraph":
                 say_once(f"pyrovae: this step runs without a CUDA graph: {reason}.")
-            return step
-        return Captured(step, update, program.inputs)
+            return _Recorded(program, step)
+        return _Recorded(program, Captured(step, update, program.inputs))
 
 
 def _kind(args: tuple, kwargs: dict) -> tuple:
