@@ -104,4 +104,7 @@ def pick_device(device: str | torch.device) -> torch.device:
         raise ValueError(f"device: expected 'auto', 'cpu' or 'cuda'; got {device!r}.")
     if picked.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: {device!r} was asked for, and torch sees no CUDA device. Use device='auto'.")
+    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise ValueError(f"device: {device!r} was asked for, and the last that torch sees is 'cuda:{last}'.")
     return picked

@@ -689,6 +689,7 @@ def _explain(error: Exception) -> str:
     """The message, and the line of the user's own file that it came from."""
     meant = isinstance(error, ValueError | TypeError | NotImplementedError | OSError | FloatingPointError)
     text = str(error) if meant else f"{type(error).__name__}: {error}"
+    text = " ".join([text, *getattr(error, "__notes__", [])])
     frames: list[str] = []
     cause: BaseException | None = error
     while cause is not None:

@@ -416,6 +416,28 @@ def test_errors(call: Callable, error: type[Exception], match: str) -> None:
         call()
 
 
+@pytest.mark.parametrize("loss_type", [Trace_ELBO, RenyiELBO, TraceEnum_ELBO], ids=lambda t: t.__name__)
+def test_a_pair_that_cannot_run_vectorised_is_told_so(loss_type: type) -> None:
+    pair, x = NormalNormal(slope=0.2, scale=0.8), torch.randn(4)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(pair.slope * x, 1.0))
+        x @ torch.outer(z, z)  # takes vectors alone
+
+    options = {"num_particles": 3, "strict_enumeration_warning": False}
+    with pytest.raises(RuntimeError) as caught:
+        loss_type(**options).loss(pair.model, guide, x)
+    assert caught.value.__notes__ == [
+        "With 3 particles at once, values have one more dim on the left. For a pair that cannot run so, give the loss "
+        "vectorize_particles=False."
+    ]
+    loss_type(vectorize_particles=False, **options).loss(pair.model, guide, x)
+    with pytest.raises(RuntimeError) as caught:
+        loss_type(**options).loss(pair.model, lambda x: torch.outer(x.reshape(2, 2), x), x)
+    assert not hasattr(caught.value, "__notes__")  # one particle has the same error
+
+
 def test_sites_that_a_loss_cannot_treat_are_refused() -> None:
     mixture, x = Mixture(amortized=False), torch.randn(3, 2)
     for loss in (Trace_ELBO(), TraceMeanField_ELBO()):

@@ -761,6 +761,14 @@ def test_devices():
     assert fit(Location(), torch.zeros(3, 2), epochs=1, device="cpu").device == "cpu"
 
 
+def test_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(ValueError, match=r"^device: 'cuda:2' was asked for, and the last that torch sees is 'cuda:1'"):
+        pick_device("cuda:2")
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("home", ["cpu", "cuda"])

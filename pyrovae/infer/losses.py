@@ -88,9 +88,23 @@ class _Objective(ELBO):
         """The bound, with its pathwise gradient; and a term whose *gradient* alone is wanted, or None."""
         raise NotImplementedError
 
+    def _explained_bound(
+        self, model: Callable, guide: Callable, args: tuple, kwargs: dict
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same; an error that one particle does not have says what may be its cause."""
+        try:
+            return self._bound(model, guide, args, kwargs)
+        except (RuntimeError, ValueError, IndexError) as error:
+            if self.num_particles > 1 and self.vectorize_particles and _runs(model, guide, args, kwargs):
+                error.add_note(
+                    f"With {self.num_particles} particles at once, values have one more dim on the left. For a pair "
+                    "that cannot run so, give the loss vectorize_particles=False."
+                )
+            raise
+
     def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
         """The loss as a scalar tensor whose gradient is an unbiased estimate of the bound's."""
-        bound, surrogate = self._bound(model, guide, args, kwargs)
+        bound, surrogate = self._explained_bound(model, guide, args, kwargs)
         if surrogate is not None:
             bound = bound + (surrogate - surrogate.detach())
         return -bound
@@ -98,7 +112,7 @@ class _Objective(ELBO):
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
         """The loss as a scalar tensor, without gradient."""
         with torch.no_grad():
-            return -self._bound(model, guide, args, kwargs)[0]
+            return -self._explained_bound(model, guide, args, kwargs)[0]
 
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
         """The loss as a scalar tensor; gradients are added to the parameters."""
@@ -114,6 +128,15 @@ class _Objective(ELBO):
                     f"guide: site '{name}' is left to enumeration, and {type(self).__name__} samples every latent. "
                     "Use TraceEnum_ELBO, or sample the site in the guide."
                 )
+
+
+def _runs(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> bool:
+    """With one particle."""
+    try:
+        Structure.of(model, guide, args, kwargs)
+    except Exception:
+        return False
+    return True
 
 
 class Trace_ELBO(_Objective):
