@@ -139,12 +139,17 @@ class SVI:
         """One update on one batch. Returns the loss before it, nats, a scalar tensor without gradient."""
         self._steps += 1
         self._call = () if isinstance(self.optim, Optimizer) else _kind(args, kwargs)
+        self._unsaid = ""
         if self._steps == 1 and self.backend != "eager" and not self._checked:
             with pyro.validation_enabled(True):
-                return self._eager_step(*args, **kwargs)
-        self._unsaid = ""
-        program = self._program(args, kwargs) if self._wants_program() else None
-        loss = self._eager_step(*args, **kwargs) if program is None else program()
+                loss = self._eager_step(*args, **kwargs)
+        else:
+            program = self._program(args, kwargs) if self._wants_program(self._steps) else None
+            loss = self._eager_step(*args, **kwargs) if program is None else program()
+        if self._surroundings is None and self._wants_program(self._steps + 1) and not _PYRO_STACK:
+            surroundings = self._watch()
+            if surroundings is not None:
+                self._states.append(surroundings.state())  # the next step sees what has changed since
         if self._unsaid:  # an error of the step itself comes first
             say_once(f"pyrovae: this step runs eagerly: {self._unsaid}.")
         return loss
@@ -161,12 +166,12 @@ class SVI:
         self._checked = True
         return self._program(args, kwargs) is not None
 
-    def _wants_program(self) -> bool:
+    def _wants_program(self, step: int) -> bool:
         if self.backend == "eager" or self._gave_up:
             return False
         if self.backend != "auto":
             return True
-        return bool(self._programs) or (self.num_steps or self._steps) >= WORTH_COMPILING
+        return bool(self._programs) or (self.num_steps or step) >= WORTH_COMPILING
 
     @contextmanager
     def _handlers(self) -> Iterator[None]:
@@ -220,20 +225,11 @@ class SVI:
         if _PYRO_STACK:
             self._unsaid = "handlers around it are not recorded"
             return None
-        parts = [self.model, self.guide, self.prepare, self.loss, self.optim]
-        if self._surroundings is None or not same_objects(parts, self._parts):
-            known, self._parts = self._surroundings, parts
-            of_loss = [getattr(self.loss, name) for name in _LOSS_METHODS if hasattr(self.loss, name)]
-            try:
-                self._surroundings = Surroundings(self.model, self.guide, self.prepare, *of_loss)
-            except Exception as error:  # of a user's object that does not want to be looked at
-                self._unsaid, self._gave_up = f"what it reads cannot be watched ({type(error).__name__}: {error})", True
-                return None
-            if known is not None:  # One eager step: the new ones may name other parameters.
-                self._forget()
-                return None
-        state = self._surroundings.state()
-        if state not in self._states and not self._meets(self._surroundings, state):
+        surroundings = self._watch()
+        if surroundings is None:
+            return None
+        state = surroundings.state()
+        if state not in self._states and not self._meets(surroundings, state):
             return None
         try:
             arguments = Arguments.of(args, kwargs)
@@ -255,9 +251,9 @@ class SVI:
                 return None
             # Another shape, a short last batch say, is recorded too, but is not worth a compiler's time.
             first = all(known[:4] != signature[:4] for known in self._programs)
-            moving = self._surroundings.stand_ins.state()
+            moving = surroundings.stand_ins.state()
             recorded = self._record(arguments, params, compile_it=first)
-            if self._surroundings.stand_ins.state() != moving:  # a number that moved is held fixed again
+            if surroundings.stand_ins.state() != moving:  # a number that moved is held fixed again
                 self._unsaid = ""
                 return None
             if recorded is None and arguments is not fixed:
@@ -279,6 +275,24 @@ class SVI:
             return None
         return partial(recorded.step, *arguments.tensors)
 
+    def _watch(self) -> Surroundings | None:
+        """What the parts read. None where they are new parts, or cannot be looked at."""
+        parts = [self.model, self.guide, self.prepare, self.loss, self.optim]
+        known = self._surroundings
+        if known is not None and same_objects(parts, self._parts):
+            return known
+        self._parts = parts
+        of_loss = [getattr(self.loss, name) for name in _LOSS_METHODS if hasattr(self.loss, name)]
+        try:
+            self._surroundings = Surroundings(self.model, self.guide, self.prepare, *of_loss)
+        except Exception as error:  # of a user's object that does not want to be looked at
+            self._unsaid, self._gave_up = f"what it reads cannot be watched ({type(error).__name__}: {error})", True
+            return None
+        if known is not None:  # One eager step: the new ones may name other parameters.
+            self._forget()
+            return None
+        return self._surroundings
+
     def _trained(self, state: int) -> list[Tensor] | None:
         """The parameters of such a step. With ``pyro.optim`` an eager step names them: None until one has."""
         if not isinstance(self.optim, Optimizer):
@@ -290,7 +304,8 @@ class SVI:
 
     def _as_tensor(self, value: float) -> Tensor:
         """A number as a tensor that promotes others as little as the number would."""
-        like = next((p for p in self._params if p.is_floating_point()), torch.empty(()))
+        params = self._trained(self._states[-1]) or []
+        like = next((p for p in params if p.is_floating_point()), torch.empty(()))
         dtype = torch.promote_types(like.dtype, torch.get_default_dtype())
         return torch.full((), value, dtype=dtype, device=like.device)
 
