@@ -233,7 +233,7 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 def _interrupts() -> Iterator[Callable[[], None]]:
     """Gives a function that raises KeyboardInterrupt once Ctrl-C has been pressed.
 
-    Python drops the exception where it comes while a weak reference's callback runs, or a ``__del__``.
+    Python drops the exception where it comes in a weak reference's callback or in ``__del__``.
     """
     pressed = False
 
@@ -247,13 +247,14 @@ def _interrupts() -> Iterator[Callable[[], None]]:
             raise KeyboardInterrupt
 
     in_main = threading.current_thread() is threading.main_thread()
-    is_ours = in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if is_ours:
-        signal.signal(signal.SIGINT, press)
+    if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # someone else's business
+        yield raise_if_pressed
+        return
+    signal.signal(signal.SIGINT, press)
     try:
         yield raise_if_pressed
     finally:
-        if is_ours:
+        if signal.getsignal(signal.SIGINT) is press:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -538,10 +539,10 @@ class _Run:
             leave=False,
         )
         try:
-            with bar, _interrupts() as raise_if_interrupted:
+            with bar:
                 while self.epoch < epochs and not (stopped := self._is_stuck(patience)):
                     start = time.perf_counter()
-                    row = self._one_epoch(good, raise_if_interrupted)
+                    row = self._one_epoch(good)
                     self.seconds += time.perf_counter() - start
                     row["seconds"] = self.seconds
                     if monitor is not None:
@@ -570,17 +571,18 @@ class _Run:
     def _is_stuck(self, patience: int | None) -> bool:
         return patience is not None and self.best is not None and self.epoch - self.best["epoch"] >= patience
 
-    def _one_epoch(self, good: dict[str, Any], raise_if_interrupted: Callable[[], None]) -> dict[str, float]:
+    def _one_epoch(self, good: dict[str, Any]) -> dict[str, float]:
         total = torch.zeros((), device=self.device)
         weight = 0
-        for argument in self.data.arguments():
-            bound = self.take_step(argument)
-            raise_if_interrupted()
-            total += bound * len(argument)
-            weight += len(argument)
-            # Reading the bound waits for a GPU: there, look once an epoch.
-            if self.device.type == "cpu" and not math.isfinite(bound):
-                self._explain_divergence(good)
+        with _interrupts() as raise_if_pressed:
+            for argument in self.data.arguments():
+                bound = self.take_step(argument)
+                raise_if_pressed()
+                total += bound * len(argument)
+                weight += len(argument)
+                # Reading the bound waits for a GPU: there, look once an epoch.
+                if self.device.type == "cpu" and not math.isfinite(bound):
+                    self._explain_divergence(good)
         train_bound = float(total) / weight
         self.epoch += 1
         row = {"epoch": self.epoch, "step": self.step, "train_bound": train_bound}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.infer.program import say_once
-from pyrovae.infer.surroundings import same_objects
+from pyrovae.infer.snapshot import same_objects
 from pyrovae.infer.update import Update
 
 __all__ = ["Captured", "why_not"]

@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 from pyrovae.infer.log_weights import same_random_state
 from pyrovae.infer.machine import with_tried_instructions
 from pyrovae.infer.rewrite import rewritten
+from pyrovae.infer.snapshot import Writes
 from pyrovae.infer.stand_ins import are_kept, counted_users, other_number
 from pyrovae.infer.surroundings import Surroundings
 from pyrovae.infer.untraceable import Conversions, NoKey, Untraceable, Values, reason, tensors_in, where
@@ -57,21 +58,31 @@ class Program:
     ) -> None:
         surroundings = self._surroundings = surroundings or Surroundings(function)
         self._original = original or function
+        stand_ins, writes = surroundings.stand_ins, Writes()
+        if surroundings.takes_next:
+            raise Untraceable("it may take what an iterator gives next, which cannot be put back")
         with warnings.catch_warnings(), surroundings.unchanged():
             warnings.simplefilter("ignore")  # an eager step says the same
-            _result(self._original, _copies(args))  # what is set up at the first use is no part of a record
-            stand_ins = surroundings.stand_ins
+            try:  # what is set up at the first use is no part of a record
+                _result(self._original, _copies(args), writes)
+            finally:
+                writes.put_back()
+        self._written = [tensor for tensor, _ in writes.saved]
+        with warnings.catch_warnings(), surroundings.unchanged(*self._written):
+            warnings.simplefilter("ignore")
             if stand_ins or original is not None:
                 _check_stand_ins(function, original, args, surroundings)
             else:
                 _result_without_reading(function, _copies(args))
-            before, random_state = surroundings.key(), surroundings.python_random_state()
+            before, contents = surroundings.key(), surroundings.contents()
+            random_state = surroundings.python_random_state()
             with stand_ins.as_tensors(other=False):
                 first = _Record(function, _copies(args))
-                first.check_runs(_copies(args))
             # A record that differs for other values has read one into Python.
             with stand_ins.as_tensors(other=True):
                 second = _Record(function, _copies(args, other=True))
+            if (changed := contents.changed()) is not None:
+                raise Untraceable(f"it changes {surroundings.label(changed)} as it runs")
             if before != (after := surroundings.key()):
                 raise Untraceable(f"it changes {surroundings.difference(before, after)} as it runs")
             first.check_same(second)
@@ -79,8 +90,11 @@ class Program:
                 raise Untraceable("it draws random numbers of Python's or NumPy's")
         self.graph, self.inputs = first.graph, first.inputs
         # Those that a record makes are constants; the others may change.
-        self.outside = [a for a, b in zip(first.inputs, second.inputs, strict=True) if _are_one(a, b)]
+        both = zip(first.inputs, second.inputs, strict=True)
+        self.outside = [a for a, b in both if isinstance(a, Tensor) and _are_one(a, b)]
         self.is_compiled = False
+        if not self.still_holds(args):
+            raise Untraceable("its record computes something else (does it set random states?)")
 
     def compile(self, args: tuple[Tensor, ...]) -> None:
         """Compile with TorchInductor; without a compiler, say so once and go on with the record as it is."""
@@ -95,16 +109,20 @@ class Program:
         self.is_compiled = True
 
     def still_holds(self, args: tuple[Tensor, ...]) -> bool:
-        """Whether the function is still the recorded one: something else that it reads may have changed unseen."""
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                with self._surroundings.unchanged(*self.inputs):
-                    expected = _result(self._original, _copies(args))
-                with self._surroundings.unchanged(*self.inputs), torch.no_grad():
+        """Whether the function is still the recorded one: something else that it reads may have changed unseen.
+
+        Raises:
+            Untraceable: the function fails, or its record does.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with self._surroundings.unchanged(*self._written):
+                expected = _result(self._original, _copies(args))
+            with self._surroundings.unchanged(*self._written), torch.no_grad():
+                try:
                     result = _result(partial(self.graph, *self.inputs), _copies(args))
-        except Untraceable:  # an error of its own, which comes again
-            return True
+                except Untraceable as error:  # some operations of torch's do not take what they gave
+                    raise Untraceable(f"its record does not run: {error}") from error
         return _are_close(result, expected)
 
     def __call__(self, *args: Tensor) -> Any:
@@ -117,13 +135,15 @@ class Program:
             except RuntimeError:
                 # The record fails in the same place, and says why. Inputs are left alone: it may change them.
                 torch.default_generator.set_state(state)
-                self.graph(*[x.clone() for x in (*self.inputs, *args)])
+                self.graph(*[x.clone() if isinstance(x, Tensor) else x for x in (*self.inputs, *args)])
                 raise
 
 
 def _compiled(graph: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     from torch import _inductor
 
+    if not all(isinstance(x, Tensor) for x in inputs):
+        raise TypeError("it draws from a generator of its own")
     # Compiled and recorded noise are equal: random numbers stay those of torch's generator, and in their order. (On a
     # GPU all but Bernoulli's, which torch's compiler draws in a way of its own.)
     options = {"fallback_random": True, "reorder_for_peak_memory": False}
@@ -274,7 +294,7 @@ def _check_stand_ins(
 
 def _are_close(result: tuple[Any, Tensor], expected: tuple[Any, Tensor]) -> bool:
     """To far more than rounding, and far less than another computation; with as many random numbers."""
-    ours, theirs = tensors_in(result), tensors_in(expected)
+    ours, theirs = ([x.detach() for x in tensors_in(each)] for each in (result, expected))
     if [(x.shape, x.dtype) for x in ours] != [(x.shape, x.dtype) for x in theirs]:
         return False
     return all(
@@ -312,16 +332,12 @@ class _Record:
             if a != b:
                 raise Untraceable(f"it does something else each time it runs: first `{a}`, then `{b}`")
         for x, y in zip(self.inputs, other.inputs, strict=True):
-            if not _are_one(x, y) and not (x.shape == y.shape and x.dtype == y.dtype and bool(torch.equal(x, y))):
+            if _are_one(x, y):
+                continue
+            if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+                raise Untraceable(f"it makes a {type(x).__name__} each time it runs")
+            if not (x.shape == y.shape and x.dtype == y.dtype and bool(torch.equal(x, y))):
                 raise Untraceable("it makes a tensor of other numbers each time it runs")
-
-    def check_runs(self, args: tuple[Tensor, ...]) -> None:
-        """Some operations of torch's do not take what they gave when they were recorded."""
-        try:
-            with same_random_state(), torch.no_grad():
-                self.graph(*self.inputs, *args)
-        except Exception as error:
-            raise Untraceable(f"its record does not run: {reason(error)}") from error
 
 
 class _Witness(TorchFunctionMode):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class Place(NamedTuple):
     def reader(self) -> Callable[[], Any]:
         if isinstance(self.space, CellType):
             return partial(content, self.space)
-        if isinstance(self.space, list):
+        if isinstance(self.space, list | deque):
             return partial(_entry, self.space, self.name)
         if isinstance(self.space, Mapping):
             return partial(self.space.get, self.name)
@@ -42,8 +43,10 @@ class Place(NamedTuple):
     def write(self, value: Any) -> None:
         if isinstance(self.space, CellType):
             self.space.cell_contents = value
-        elif isinstance(self.space, list):
-            list.__setitem__(self.space, self.name, value)  # whatever a kind of list or dict does besides
+        elif isinstance(self.space, list):  # whatever a kind of list or dict does besides
+            list.__setitem__(self.space, self.name, value)
+        elif isinstance(self.space, deque):
+            deque.__setitem__(self.space, self.name, value)
         elif isinstance(self.space, dict):
             dict.__setitem__(self.space, self.name, value)
         elif isinstance(self.owner, type):  # whose namespace only shows it
@@ -52,7 +55,7 @@ class Place(NamedTuple):
             object.__setattr__(self.space, self.name, value)
 
     def exists(self) -> bool:
-        if isinstance(self.space, list):
+        if isinstance(self.space, list | deque):
             return self.name < len(self.space)
         return self.name in self.space if isinstance(self.space, Mapping) else True
 
@@ -60,7 +63,7 @@ class Place(NamedTuple):
         return id(self.owner if isinstance(self.owner, type) else self.space), self.name
 
     def label(self) -> str:
-        if isinstance(self.space, list):
+        if isinstance(self.space, list | deque):
             return f"entry {self.name} of a list"
         kind = self.owner if isinstance(self.owner, type) else type(self.owner)
         return self.name if self.owner is None else f"{kind.__name__}.{self.name}"
@@ -73,8 +76,10 @@ def content(cell: CellType) -> Any:
         return None
 
 
-def _entry(values: list, index: int) -> Any:
-    return values[index] if index < len(values) else None
+def _entry(values: list | deque, index: int) -> Any:
+    if index >= len(values):
+        return None
+    return list.__getitem__(values, index) if isinstance(values, list) else values[index]
 
 
 def is_real(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from pyrovae.checks import check_choice
 from pyrovae.infer.arguments import Arguments
 from pyrovae.infer.cudagraph import Captured, why_not
 from pyrovae.infer.program import Program, Untraceable, say_once
-from pyrovae.infer.surroundings import Surroundings, same_objects
+from pyrovae.infer.snapshot import same_objects
+from pyrovae.infer.surroundings import Surroundings
 from pyrovae.infer.update import Update
 
 __all__ = ["BACKENDS", "SVI", "DatasetSize"]
@@ -34,6 +36,10 @@ MAX_PROGRAMS = 8
 """Of one step, for different shapes; and of different Python numbers that it reads."""
 BETWEEN_CHECKS = 1024
 """Steps of a program after which it is compared with the pair again; before that, at the second, fourth, eighth, ..."""
+_CHANGED = (
+    "pyrovae: the pair computes something else than when its step was recorded, though nothing that is watched has "
+    "changed (see SVI). The last {} steps may have been those of before; from now on they run eagerly."
+)
 _LOSS_METHODS = ("loss_and_grads", "differentiable_loss", "_bound", "_particle_bound")
 
 
@@ -147,9 +153,8 @@ class SVI:
             program = self._program(args, kwargs) if self._wants_program(self._steps) else None
             loss = self._eager_step(*args, **kwargs) if program is None else program()
         if self._surroundings is None and self._wants_program(self._steps + 1) and not _PYRO_STACK:
-            surroundings = self._watch()
-            if surroundings is not None:
-                self._states.append(surroundings.state())  # the next step sees what has changed since
+            watched = self._watch()
+            self._states += [] if watched is None else [watched[1]]  # the next step sees what has changed since
         if self._unsaid:  # an error of the step itself comes first
             say_once(f"pyrovae: this step runs eagerly: {self._unsaid}.")
         return loss
@@ -225,10 +230,9 @@ class SVI:
         if _PYRO_STACK:
             self._unsaid = "handlers around it are not recorded"
             return None
-        surroundings = self._watch()
-        if surroundings is None:
+        if (watched := self._watch()) is None:
             return None
-        state = surroundings.state()
+        surroundings, state = watched
         if state not in self._states and not self._meets(surroundings, state):
             return None
         try:
@@ -244,7 +248,8 @@ class SVI:
         if params is None:
             return None
         shapes = tuple([(p.requires_grad, p.shape, p.stride(), p.dtype) for p in params])
-        signature = (state, shapes, *arguments.key())
+        setting = state, self.dataset_size, *_torchs_settings()
+        signature = (setting, shapes, *arguments.key())
         if signature not in self._programs:
             if len(self._programs) == MAX_PROGRAMS:
                 self._unsaid = why or f"its arguments' shapes or values keep changing; {MAX_PROGRAMS} were looked at"
@@ -261,37 +266,38 @@ class SVI:
                 recorded = self._record(fixed, params, compile_it=first)
                 if recorded is not None:
                     self._unsaid, self._fixed_floats[fixed.call()] = "", why
-                    arguments, signature = fixed, (state, shapes, *fixed.key())
+                    arguments, signature = fixed, (setting, shapes, *fixed.key())
             self._programs[signature] = recorded
         recorded = self._programs[signature]
         if recorded is None:
             return None
-        if recorded.is_due() and not recorded.program.still_holds(arguments.tensors):
-            self._gave_up = True
-            self._unsaid = (
-                "it computes something else than when it was recorded, though nothing that is watched has changed (see "
-                f"SVI); the last {min(recorded.runs // 2, BETWEEN_CHECKS)} steps may have been those of before"
-            )
+        try:
+            if recorded.is_due() and not recorded.program.still_holds(arguments.tensors):
+                self._gave_up = True
+                lately = min(recorded.runs // 2, BETWEEN_CHECKS)
+                warnings.warn(_CHANGED.format(lately), RuntimeWarning, stacklevel=3)
+                return None
+        except Untraceable:  # the pair fails: an eager step says how
             return None
         return partial(recorded.step, *arguments.tensors)
 
-    def _watch(self) -> Surroundings | None:
-        """What the parts read. None where they are new parts, or cannot be looked at."""
+    def _watch(self) -> tuple[Surroundings, int] | None:
+        """What the parts read, and its state. None where they are new parts, or it cannot be looked at."""
         parts = [self.model, self.guide, self.prepare, self.loss, self.optim]
         known = self._surroundings
-        if known is not None and same_objects(parts, self._parts):
-            return known
-        self._parts = parts
-        of_loss = [getattr(self.loss, name) for name in _LOSS_METHODS if hasattr(self.loss, name)]
         try:
-            self._surroundings = Surroundings(self.model, self.guide, self.prepare, *of_loss)
+            if known is not None and same_objects(parts, self._parts):
+                return known, known.state()
+            self._parts = parts
+            of_loss = [getattr(self.loss, name) for name in _LOSS_METHODS if hasattr(self.loss, name)]
+            self._surroundings = found = Surroundings(self.model, self.guide, self.prepare, *of_loss)
+            if known is not None:  # One eager step: the new ones may name other parameters.
+                self._forget()
+                return None
+            return found, found.state()
         except Exception as error:  # of a user's object that does not want to be looked at
             self._unsaid, self._gave_up = f"what it reads cannot be watched ({type(error).__name__}: {error})", True
             return None
-        if known is not None:  # One eager step: the new ones may name other parameters.
-            self._forget()
-            return None
-        return self._surroundings
 
     def _trained(self, state: int) -> list[Tensor] | None:
         """The parameters of such a step. With ``pyro.optim`` an eager step names them: None until one has."""
@@ -328,6 +334,9 @@ class SVI:
             self._unsaid = f"{type(self.loss).__module__}.{type(self.loss).__name__} reads tensors; use pyrovae.infer's"
             return None
         wanted = [p for p in params if p.requires_grad]
+        if any(p._post_accumulate_grad_hooks for p in wanted):
+            self._unsaid = "hooks that run after a gradient was accumulated are not recorded"
+            return None
         used: list[Tensor] = []
         form = arguments._replace(tensors=())  # a record need not hold on to a batch
 
@@ -368,6 +377,11 @@ class SVI:
                 say_once(f"pyrovae: this step runs without a CUDA graph: {reason}.")
             return _Recorded(program, step)
         return _Recorded(program, Captured(step, update, program.inputs))
+
+
+def _torchs_settings() -> tuple:
+    cast = [torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    return torch.get_default_dtype(), *cast
 
 
 def _kind(args: tuple, kwargs: dict) -> tuple:

@@ -11,7 +11,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 
-from pyrovae.infer.surroundings import same_objects
+from pyrovae.infer.snapshot import same_objects
 
 __all__ = ["Update"]
 
