@@ -79,7 +79,7 @@ class DigitsVAE(pv.Pair):
 # %%
 torch.manual_seed(0)
 by_hand = DigitsVAE(64, 2)
-pv.fit(by_hand, x, loss="TraceMeanField_ELBO", epochs=200)
+pv.fit(by_hand, x, loss="TraceMeanField_ELBO", epochs=120, lr=6e-3)
 pv.evaluate(by_hand, x_test, num_samples=500)
 
 # %% [markdown]
@@ -112,7 +112,7 @@ plot_latents(ready_made, x, "z", labels=data.labels_train)
 # %%
 torch.manual_seed(0)
 wide = pv.models.VAE(64, 32, hidden_dims=(200, 200))
-result = pv.fit(wide, x[200:], validation=x[:200], epochs=150, schedule="constant")
+result = pv.fit(wide, x[200:], validation=x[:200], epochs=100, schedule="constant")
 scores = pv.evaluate(wide, x_test, num_samples=500)
 print(scores)
 
@@ -128,7 +128,7 @@ print(scores)
 # %%
 torch.manual_seed(0)
 few = pv.models.VAE(64, 32, hidden_dims=(200, 200))
-few_result = pv.fit(few, x[200:500], validation=x[:200], epochs=300, schedule="constant")
+few_result = pv.fit(few, x[200:500], validation=x[:200], epochs=200, schedule="constant")
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.3), layout="constrained")
 for color, name, run in (("C0", "all images", result), ("C1", "300 images", few_result)):

@@ -79,7 +79,7 @@ pairs = {
     "200, 200, full": DigitsPair(decoder, [200, 200], full=True),
 }
 for pair in pairs.values():
-    pv.fit(pair, x, loss="TraceMeanField_ELBO", epochs=100)
+    pv.fit(pair, x, loss="TraceMeanField_ELBO", epochs=60, lr=5e-3)
     decoder.requires_grad_(False)  # the first pair has trained it
 
 # %% [markdown]
@@ -92,7 +92,7 @@ for pair in pairs.values():
 # %%
 torch.manual_seed(0)
 deep = pv.models.VAE(64, 32, hidden_dims=(200, 200))
-pv.fit(deep, x, epochs=100)
+pv.fit(deep, x, epochs=60, lr=5e-3)
 
 first = pairs["100, the first"]
 reports = {"16 dimensions": collapse(first, x_test), "32, deeper": collapse(deep, x_test)}
@@ -140,7 +140,7 @@ plt.show()
 # two agree that is good news, and where they do not, believe the higher one.
 
 # %%
-annealed_evidence(pairs["linear"], few, num_temperatures=300, num_chains=8)
+annealed_evidence(pairs["linear"], few, num_temperatures=300, num_chains=5)
 
 # %% [markdown]
 # ## Where does the bound lose?
@@ -154,7 +154,7 @@ annealed_evidence(pairs["linear"], few, num_temperatures=300, num_chains=8)
 # The first asks for another family, the second for a better network, or for more data.
 
 # %%
-gaps = {name: inference_gaps(pair, few, num_samples=1000, num_steps=200) for name, pair in pairs.items()}
+gaps = {name: inference_gaps(pair, few, num_samples=500, num_steps=200) for name, pair in pairs.items()}
 print(gaps["linear"])
 plot_gaps(gaps)
 
