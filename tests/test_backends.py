@@ -8,14 +8,16 @@ from __future__ import annotations
 import copy
 import math
 import random
+import sys
 import warnings
+from collections import deque
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyro
@@ -589,6 +591,15 @@ def test_running_statistics_move_as_they_do_eagerly(kind: str, calls: list) -> N
 # --- what cannot be recorded ---------------------------------------------------------------------
 
 
+class Counting:
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self) -> float:
+        self.calls += 1
+        return 0.5 if self.calls < 4 else 1.0
+
+
 class Odd(Pair):
     """A VAE of its own kind of oddness."""
 
@@ -597,6 +608,9 @@ class Odd(Pair):
         self.odd, self.count, self.log = (odd,), 0, []
         self.loc = nn.Parameter(torch.zeros(4))
         self.average = torch.zeros(())
+        self.anneal, self.steps, self.seen, self.last = Counting(), iter(range(99)), set(), deque([1.0])
+        self.array, self.by_name, self.averages = np.ones(1), {"rate": 1.0}, {"x": torch.zeros(())}
+        self.table = nn.Embedding.from_pretrained(torch.ones(4, 4))
         self.numpy, self.torch = np.random.default_rng(0), torch.Generator().manual_seed(0)
 
     def model(self, x: Tensor) -> None:
@@ -630,6 +644,37 @@ def filled(x: Tensor) -> Tensor:
     return mask
 
 
+def remembering(pair: Odd, x: Tensor) -> float:
+    pair.seen.add(len(pair.seen))
+    return 0.5 if len(pair.seen) < 4 else 1.0
+
+
+def queueing(pair: Odd, x: Tensor) -> float:
+    pair.last.append(pair.last[-1] / 2)
+    return 1 + pair.last.pop()
+
+
+def queueing_on(pair: Odd, x: Tensor) -> float:
+    pair.last.append(pair.last[-1] / 2)
+    return 1.0 if len(pair.last) < 4 else 2.0
+
+
+def counting_in_array(pair: Odd, x: Tensor) -> float:
+    pair.array += 1
+    return 0.5 if pair.array[0] < 4 else 1.0
+
+
+def decaying_in_dict(pair: Odd, x: Tensor) -> float:
+    for name in pair.by_name:
+        pair.by_name[name] *= 0.5
+    return 0.5 if sum(pair.by_name.values()) > 0.1 else 1.0
+
+
+def seeding(pair: Odd, x: Tensor) -> float:
+    torch.manual_seed(3)
+    return 1.0
+
+
 LSTM = nn.LSTM(4, 4)
 
 ODDITIES = {
@@ -638,6 +683,17 @@ ODDITIES = {
     "numpy": (lambda pair, x: float(x.numpy().mean()), r"reads the values of a tensor.*, at test_backends.py:\d+"),
     "annealing": (annealed, r"it changes Odd\.count as it runs"),
     "a list": (growing, r"it changes Odd\.log as it runs"),
+    "a callable": (lambda pair, x: pair.anneal(), r"it changes Odd\.anneal as it runs"),
+    "a set": (remembering, r"it changes Odd\.seen as it runs"),
+    "a deque": (queueing_on, r"it changes Odd\.last as it runs"),
+    "an array": (counting_in_array, r"it changes Odd\.array as it runs"),
+    "a dict": (decaying_in_dict, r"it changes Odd\.by_name as it runs"),
+    "an iterator": (lambda pair, x: 1 / (1 + next(pair.steps)), "it may take what an iterator gives next"),
+    "a seed": (seeding, "its record computes something else"),
+    "a new generator": (
+        lambda pair, x: 1 + torch.rand((), generator=torch.Generator().manual_seed(3)),
+        "it makes a Generator each time it runs|object has no attribute",  # older ones record no generator
+    ),
     "numpy noise": (lambda pair, x: 1 + np.random.rand(), r"each time it runs, at test_backends.py:\d+: `pyro.sample"),  # noqa: NPY002
     "noise of its own": (lambda pair, x: 1 + pair.numpy.random(), "each time it runs"),
     "a rare branch": (lambda pair, x: 0.5 if random.random() < 1e-3 else 1.0, "random numbers of Python's or NumPy's"),
@@ -688,8 +744,20 @@ def changing_its_batch(pair: Odd, x: Tensor) -> Tensor:
     return 1 + x.mul_(1.5).mean()
 
 
+def averaging_in_dict(pair: Odd, x: Tensor) -> Tensor:
+    return 1 + pair.averages["x"].mul_(0.5).add_(x.mean()).clone()
+
+
+def moving_a_parameter(pair: Odd, x: Tensor) -> Tensor:
+    pair.table.weight.data.mul_(0.5).add_(x[:4])
+    return 1 + pair.table.weight.abs().mean()
+
+
 RECORDED = {
     "a tensor attribute": averaging,
+    "a tensor in a dict": averaging_in_dict,
+    "a parameter that the pair moves": moving_a_parameter,
+    "a queue as long as before": queueing,
     "the batch": changing_its_batch,
     "a generator": lambda pair, x: 1 + torch.rand((), generator=pair.torch),
     "a constant mask": lambda pair, x: 1 + x[:, torch.arange(4) < 2].mean(),
@@ -798,8 +866,29 @@ class Slotted:
         return 2 * self.beta
 
 
+class ByName(dict):
+    def __getattr__(self, name: str) -> Any:
+        return self[name]
+
+
+class Lazy:
+    def __init__(self, options: dict) -> None:
+        self.__dict__["_options"] = options
+
+    def __getattr__(self, name: str) -> Any:
+        return self.__dict__["_options"][name]
+
+
+def itself() -> float:
+    return itself.beta
+
+
 class Annealed(Arguments):
     beta = 1.0
+    rates: ClassVar = [1.0]
+
+    class Inner:
+        beta = 1.0
 
     def __init__(self) -> None:
         super().__init__()
@@ -821,6 +910,12 @@ class Annealed(Arguments):
 
     def by_global(self, x: Tensor) -> None:
         self.model(x, BETA)
+
+    def by_inner(self, x: Tensor) -> None:
+        self.model(x, self.Inner.beta + self.rates[0])
+
+    def by_attribute(self, x: Tensor) -> None:
+        self.model(x, self.anneal())
 
 
 class Schedule:
@@ -852,6 +947,9 @@ PLACES = [
     *("a default", "getattr", "getattr's default", "a function inside", "a partial", "a list", "a nested list"),
     *("a module's list", "an object in a tuple", "slots in a tuple", "slots", "a slotted object's method"),
     *("a method's global", "another module's function", "its function by name", "another module's dict"),
+    *("a class's class", "a class's list", "a function as attribute", "a callable as attribute", "a function's own"),
+    *("a dict by variable key", "a dict by attribute", "a lazy object", "a deque", "an import", "a partial's object"),
+    *("a hook",),
 ]
 
 
@@ -868,6 +966,24 @@ def with_a_number_in(place: str, pair: Annealed, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(HELPERS.nested, "beta", 1.0)
     betas, slotted = [1.0, 2.0], Slotted(1.0)
     lists = {"kl": [betas]}
+    monkeypatch.setattr(Annealed.Inner, "beta", 1.0)
+    monkeypatch.setattr(Annealed, "rates", [1.0])
+    monkeypatch.setattr(itself, "beta", 1.0, raising=False)
+    monkeypatch.setitem(sys.modules, "helpers", HELPERS)
+    attributes, lazy, last, key = ByName(beta=1.0), Lazy(by_name), deque([1.0]), "beta"
+    pair.anneal = SCHEDULE if place == "a callable as attribute" else lambda: options.beta
+
+    def imported(x: Tensor) -> None:
+        import helpers
+
+        pair.model(x, helpers.beta)
+
+    def of_object(holder: Any, x: Tensor) -> None:
+        pair.model(x, holder.beta)
+
+    if place == "a hook":
+        pair.layer = nn.Identity()
+        pair.layer.register_forward_hook(lambda module, args, result: result * options.beta)
     scale = poutine.scale_messenger.ScaleMessenger(1.0)
 
     def put_into_cell(beta: float) -> None:
@@ -908,6 +1024,18 @@ def with_a_number_in(place: str, pair: Annealed, monkeypatch: pytest.MonkeyPatch
         "a method's global": (lambda x: pair.by_global(x), partial(monkeypatch.setitem, globals(), "BETA")),
         "another module's function": (lambda x: pair.model(x, HELPERS.weight()), partial(setattr, HELPERS, "beta")),
         "its function by name": (lambda x: pair.model(x, WEIGHT()), partial(setattr, HELPERS, "beta")),
+        "a class's class": (pair.by_inner, partial(setattr, Annealed.Inner, "beta")),
+        "a class's list": (pair.by_inner, partial(Annealed.rates.__setitem__, 0)),
+        "a function as attribute": (pair.by_attribute, partial(setattr, options, "beta")),
+        "a callable as attribute": (pair.by_attribute, partial(setattr, SCHEDULE, "now")),
+        "a function's own": (lambda x: pair.model(x, itself()), partial(setattr, itself, "beta")),
+        "a dict by variable key": (lambda x: pair.model(x, by_name[key[:]]), partial(by_name.__setitem__, "beta")),
+        "a dict by attribute": (lambda x: pair.model(x, attributes.beta), partial(attributes.__setitem__, "beta")),
+        "a lazy object": (lambda x: pair.model(x, lazy.beta), partial(by_name.__setitem__, "beta")),
+        "a deque": (lambda x: pair.model(x, last[0]), partial(last.__setitem__, 0)),
+        "an import": (imported, partial(setattr, HELPERS, "beta")),
+        "a partial's object": (partial(of_object, options), partial(setattr, options, "beta")),
+        "a hook": (lambda x: pair.model(x, pair.layer(torch.ones(()))), partial(setattr, options, "beta")),
         "another module's dict": (
             lambda x: pair.model(x, HELPERS.nested["beta"]),
             partial(HELPERS.nested.__setitem__, "beta"),
@@ -1004,6 +1132,127 @@ def test_programs_are_compared_with_the_pair_now_and_then() -> None:
     recorded = svi_module._Recorded(program=None, step=None)  # type: ignore[arg-type]
     due = [run for run in range(1, 4100) if recorded.is_due()]
     assert due == [2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 3072, 4096]
+
+
+def replaced(place: str, pair: Arguments) -> tuple[Callable, Callable]:
+    """A model that reads something else than a number, and how to put another in its place."""
+    by_name, tensors = {"beta": torch.ones(())}, [torch.ones(())]
+    functions: list[Callable] = [lambda x: x]
+
+    def applied(x: Tensor) -> None:
+        scale: Any = 1.0
+        for function in functions:
+            scale = function(scale)
+        pair.model(x, scale)
+
+    def by_default(x: Tensor, scale: float = 1.0) -> None:
+        pair.model(x, scale)
+
+    return {
+        "a tensor in a dict": (
+            lambda x: pair.model(x, by_name["beta"]),
+            lambda: by_name.__setitem__("beta", torch.full((), 3.0)),
+        ),
+        "a tensor in a list": (
+            lambda x: pair.model(x, tensors[0]),
+            lambda: tensors.__setitem__(0, torch.full((), 3.0)),
+        ),
+        "a function in a list": (applied, lambda: functions.__setitem__(0, lambda x: 3 * x)),
+        "a function more": (applied, lambda: functions.append(lambda x: 3 * x)),
+        "a default argument": (by_default, lambda: setattr(by_default, "__defaults__", (3.0,))),
+    }[place]
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize(
+    "place",
+    ["a tensor in a dict", "a tensor in a list", "a function in a list", "a function more", "a default argument"],
+)
+def test_what_is_replaced_counts(place: str, calls: list) -> None:
+    results = []
+    for backend in ("eager", "compiled"):
+        pair = Arguments()
+        model, put = replaced(place, pair)
+        svi = SVI(model, pair.guide, sgd(pair, 0.01), Trace_ELBO(), backend=backend)
+        losses = []
+        for step, x in enumerate([*batches(), *batches()]):
+            if step == 6:
+                put()
+            losses.append(svi.step(x))
+        results.append(losses)
+    torch.testing.assert_close(*results)
+    assert len(calls) == 10
+
+
+@pytest.mark.usefixtures("recorded")
+def test_dataset_size_and_torchs_settings_count(calls: list) -> None:
+    results = []
+    for backend in ("eager", "compiled"):
+        pair, x = Global(), torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+        pair.load_state_dict({name: torch.ones_like(value) for name, value in pair.state_dict().items()})
+        options = {"dataset_size": 80, "backend": backend}
+        svi = SVI(pair.model, pair.guide, sgd(pair), Trace_ELBO(), **options)  # type: ignore[arg-type]
+        torch.manual_seed(0)
+        losses = [svi.step(x) for _ in range(3)]
+        svi.dataset_size = 800
+        losses += [svi.step(x) for _ in range(3)]
+        for _ in range(3):
+            with torch.autocast("cpu"):
+                losses.append(svi.step(x))
+        results.append(losses)
+    torch.testing.assert_close(*results)
+    assert len(calls) == 8
+
+
+class Doubled(list):
+    def __getitem__(self, index: Any) -> Any:
+        return 2 * super().__getitem__(index)
+
+
+@pytest.mark.usefixtures("recorded")
+def test_lists_of_other_kinds_and_what_only_looks_like_slots(calls: list) -> None:
+    """``complex.real`` makes a new number at each look, and takes none."""
+    results = []
+    for backend in ("eager", "compiled"):
+        doubled, number, pair = Doubled([1.0, 2.0]), 1 + 2j, Arguments()
+
+        def model(x: Tensor, pair=pair, doubled=doubled, number=number) -> None:
+            pair.model(x.real, number.real * doubled[0])
+
+        svi = SVI(model, pair.guide, sgd(pair, 0.01), Trace_ELBO(), backend=backend)
+        losses = []
+        for step, x in enumerate([*batches(), *batches()]):
+            if step >= 6:
+                doubled[0] = 1.0 + step
+            losses.append(svi.step(x))
+        results.append(losses)
+        assert list.__getitem__(doubled, 0) == 12.0
+        assert list.__getitem__(doubled, 1) == 2.0
+    torch.testing.assert_close(*results)
+    assert len(calls) == 10
+
+
+@pytest.mark.usefixtures("recorded")
+def test_a_global_that_shares_its_name_with_an_attribute(calls: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Arguments()
+    svi = SVI(lambda x: pair.model(x, 1 + x.mean()), pair.guide, sgd(pair, 0.01), Trace_ELBO(), backend="compiled")
+    for step, x in enumerate([*batches(), *batches()]):
+        monkeypatch.setitem(globals(), "mean", step)
+        svi.step(x)
+    assert len(calls) == 11
+
+
+@pytest.mark.usefixtures("recorded")
+def test_hooks_on_accumulated_gradients_run(calls: list) -> None:
+    pair, ran = vae(), []
+    param = next(pair.parameters())
+    param.register_post_accumulate_grad_hook(lambda param: ran.append(1))
+    svi = SVI(pair.model, pair.guide, sgd(pair), Trace_ELBO(), backend="compiled")
+    svi.step(batches()[0])
+    with pytest.warns(RuntimeWarning, match="hooks that run after a gradient was accumulated are not recorded"):
+        svi.step(batches()[1])
+    assert ran == [1, 1]
+    assert not calls
 
 
 @pytest.mark.usefixtures("recorded")

@@ -118,7 +118,7 @@ class Program:
             warnings.simplefilter("ignore")
             with self._surroundings.unchanged(*self._written):
                 expected = _result(self._original, _copies(args))
-            with self._surroundings.unchanged(*self._written), torch.no_grad():
+            with self._surroundings.unchanged(*self._written), torch.no_grad(), _without_autocast():
                 try:
                     result = _result(partial(self.graph, *self.inputs), _copies(args))
                 except Untraceable as error:  # some operations of torch's do not take what they gave
@@ -126,6 +126,9 @@ class Program:
         return _are_close(result, expected)
 
     def __call__(self, *args: Tensor) -> Any:
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            with _without_autocast():
+                return self(*args)
         with torch.no_grad():
             if not self.is_compiled:
                 return self.graph(*self.inputs, *args)
@@ -137,6 +140,16 @@ class Program:
                 torch.default_generator.set_state(state)
                 self.graph(*[x.clone() if isinstance(x, Tensor) else x for x in (*self.inputs, *args)])
                 raise
+
+
+@contextmanager
+def _without_autocast() -> Iterator[None]:
+    """A record holds its casts."""
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def _compiled(graph: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
