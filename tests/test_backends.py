@@ -775,6 +775,12 @@ def test_recording_leaves_what_it_runs_with_as_it_was(odd: Callable, calls: list
     assert len(calls) == 5
 
 
+@pytest.mark.slow
+def test_compiling_leaves_what_it_runs_with_as_it_was(calls: list) -> None:
+    assert_same_run(lambda: (pair := Odd(moving_a_parameter), sgd(pair, 0.01)))
+    assert len(calls) == 5
+
+
 @pytest.mark.usefixtures("recorded")
 @pytest.mark.parametrize("case", ["an argument twice", "an argument that is an attribute"])
 def test_an_argument_is_only_an_argument(case: str, calls: list) -> None:

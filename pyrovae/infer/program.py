@@ -99,7 +99,7 @@ class Program:
     def compile(self, args: tuple[Tensor, ...]) -> None:
         """Compile with TorchInductor; without a compiler, say so once and go on with the record as it is."""
         try:
-            with warnings.catch_warnings(), torch.no_grad(), self._surroundings.unchanged():
+            with warnings.catch_warnings(), torch.no_grad(), self._surroundings.unchanged(*self._written):
                 warnings.simplefilter("ignore")  # torch's, about itself
                 self._run = _compiled(self.graph, [*self.inputs, *_copies(args)])
         except Exception as error:  # whatever stops a compiler, the record still runs
@@ -128,7 +128,10 @@ class Program:
     def __call__(self, *args: Tensor) -> Any:
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             with _without_autocast():
-                return self(*args)
+                return self._replay(*args)
+        return self._replay(*args)
+
+    def _replay(self, *args: Tensor) -> Any:
         with torch.no_grad():
             if not self.is_compiled:
                 return self.graph(*self.inputs, *args)

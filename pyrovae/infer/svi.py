@@ -80,13 +80,17 @@ class SVI:
     The first step runs eagerly, with Pyro's validation on; recorded steps do not validate values. They read
     parameters, buffers and other tensors anew, and a learning rate too, but hold Python numbers fixed. When an
     attribute of one of the pair's modules changes (a KL weight, a switch such as ``training``), or a global, a
-    closure variable or an object's attribute that model or guide name (``args.beta``, ``args["beta"]``), the step
-    is recorded again; from then on a tensor of the parameters' precision stands for a float that has changed, and
-    it may change at every step. So it is for a float among the arguments, from the first step on. Where no tensor
-    can stand for it (``max(0.1, beta)``, ``beta % 1``), what keeps changing runs eagerly. Default arguments, what
-    functions of installed packages read, and hooks that are registered between steps are not watched. Python code
-    whose effect is no tensor (a hook that fills a list) runs while a step is recorded, and not after. What cannot
-    be recorded is named in one warning, and runs eagerly with the same numbers.
+    closure variable or what model or guide name of another object (``args.beta``, ``args["beta"]``), the step is
+    recorded again; from then on a tensor of the parameters' precision stands for a float that has changed, and it
+    may change at every step. So it is for a float among the arguments, from the first step on. Where no tensor can
+    stand for it (``max(0.1, beta)``, ``beta % 1``), what keeps changing runs eagerly.
+
+    Sets, arrays, lists of more than 100 entries, what functions of installed packages read, and hooks that are
+    registered between steps are not watched. Therefore a program is compared with the pair at its second, fourth,
+    eighth, ... and at every 1024th step; where they differ, steps run eagerly from then on, with a warning.
+
+    Python code whose effect is no tensor (a hook that fills a list) runs while a step is recorded or compared, and
+    not otherwise. What cannot be recorded is named in one warning, and runs eagerly with the same numbers.
 
     A parameter that has no gradient in a step stays as it is; Pyro's own SVI moves it on by Adam's momentum.
     """
