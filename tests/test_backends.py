@@ -1107,7 +1107,7 @@ def test_what_changes_unseen_and_late_is_found_out(calls: list) -> None:
             svi.step(batches()[step % 6])
             if step == 20:
                 put(2.0)
-        with pytest.warns(RuntimeWarning, match="The last 16 steps may have been those of before"):
+        with pytest.warns(RuntimeWarning, match="The last 24 steps may have been those of before"):
             svi.step(batches()[0])
         assert len(calls) == 31
         svi.step(batches()[0])
@@ -1136,8 +1136,8 @@ def test_a_pair_that_has_come_to_fail_fails(calls: list) -> None:
 
 def test_programs_are_compared_with_the_pair_now_and_then() -> None:
     recorded = svi_module._Recorded(program=None, step=None)  # type: ignore[arg-type]
-    due = [run for run in range(1, 4100) if recorded.is_due()]
-    assert due == [2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 3072, 4096]
+    due = [run for run in range(1, 25_000) if recorded.is_due()]
+    assert due == [2, 8, 32, 128, 512, 2048, 8192, 16_384, 24_576]
 
 
 def replaced(place: str, pair: Arguments) -> tuple[Callable, Callable]:
@@ -1335,6 +1335,16 @@ def test_what_cannot_be_looked_at_runs_eagerly(calls: list) -> None:
         svi.step(batches()[0])
     svi.step(batches()[1])
     assert not calls
+
+
+@pytest.mark.usefixtures("recorded")
+def test_what_no_step_reads_may_be_hidden(calls: list) -> None:
+    pair = Arguments()
+    pair.things = [SimpleNamespace(hidden=Hidden())]
+    svi = SVI(pair.model, pair.guide, sgd(pair), Trace_ELBO(), backend="compiled")
+    for x in batches():
+        svi.step(x)
+    assert len(calls) == 5
 
 
 @pytest.mark.usefixtures("recorded")

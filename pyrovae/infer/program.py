@@ -56,22 +56,45 @@ class Program:
         surroundings: Surroundings | None = None,
         original: Callable[..., Any] | None = None,
     ) -> None:
-        surroundings = self._surroundings = surroundings or Surroundings(function)
+        self._surroundings = surroundings or Surroundings(function)
         self._original = original or function
-        stand_ins, writes = surroundings.stand_ins, Writes()
-        if surroundings.takes_next:
+        self.is_compiled = False
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # an eager step says the same
+                self._written = self._run_first(args)
+                first, second = self._look_twice(function, args, has_numbers=original is not None)
+                self.graph, self.inputs = first.graph, first.inputs
+                # Those that a record makes are constants; the others may change.
+                both = zip(first.inputs, second.inputs, strict=True)
+                self.outside = [a for a, b in both if isinstance(a, Tensor) and _are_one(a, b)]
+                if not self.still_holds(args):
+                    raise Untraceable("its record computes something else (does it set random states?)")
+        except Untraceable:
+            raise
+        except Exception as error:  # of a user's object that does not want to be looked at
+            reads = f"what it reads cannot be watched ({type(error).__name__}: {error})"
+            raise Untraceable(reads) from error
+
+    def _run_first(self, args: tuple[Tensor, ...]) -> list[Tensor]:
+        """What is set up at the first use is no part of a record. Returns the tensors that it writes to."""
+        if self._surroundings.takes_next:
             raise Untraceable("it may take what an iterator gives next, which cannot be put back")
-        with warnings.catch_warnings(), surroundings.unchanged():
-            warnings.simplefilter("ignore")  # an eager step says the same
-            try:  # what is set up at the first use is no part of a record
+        writes = Writes()
+        with self._surroundings.unchanged():
+            try:
                 _result(self._original, _copies(args), writes)
             finally:
                 writes.put_back()
-        self._written = [tensor for tensor, _ in writes.saved]
-        with warnings.catch_warnings(), surroundings.unchanged(*self._written):
-            warnings.simplefilter("ignore")
-            if stand_ins or original is not None:
-                _check_stand_ins(function, original, args, surroundings)
+        return [tensor for tensor, _ in writes.saved]
+
+    def _look_twice(
+        self, function: Callable[..., Any], args: tuple[Tensor, ...], *, has_numbers: bool
+    ) -> tuple[_Record, _Record]:
+        surroundings, stand_ins = self._surroundings, self._surroundings.stand_ins
+        with surroundings.unchanged(*self._written):
+            if stand_ins or has_numbers:
+                _check_stand_ins(function, self._original if has_numbers else None, args, surroundings)
             else:
                 _result_without_reading(function, _copies(args))
             before, contents = surroundings.key(), surroundings.contents()
@@ -88,13 +111,7 @@ class Program:
             first.check_same(second)
             if random_state != surroundings.python_random_state():
                 raise Untraceable("it draws random numbers of Python's or NumPy's")
-        self.graph, self.inputs = first.graph, first.inputs
-        # Those that a record makes are constants; the others may change.
-        both = zip(first.inputs, second.inputs, strict=True)
-        self.outside = [a for a, b in both if isinstance(a, Tensor) and _are_one(a, b)]
-        self.is_compiled = False
-        if not self.still_holds(args):
-            raise Untraceable("its record computes something else (does it set random states?)")
+        return first, second
 
     def compile(self, args: tuple[Tensor, ...]) -> None:
         """Compile with TorchInductor; without a compiler, say so once and go on with the record as it is."""

@@ -50,7 +50,10 @@ def reached(values: Iterable[Any]) -> Iterator[Any]:
 
 
 def _is_users_object(value: Any) -> bool:
-    return bool(attributes(value)) and (isinstance(value, SimpleNamespace) or not is_of_a_library(type(value)))
+    try:
+        return bool(attributes(value)) and (isinstance(value, SimpleNamespace) or not is_of_a_library(type(value)))
+    except Exception:  # it does not want to be looked at
+        return False
 
 
 class Contents:

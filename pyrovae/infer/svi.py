@@ -34,8 +34,8 @@ WORTH_COMPILING = 5000
 """Steps after which ``auto`` compiles: compiling takes about as long as they save in a small pair."""
 MAX_PROGRAMS = 8
 """Of one step, for different shapes; and of different Python numbers that it reads."""
-BETWEEN_CHECKS = 1024
-"""Steps of a program after which it is compared with the pair again; before that, at the second, fourth, eighth, ..."""
+BETWEEN_CHECKS = 8192
+"""Steps of a program after which it is compared with the pair again; before that, at the second, eighth, 32nd, ..."""
 _CHANGED = (
     "pyrovae: the pair computes something else than when its step was recorded, though nothing that is watched has "
     "changed (see SVI). The last {} steps may have been those of before; from now on they run eagerly."
@@ -52,10 +52,12 @@ class _Recorded:
     runs: int = 0
 
     def is_due(self) -> bool:
-        """Whether it is to be compared with the pair now."""
+        """Whether it is to be compared with the pair now. (An eager step takes as long as three to ten of its own.)"""
         self.runs += 1
-        doubled = 1 < self.runs < BETWEEN_CHECKS and self.runs & (self.runs - 1) == 0
-        return doubled or self.runs % BETWEEN_CHECKS == 0
+        is_power = self.runs & (self.runs - 1) == 0
+        if self.runs < BETWEEN_CHECKS:
+            return is_power and self.runs.bit_length() % 2 == 0
+        return self.runs % BETWEEN_CHECKS == 0
 
 
 class SVI:
@@ -87,7 +89,7 @@ class SVI:
 
     Sets, arrays, lists of more than 100 entries, what functions of installed packages read, and hooks that are
     registered between steps are not watched. Therefore a program is compared with the pair at its second, fourth,
-    eighth, ... and at every 1024th step; where they differ, steps run eagerly from then on, with a warning.
+    eighth, ... and at every 4096th step; where they differ, steps run eagerly from then on, with a warning.
 
     Python code whose effect is no tensor (a hook that fills a list) runs while a step is recorded or compared, and
     not otherwise. What cannot be recorded is named in one warning, and runs eagerly with the same numbers.
@@ -278,7 +280,7 @@ class SVI:
         try:
             if recorded.is_due() and not recorded.program.still_holds(arguments.tensors):
                 self._gave_up = True
-                lately = min(recorded.runs // 2, BETWEEN_CHECKS)
+                lately = min(recorded.runs - recorded.runs // 4, BETWEEN_CHECKS)
                 warnings.warn(_CHANGED.format(lately), RuntimeWarning, stacklevel=3)
                 return None
         except Untraceable:  # the pair fails: an eager step says how
