@@ -115,7 +115,7 @@ def _time(
     for name, run in runs.items():
         unit = getattr(run, "unit", 1)  # a scan runs whole epochs
         few = 5 if unit == 1 else unit
-        run(few)
+        run(2 * few)  # first steps compile, and compare what they have compiled
         steps[name] = unit * max(1, max(10, min(2000, int(seconds / elapsed(run, few)))) // unit)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):

@@ -45,19 +45,23 @@ _LOSS_METHODS = ("loss_and_grads", "differentiable_loss", "_bound", "_particle_b
 
 @dataclass
 class _Recorded:
-    """A step's program, and how often it has run."""
+    """A step's program, how often it has run, and when it was and will be compared with the pair."""
 
     program: Program
     step: Callable[..., Tensor]
     runs: int = 0
+    last: int = 0
+    next: int = 2
 
-    def is_due(self) -> bool:
-        """Whether it is to be compared with the pair now. (An eager step takes as long as three to ten of its own.)"""
+    def still_holds(self, args: tuple[Tensor, ...]) -> bool:
+        """Called before each run. It compares seldom: that takes as long as three to ten steps."""
         self.runs += 1
-        is_power = self.runs & (self.runs - 1) == 0
-        if self.runs < BETWEEN_CHECKS:
-            return is_power and self.runs.bit_length() % 2 == 0
-        return self.runs % BETWEEN_CHECKS == 0
+        if self.runs < self.next:
+            return True
+        if not self.program.still_holds(args):
+            return False
+        self.last, self.next = self.runs, self.next + min(3 * self.next, BETWEEN_CHECKS)
+        return True
 
 
 class SVI:
@@ -88,8 +92,8 @@ class SVI:
     stand for it (``max(0.1, beta)``, ``beta % 1``), what keeps changing runs eagerly.
 
     Sets, arrays, lists of more than 100 entries, what functions of installed packages read, and hooks that are
-    registered between steps are not watched. Therefore a program is compared with the pair at its second, fourth,
-    eighth, ... and at every 4096th step; where they differ, steps run eagerly from then on, with a warning.
+    registered between steps are not watched. Therefore a program is compared with the pair at its second, eighth,
+    32nd, ... and every 8192nd step; where they differ, steps run eagerly from then on, with a warning.
 
     Python code whose effect is no tensor (a hook that fills a list) runs while a step is recorded or compared, and
     not otherwise. What cannot be recorded is named in one warning, and runs eagerly with the same numbers.
@@ -278,10 +282,9 @@ class SVI:
         if recorded is None:
             return None
         try:
-            if recorded.is_due() and not recorded.program.still_holds(arguments.tensors):
+            if not recorded.still_holds(arguments.tensors):
                 self._gave_up = True
-                lately = min(recorded.runs - recorded.runs // 4, BETWEEN_CHECKS)
-                warnings.warn(_CHANGED.format(lately), RuntimeWarning, stacklevel=3)
+                warnings.warn(_CHANGED.format(recorded.runs - recorded.last - 1), RuntimeWarning, stacklevel=3)
                 return None
         except Untraceable:  # the pair fails: an eager step says how
             return None
