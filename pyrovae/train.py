@@ -226,9 +226,6 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-# Data ---------------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def _interrupts() -> Iterator[Callable[[], None]]:
     """Gives a function that raises KeyboardInterrupt once Ctrl-C has been pressed.
@@ -256,6 +253,9 @@ def _interrupts() -> Iterator[Callable[[], None]]:
     finally:
         if signal.getsignal(signal.SIGINT) is press:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Data ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from pyrovae.infer.stand_ins import Place, content
 
-__all__ = ["BOOKKEEPING", "NUMBERS", "Reads", "attributes", "is_of_a_library", "members"]
+__all__ = ["BOOKKEEPING", "CONTAINERS", "MOST_MEMBERS", "NUMBERS", "Reads", "attributes", "is_of_a_library", "members"]
 
 NUMBERS = (bool, int, float, complex, str, type(None))
 BOOKKEEPING = vars(nn.Module()).keys() - {"training"}
 """Attributes that a module keeps for itself."""
-_CONTAINERS = (list, tuple, set, deque, dict)
-_HOLDERS = (nn.Module, *_CONTAINERS)
+CONTAINERS = (list, tuple, set, deque, dict)
+_HOLDERS = (nn.Module, *CONTAINERS)
 MOST_MEMBERS = 100
 """Longer containers hold data."""
 MOST_ENTRIES = 300
@@ -73,7 +73,7 @@ class Reads:
             self._owners.add(id(thing))
             for space in (vars(thing), thing._parameters, thing._buffers, thing._modules):
                 self.namespaces.append((thing, space))
-            own = [v for n, v in vars(thing).items() if n not in BOOKKEEPING and isinstance(v, _CONTAINERS)]
+            own = [v for n, v in vars(thing).items() if n not in BOOKKEEPING and isinstance(v, CONTAINERS)]
             self._meet_all([*thing.children(), *own])
             self._meet_all([*thing._forward_hooks.values(), *thing._forward_pre_hooks.values()], thing.__module__)
             self._meet_method(thing, type(thing).forward)
@@ -84,7 +84,7 @@ class Reads:
             self._meet_all([thing.func, *given])
             if isinstance(thing.func, FunctionType):
                 self._meet_attributes(thing.func.__code__, given, thing.func.__module__)
-        elif isinstance(thing, _CONTAINERS):
+        elif isinstance(thing, CONTAINERS):
             self._met.add(id(thing))
             if len(thing) <= MOST_MEMBERS:
                 self._meet_all(members(thing))
@@ -139,7 +139,7 @@ class Reads:
             self._met.add(both)
             if isinstance(thing, dict):
                 inner = self._in_dict(code, thing, texts)
-            elif isinstance(thing, _CONTAINERS):
+            elif isinstance(thing, CONTAINERS):
                 inner = self._in_container(thing)
             elif isinstance(thing, ModuleType):
                 inner = self._in_module(code, thing)
@@ -234,7 +234,7 @@ def _has_more(thing: Any) -> bool:
     if isinstance(thing, type):
         return not is_of_a_library(thing)
     slots = hasattr(type(thing), "__slots__") and not isinstance(thing, (*NUMBERS, Tensor))
-    return slots or isinstance(thing, _CONTAINERS) or bool(attributes(thing))
+    return slots or isinstance(thing, CONTAINERS) or bool(attributes(thing))
 
 
 # What code says ---------------------------------------------------------------------------------------------------

@@ -16,17 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyrovae.infer.reads import NUMBERS, attributes, is_of_a_library, members
+from pyrovae.infer.reads import CONTAINERS, MOST_MEMBERS, NUMBERS, attributes, is_of_a_library, members
+from pyrovae.infer.untraceable import memory
 
 __all__ = ["Contents", "Writes", "generators", "reached", "same_objects"]
 
 MOST_REACHED = 2000
 """The nearest first."""
-MOST_MEMBERS = 100
-"""Longer containers hold data."""
 MOST_NUMBERS = 2**24
 """Larger arrays are data, which no model changes."""
-_CONTAINERS = (list, tuple, set, deque, dict)
 
 
 def same_objects(some: list[Any], others: list[Any]) -> bool:
@@ -43,7 +41,7 @@ def reached(values: Iterable[Any]) -> Iterator[Any]:
         seen.add(id(value))
         left -= 1
         yield value
-        if isinstance(value, _CONTAINERS) and len(value) <= MOST_MEMBERS:
+        if isinstance(value, CONTAINERS) and len(value) <= MOST_MEMBERS:
             waiting += members(value)
         elif _is_users_object(value):
             waiting += attributes(value).values()
@@ -57,10 +55,10 @@ def _is_users_object(value: Any) -> bool:
 
 
 class Contents:
-    """Of the containers, arrays and a user's own objects (their numbers) that are reached from ``values``."""
+    """Of the containers, arrays and a user's own objects (their numbers) among what is :func:`reached`."""
 
-    def __init__(self, values: Iterable[Any]) -> None:
-        self._saved = [(value, self._content(value)) for value in reached(values) if self._has_content(value)]
+    def __init__(self, things: Iterable[Any]) -> None:
+        self._saved = [(thing, self._content(thing)) for thing in things if self._has_content(thing)]
 
     def changed(self) -> Any:
         """One that is not as it was; None where all are."""
@@ -90,7 +88,7 @@ class Contents:
     def _has_content(value: Any) -> bool:
         if isinstance(value, np.ndarray):
             return value.size <= MOST_NUMBERS and value.dtype != object
-        if isinstance(value, _CONTAINERS):
+        if isinstance(value, CONTAINERS):
             return not isinstance(value, tuple)
         return _is_users_object(value)
 
@@ -100,7 +98,7 @@ class Contents:
             return value.copy()
         if isinstance(value, dict):
             return dict(dict.items(value))
-        if isinstance(value, _CONTAINERS):
+        if isinstance(value, CONTAINERS):
             return list(members(value))
         return {name: each for name, each in attributes(value).items() if isinstance(each, NUMBERS)}
 
@@ -117,10 +115,10 @@ def _is_equal(one: Any, other: Any) -> bool:
     return one is other or (isinstance(one, NUMBERS) and type(one) is type(other) and one == other)
 
 
-def generators(values: Iterable[Any]) -> list[tuple[Callable[[], Any], Callable[[Any], Any]]]:
-    """How to read and to set the state of each generator of random numbers of Python's or NumPy's."""
+def generators(things: Iterable[Any]) -> list[tuple[Callable[[], Any], Callable[[Any], Any]]]:
+    """How to read and to set the states of Python's and NumPy's generators: the global ones, and those among things."""
     found: list[Any] = [(random.getstate, random.setstate), (np.random.get_state, np.random.set_state)]
-    for value in reached(values):
+    for value in things:
         if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
             found.append((value.getstate, value.setstate))
         elif isinstance(value, np.random.RandomState):
@@ -150,13 +148,13 @@ class Writes(TorchDispatchMode):
         results = result if isinstance(result, list | tuple) else [result]
         for tensor, of in zip(results, func._schema.returns, strict=False):
             if of.alias_info is None and _is_plain(tensor):  # no view of another
-                self._known[_memory(tensor)] = tensor
+                self._known[memory(tensor)] = tensor
         return result
 
     def _save(self, tensor: Any) -> None:
-        if _is_plain(tensor) and _memory(tensor) not in self._known:
+        if _is_plain(tensor) and memory(tensor) not in self._known:
             whole = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
-            self._known[_memory(tensor)] = whole
+            self._known[memory(tensor)] = whole
             self.saved.append((whole, whole.clone()))
 
     def put_back(self) -> None:
@@ -166,7 +164,3 @@ class Writes(TorchDispatchMode):
 
 def _is_plain(tensor: Any) -> bool:
     return isinstance(tensor, Tensor) and tensor.layout is torch.strided
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata

@@ -86,8 +86,8 @@ class Surroundings:
         return self.stand_ins.refuse()
 
     def contents(self) -> Contents:
-        """Of the containers, arrays and objects that are reached: what a number of them is at one moment."""
-        return Contents(self._values())
+        """Of the containers, arrays and objects that are reached, as they are now."""
+        return Contents(self._reached())
 
     def label(self, part: Any) -> str:
         """By which name something is reached."""
@@ -99,13 +99,13 @@ class Surroundings:
     @contextmanager
     def unchanged(self, *others: Tensor) -> Iterator[None]:
         """Put all back afterwards, ``others`` and random states too: looking at a computation runs it."""
-        values = self._values()
-        tensors = [(x, x.detach().clone()) for x in (*filter(_may_change, values), *others)]
+        found = self._reached()
+        tensors = [(x, x.detach().clone()) for x in (*filter(_may_change, self._values()), *others)]
         attributes = [(space, dict(space)) for _, space in self._reads.namespaces]
         named = [(place, place.reader()()) for place in self._named if place.exists()]
-        contents = Contents(values)
-        own = [(x, x.get_state()) for x in reached(values) if isinstance(x, torch.Generator)]
-        states = [(put, get()) for get, put in generators(values)]
+        contents = Contents(found)
+        own = [(x, x.get_state()) for x in found if isinstance(x, torch.Generator)]
+        states = [(put, get()) for get, put in generators(found)]
         try:
             with same_random_state():
                 yield
@@ -127,13 +127,12 @@ class Surroundings:
 
     def python_random_state(self) -> bytes:
         """Of Python's and NumPy's generators: the global ones, and those among the surroundings."""
-        return pickle.dumps([get() for get, _ in generators(self._values())])
+        return pickle.dumps([get() for get, _ in generators(self._reached())])
 
     @property
     def takes_next(self) -> bool:
         """Whether it may take the next of an iterator, which cannot be put back."""
-        iterators = [x for x in reached(self._values()) if isinstance(x, Iterator)]
-        return self._reads.takes_next and bool(iterators)
+        return self._reads.takes_next and any(isinstance(x, Iterator) for x in self._reached())
 
     def _look(self) -> None:
         """Find what there is to watch; a module may have come in another's place."""
@@ -182,6 +181,9 @@ class Surroundings:
 
     def _values(self) -> list[Any]:
         return [*(place.reader()() for place in self._places()), *pyro.get_param_store()._params.values()]
+
+    def _reached(self) -> list[Any]:
+        return list(reached(self._values()))
 
     def _names(self) -> list[str]:
         labels = [place.label() for place in self._places()]

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Conversions", "NoKey", "Untraceable", "Values", "reason", "tensors_in", "where"]
+__all__ = ["Conversions", "NoKey", "Untraceable", "Values", "memory", "reason", "tensors_in", "where"]
 
 
 class Untraceable(RuntimeError):
@@ -50,7 +50,7 @@ class Values(TorchDispatchMode):
         raise Untraceable(reason)
 
     def are_constant(self, values: Any) -> bool:
-        return all(_memory(tensor) in self._constants for tensor in tensors_in(values))
+        return all(memory(tensor) in self._constants for tensor in tensors_in(values))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -67,16 +67,16 @@ class Values(TorchDispatchMode):
             if not self.are_constant(masks):
                 self.refuse("the shape of a result depends on values (a boolean index, nonzero, unique)")
         among = tensors_in((args, kwargs))
-        numbers = [x for x in among if isinstance(x, NoKey) or _memory(x) in self._numbers]
+        numbers = [x for x in among if isinstance(x, NoKey) or memory(x) in self._numbers]
         scalar = bool(numbers) and all(x.ndim == 0 for x in among)
         if scalar and (func.overloadpacket.__name__ in _JUMPS or kwargs.get("rounding_mode")):
             self.refuse("it rounds or compares a number that changes")
         result = func(*args, **kwargs)
         for tensor in tensors_in(result):
             for known, belongs in ((self._constants, fixed), (self._numbers, scalar)):
-                known.pop(_memory(tensor), None)
+                known.pop(memory(tensor), None)
                 if belongs:
-                    known[_memory(tensor)] = tensor
+                    known[memory(tensor)] = tensor
         return result
 
 
@@ -108,7 +108,7 @@ _JUMPS = {
 _MASKS = (torch.bool, torch.uint8)
 
 
-def _memory(tensor: Tensor) -> int:
+def memory(tensor: Tensor) -> int:
     """What a tensor shares with its views."""
     return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
 
