@@ -23,7 +23,7 @@ from pyrovae.evaluate.prepare import NotApplicable, prepared, progress_bar
 from pyrovae.evaluate.scores import importance_scores
 from pyrovae.evaluate.traces import blank_data, drawn_data, runs_at_a_time, unobserve, width
 from pyrovae.infer.log_weights import same_random_state
-from pyrovae.infer.program import Program, Untraceable, say_once
+from pyrovae.infer.program import Program, Untraceable, or_eagerly, say_once
 from pyrovae.infer.surroundings import Surroundings
 from pyrovae.pair import Pair
 
@@ -473,5 +473,5 @@ def _recorded(density: Density, x: Tensor, num_chains: int, *, calls: int) -> tu
             return functions
         if calls >= CALLS_WORTH_COMPILING:
             program.compile(inputs)
-        programs.append(program)
+        programs.append(or_eagerly(program, function))
     return tuple(programs)

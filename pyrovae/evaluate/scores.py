@@ -18,7 +18,7 @@ from pyrovae.evaluate.predict import mean_or_value
 from pyrovae.evaluate.prepare import prepared, progress_bar
 from pyrovae.evaluate.traces import chunk_sizes, is_point, log_prob_per_dimension, width
 from pyrovae.infer.log_weights import LogWeightTerms, Structure, log_weight_terms, sample_sites
-from pyrovae.infer.program import Program, Untraceable, say_once
+from pyrovae.infer.program import Program, Untraceable, or_eagerly, say_once
 from pyrovae.infer.surroundings import Surroundings
 from pyrovae.pair import Pair
 
@@ -227,7 +227,8 @@ def _compiled(
         say_once(f"pyrovae: evaluate runs eagerly: {error}.")
         return lambda rows: summarise(rows, particles)
     program.compile((rows,))
-    return lambda rows: dict(zip(names, program(rows), strict=True))
+    run = or_eagerly(program, flat)
+    return lambda rows: dict(zip(names, run(rows), strict=True))
 
 
 def _summary(terms: LogWeightTerms, particles: int) -> Summary:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 __all__ = ["Arguments", "kind_of_call"]
@@ -28,7 +28,7 @@ class Arguments(NamedTuple):
     def of(args: tuple, kwargs: dict) -> Arguments:
         """
         Raises:
-            TypeError: there is one of another type, a sparse tensor, or one that wants a gradient.
+            TypeError: there is one of another type, or a tensor that is more than shape and values.
         """
         leaves, spec = _leaves(args, kwargs)
         tensors = tuple([leaf for leaf in leaves if isinstance(leaf, Tensor)])
@@ -37,6 +37,10 @@ class Arguments(NamedTuple):
                 raise TypeError("an argument that wants a gradient is not recorded")
             if tensor.layout is not torch.strided or tensor.is_nested:
                 raise TypeError("a sparse or nested argument is not recorded")
+            if tensor.is_neg() or tensor.is_conj():
+                raise TypeError("an argument that is negated or conjugated when read is not recorded (see resolve_neg)")
+            if type(tensor) not in (Tensor, nn.Parameter) or tensor.__dict__:
+                raise TypeError("a tensor with attributes or methods of its own, as an argument, is not recorded")
         if spec == (len(tensors), ()):
             return Arguments(tensors)
         kinds = tuple(map(type, leaves))
@@ -75,10 +79,12 @@ class Arguments(NamedTuple):
         number, names = self.spec
         return tuple(leaves[:number]), dict(zip(names, leaves[number:], strict=True))
 
+    def shapes(self) -> list[tuple]:
+        return [(arg.shape, arg.stride(), arg.dtype, arg.device) for arg in self.tensors]
+
     def key(self) -> tuple:
         """Arguments of one key differ in nothing but their tensors' values."""
-        shapes = [(arg.shape, arg.stride(), arg.dtype, arg.device) for arg in self.tensors]
-        return (self.spec, self.kinds, self.fixed, *shapes)
+        return (self.spec, self.kinds, self.fixed, *self.shapes())
 
 
 def kind_of_call(args: tuple, kwargs: dict) -> Hashable:

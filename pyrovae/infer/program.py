@@ -32,9 +32,9 @@ from pyrovae.infer.rewrite import rewritten
 from pyrovae.infer.snapshot import Writes
 from pyrovae.infer.stand_ins import are_kept, counted_users, other_number
 from pyrovae.infer.surroundings import Surroundings
-from pyrovae.infer.untraceable import Conversions, NoKey, Untraceable, Values, reason, tensors_in, where
+from pyrovae.infer.untraceable import Conversions, NoKey, Untraceable, Values, memory, reason, tensors_in, where
 
-__all__ = ["Program", "Untraceable", "say_once"]
+__all__ = ["Program", "Untraceable", "or_eagerly", "say_once"]
 
 
 class Program:
@@ -80,13 +80,15 @@ class Program:
         """What is set up at the first use is no part of a record. Returns the tensors that it writes to."""
         if self._surroundings.takes_next:
             raise Untraceable("it may take what an iterator gives next, which cannot be put back")
-        writes = Writes()
+        writes, copies = Writes(), _copies(args)
         with self._surroundings.unchanged():
             try:
-                _result(self._original, _copies(args), writes)
+                _result(self._original, copies, writes)
             finally:
                 writes.put_back()
-        return [tensor for tensor, _ in writes.saved]
+        written, given = [tensor for tensor, _ in writes.saved], set(map(memory, copies))
+        self._writes_to_arguments = any(memory(tensor) in given for tensor in written)
+        return [tensor for tensor in written if memory(tensor) not in given]
 
     def _look_twice(
         self, function: Callable[..., Any], args: tuple[Tensor, ...], *, has_numbers: bool
@@ -114,8 +116,10 @@ class Program:
         return first, second
 
     def compile(self, args: tuple[Tensor, ...]) -> None:
-        """Compile with TorchInductor; without a compiler, say so once and go on with the record as it is."""
+        """Compile with TorchInductor; where that cannot be done, say so once and go on with the record as it is."""
         try:
+            if self._writes_to_shared_memory(args):
+                raise TypeError("it writes to an argument, or to memory that two tensors share")
             with warnings.catch_warnings(), torch.no_grad(), self._surroundings.unchanged(*self._written):
                 warnings.simplefilter("ignore")  # torch's, about itself
                 self._run = _compiled(self.graph, [*self.inputs, *_copies(args)])
@@ -124,6 +128,11 @@ class Program:
             say_once(f"pyrovae: cannot compile the step here ({lines[0]}); it runs recorded, but not compiled.")
             return
         self.is_compiled = True
+
+    def _writes_to_shared_memory(self, args: tuple[Tensor, ...]) -> bool:
+        """Compiled code counts on inputs that do not overlap where it writes."""
+        read = [memory(x) for x in (*self.inputs, *args) if isinstance(x, Tensor)]
+        return self._writes_to_arguments or any(read.count(memory(tensor)) > 1 for tensor in self._written)
 
     def still_holds(self, args: tuple[Tensor, ...]) -> bool:
         """Whether the function is still the recorded one: something else that it reads may have changed unseen.
@@ -143,23 +152,35 @@ class Program:
         return _are_close(result, expected)
 
     def __call__(self, *args: Tensor) -> Any:
+        """
+        Raises:
+            Untraceable: the record fails. Random states are as before then.
+        """
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             with _without_autocast():
                 return self._replay(*args)
         return self._replay(*args)
 
     def _replay(self, *args: Tensor) -> Any:
+        state = torch.default_generator.get_state()
         with torch.no_grad():
-            if not self.is_compiled:
-                return self.graph(*self.inputs, *args)
-            state = torch.default_generator.get_state()
             try:
-                return self._run(*self.inputs, *args)
-            except RuntimeError:
-                # The record fails in the same place, and says why. Inputs are left alone: it may change them.
+                return (self._run if self.is_compiled else self.graph)(*self.inputs, *args)
+            except RuntimeError as error:
                 torch.default_generator.set_state(state)
-                self.graph(*[x.clone() if isinstance(x, Tensor) else x for x in (*self.inputs, *args)])
-                raise
+                raise Untraceable(f"its record does not run: {reason(error)}") from error
+
+
+def or_eagerly(program: Program, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The program, and where its record fails the function itself, which says how."""
+
+    def run(*args: Tensor) -> Any:
+        try:
+            return program(*args)
+        except Untraceable:
+            return function(*args)
+
+    return run
 
 
 @contextmanager

@@ -37,8 +37,8 @@ MAX_PROGRAMS = 8
 BETWEEN_CHECKS = 8192
 """Steps of a program after which it is compared with the pair again; before that, at the second, eighth, 32nd, ..."""
 _CHANGED = (
-    "pyrovae: the pair computes something else than when its step was recorded, though nothing that is watched has "
-    "changed (see SVI). The last {} steps may have been those of before; from now on they run eagerly."
+    "the pair computes something else than when its step was recorded, though nothing that is watched has changed "
+    "(see SVI), and the last {} steps may have been those of before"
 )
 _LOSS_METHODS = ("loss_and_grads", "differentiable_loss", "_bound", "_particle_bound")
 
@@ -53,15 +53,18 @@ class _Recorded:
     last: int = 0
     next: int = 2
 
-    def still_holds(self, args: tuple[Tensor, ...]) -> bool:
-        """Called before each run. It compares seldom: that takes as long as three to ten steps."""
+    def __call__(self, *args: Tensor) -> Tensor:
+        """One step. Seldom it compares first, which takes as long as three to ten steps.
+
+        Raises:
+            Untraceable: the program no longer holds, or fails.
+        """
         self.runs += 1
-        if self.runs < self.next:
-            return True
-        if not self.program.still_holds(args):
-            return False
-        self.last, self.next = self.runs, self.next + min(3 * self.next, BETWEEN_CHECKS)
-        return True
+        if self.runs == self.next:
+            if not self.program.still_holds(args):
+                raise Untraceable(_CHANGED.format(self.runs - self.last - 1))
+            self.last, self.next = self.runs, self.next + min(3 * self.next, BETWEEN_CHECKS)
+        return self.step(*args)
 
 
 class SVI:
@@ -145,9 +148,17 @@ class SVI:
         self._update: Update | None = None
         self._states: list[int] = []
         self._programs: dict[Any, _Recorded | None] = {}
+        self._others: dict[int, Tensor] = {}  # what programs read besides parameters and arguments
         self._gave_up = False
         self._why_held = ""  # no tensor stands for a number that changes
         self._fixed_floats: dict[Any, str] = {}  # kinds of calls where no tensor can stand for them, and why
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies find out anew."""
+        blank = object.__new__(SVI)
+        vars(blank).update(vars(self), _parts=[], _surroundings=None, _call=())
+        blank._forget()
+        return vars(blank)
 
     # Steps ------------------------------------------------------------------------------------------------------
 
@@ -161,7 +172,12 @@ class SVI:
                 loss = self._eager_step(*args, **kwargs)
         else:
             program = self._program(args, kwargs) if self._wants_program(self._steps) else None
-            loss = self._eager_step(*args, **kwargs) if program is None else program()
+            try:
+                loss = self._eager_step(*args, **kwargs) if program is None else program()
+            except Untraceable as error:
+                loss = self._eager_step(*args, **kwargs)  # where the pair fails too, this says how
+                self._give_up()
+                warnings.warn(f"pyrovae: {error}; from now on steps run eagerly.", RuntimeWarning, stacklevel=2)
         if self._surroundings is None and self._wants_program(self._steps + 1) and not _PYRO_STACK:
             watched = self._watch()
             self._states += [] if watched is None else [watched[1]]  # the next step sees what has changed since
@@ -257,9 +273,8 @@ class SVI:
         params = self._trained(state)
         if params is None:
             return None
-        shapes = tuple([(p.requires_grad, p.shape, p.stride(), p.dtype) for p in params])
         setting = state, self.dataset_size, *_torchs_settings()
-        signature = (setting, shapes, *arguments.key())
+        signature = (setting, self._layouts(params), *arguments.key())
         if signature not in self._programs:
             if len(self._programs) == MAX_PROGRAMS:
                 self._unsaid = why or f"its arguments' shapes or values keep changing; {MAX_PROGRAMS} were looked at"
@@ -276,19 +291,18 @@ class SVI:
                 recorded = self._record(fixed, params, compile_it=first)
                 if recorded is not None:
                     self._unsaid, self._fixed_floats[fixed.call()] = "", why
-                    arguments, signature = fixed, (setting, shapes, *fixed.key())
+                    arguments = fixed
+            if recorded is not None:
+                self._others |= {id(x): x for x in recorded.program.outside if all(x is not p for p in params)}
+            signature = (setting, self._layouts(params), *arguments.key())
             self._programs[signature] = recorded
         recorded = self._programs[signature]
-        if recorded is None:
-            return None
-        try:
-            if not recorded.still_holds(arguments.tensors):
-                self._gave_up = True
-                warnings.warn(_CHANGED.format(recorded.runs - recorded.last - 1), RuntimeWarning, stacklevel=3)
-                return None
-        except Untraceable:  # the pair fails: an eager step says how
-            return None
-        return partial(recorded.step, *arguments.tensors)
+        return None if recorded is None else partial(recorded, *arguments.tensors)
+
+    def _give_up(self) -> None:
+        """Steps run eagerly from now on. What they were watched with need not be kept."""
+        self._gave_up = True
+        self._surroundings, self._states, self._programs = None, [], {}
 
     def _watch(self) -> tuple[Surroundings, int] | None:
         """What the parts read, and its state. None where they are new parts, or it cannot be looked at."""
@@ -308,13 +322,17 @@ class SVI:
             self._unsaid, self._gave_up = f"what it reads cannot be watched ({type(error).__name__}: {error})", True
             return None
 
+    def _layouts(self, params: list[Tensor]) -> tuple:
+        """How what programs read besides their arguments lies in memory: compiled code counts on it."""
+        return tuple([(x.requires_grad, x.shape, x.stride(), x.dtype) for x in (*params, *self._others.values())])
+
     def _trained(self, state: int) -> list[Tensor] | None:
         """The parameters of such a step. With ``pyro.optim`` an eager step names them: None until one has."""
         if not isinstance(self.optim, Optimizer):
             return self._named.get((state, self._call))
         grouped = [p for group in self.optim.param_groups for p in group["params"]]
         if not same_objects(grouped, self._params):
-            self._params, self._update, self._programs = grouped, None, {}
+            self._params, self._update, self._programs, self._others = grouped, None, {}, {}
         return self._params
 
     def _as_tensor(self, value: float) -> Tensor:
@@ -332,7 +350,7 @@ class SVI:
             names = surroundings.difference(surroundings.key(self._states[-1]), surroundings.key(state))
             why = self._why_held or "a tensor (a buffer of the pair, say) may, in place"
             self._unsaid = f"{names} changes from step to step; {why}"
-            self._gave_up = True
+            self._give_up()
             return False
         self._states.append(state)
         return len(self._states) == 1  # else one eager step: the state may change again
@@ -390,14 +408,16 @@ class SVI:
 
 def _torchs_settings() -> tuple:
     cast = [torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
-    return torch.get_default_dtype(), *cast
+    return torch.get_default_dtype(), torch.is_grad_enabled(), *cast
 
 
 def _kind(args: tuple, kwargs: dict) -> tuple:
+    """Names of parameters may depend on shapes."""
     try:
-        return Arguments.of(args, kwargs).call()
+        arguments = Arguments.of(args, kwargs)
     except TypeError:  # not recorded
         return ()
+    return arguments.call(), *arguments.shapes()
 
 
 def _owned(gradients: list[Tensor], params: list[Tensor]) -> list[Tensor]:

@@ -90,7 +90,10 @@ class Conversions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _TO_NUMPY or (func is Tensor.tolist and not self._values.are_constant(args)):
             self._values.refuse(f"it reads the values of a tensor into Python (.{func.__name__}())")
-        if func in _TO_NUMBERS and not self._values.are_constant(args):
+        reads = func in (*_TO_NUMBERS, *_TO_TEXT) or (
+            func in _SPLITS and _is_split_at_a_tensor(*args, **(kwargs or {}))
+        )
+        if reads and not self._values.are_constant(args):
             self._values.refuse(_READS)
         given = [x for x in (*args, *(kwargs or {}).values()) if not isinstance(x, Tensor)]
         if func in _FROM_NUMBERS and not self._values.are_constant(given):
@@ -99,13 +102,19 @@ class Conversions(TorchFunctionMode):
 
 
 _TO_NUMPY = (Tensor.numpy, Tensor.__array__, Tensor.__dlpack__)  # which may write to it, too
+_TO_TEXT = (Tensor.__repr__, Tensor.__str__, Tensor.__format__)
 _TO_NUMBERS = (Tensor.item, Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.__bool__, Tensor.__complex__)
+_SPLITS = (torch.tensor_split, Tensor.tensor_split)
 _FROM_NUMBERS = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor, Tensor.new)
 _JUMPS = {
     *("remainder", "fmod", "floor", "ceil", "round", "trunc", "frac", "floor_divide", "sign"),
     *("eq", "ne", "lt", "le", "gt", "ge"),
 }
 _MASKS = (torch.bool, torch.uint8)
+
+
+def _is_split_at_a_tensor(_: Tensor, at: Any = None, *args: Any, **kwargs: Any) -> bool:
+    return any(isinstance(x, Tensor) for x in (at, *kwargs.values()))
 
 
 def memory(tensor: Tensor) -> int:
@@ -132,6 +141,9 @@ _LIBRARIES = tuple(
 )
 
 
+_STEPS = str(Path(__file__).with_name("svi.py"))
+
+
 def where(place: TracebackType | FrameType | None) -> str:
     """The last line of the user's own in a traceback, or in the stack of a frame."""
     if isinstance(place, TracebackType):
@@ -140,6 +152,8 @@ def where(place: TracebackType | FrameType | None) -> str:
         lines = list(traceback.walk_stack(place))
     for frame, number in lines:
         file = frame.f_code.co_filename
+        if file == _STEPS and frame.f_code.co_name == "step":  # lines further out only ask for it
+            return ""
         if not file.startswith((*_LIBRARIES, "<")):
             return f", at {Path(file).name}:{number}: `{linecache.getline(file, number).strip()}`"
     return ""
