@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache, partial, wraps
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
@@ -838,6 +838,16 @@ def modules_in(place: str, net: nn.Module) -> tuple[Callable, Callable]:
     return plain_model, guides[place]
 
 
+def losses_with_another_put_there(model: Callable, put: Callable, pair: Arguments, backend: str) -> list[Tensor]:
+    svi = SVI(model, pair.guide, sgd(pair, 0.01), Trace_ELBO(), backend=backend)
+    losses = []
+    for step, x in enumerate([*batches(), *batches()]):
+        if step == 6:
+            put()
+        losses.append(svi.step(x))
+    return losses
+
+
 @pytest.mark.usefixtures("recorded")
 @pytest.mark.parametrize(
     "place", ["a list", "a dict", "a default", "an object", "an object's method", "a method", "a callable object"]
@@ -956,8 +966,34 @@ PLACES = [
     *("a method's global", "another module's function", "its function by name", "another module's dict"),
     *("a class's class", "a class's list", "a function as attribute", "a callable as attribute", "a function's own"),
     *("a dict by variable key", "a dict by attribute", "a lazy object", "a deque", "an import", "a partial's object"),
-    *("a hook",),
+    *("a hook", "a helper's argument", "a class default", "a decorated method", "a special method", "made inside"),
 ]
+
+
+def beta_of(holder: Any) -> float:
+    return holder.beta
+
+
+def passing(function: Callable) -> Callable:
+    @wraps(function)
+    def same(*args: Any) -> Any:
+        return function(*args)
+
+    return same
+
+
+class Defaults:
+    beta = 1.0
+
+
+class Multiplier:
+    def __rmul__(self, number: float) -> float:
+        return number * SCHEDULE.now
+
+
+class Made:
+    def __init__(self) -> None:
+        self.weight = SCHEDULE.now
 
 
 def with_a_number_in(place: str, pair: Annealed, monkeypatch: pytest.MonkeyPatch) -> tuple[Callable, Callable]:
@@ -987,6 +1023,15 @@ def with_a_number_in(place: str, pair: Annealed, monkeypatch: pytest.MonkeyPatch
 
     def of_object(holder: Any, x: Tensor) -> None:
         pair.model(x, holder.beta)
+
+    class Decorated(Annealed):
+        @passing
+        def decorated(self) -> float:
+            return self.options.beta
+
+    if place == "a decorated method":
+        pair.__class__ = Decorated
+    defaults, multiplier = Defaults(), Multiplier()
 
     if place == "a hook":
         pair.layer = nn.Identity()
@@ -1043,6 +1088,11 @@ def with_a_number_in(place: str, pair: Annealed, monkeypatch: pytest.MonkeyPatch
         "an import": (imported, partial(setattr, HELPERS, "beta")),
         "a partial's object": (partial(of_object, options), partial(setattr, options, "beta")),
         "a hook": (lambda x: pair.model(x, pair.layer(torch.ones(()))), partial(setattr, options, "beta")),
+        "a helper's argument": (lambda x: pair.model(x, beta_of(options)), partial(setattr, options, "beta")),
+        "a class default": (lambda x: pair.model(x, defaults.beta), partial(setattr, defaults, "beta")),
+        "a decorated method": (lambda x: pair.model(x, pair.decorated()), partial(setattr, pair.options, "beta")),
+        "a special method": (lambda x: pair.model(x, 1.0 * multiplier), partial(setattr, SCHEDULE, "now")),
+        "made inside": (lambda x: pair.model(x, Made().weight), partial(setattr, SCHEDULE, "now")),
         "another module's dict": (
             lambda x: pair.model(x, HELPERS.nested["beta"]),
             partial(HELPERS.nested.__setitem__, "beta"),
@@ -1066,9 +1116,8 @@ def test_numbers_of_other_objects_count(place: str, calls: list, monkeypatch: py
             losses.append(svi.step(x))
         results.append(losses)
     torch.testing.assert_close(*results)
-    assert len(calls) == (
-        11 if place in ("a default", "getattr's default") else 12
-    )  # a number that comes is no number that changes
+    comes = place in ("a default", "getattr's default", "a class default")
+    assert len(calls) == (11 if comes else 12)  # a number that comes is no number that changes
 
 
 def unwatched(pair: Arguments) -> tuple[Callable, Callable]:
@@ -1327,9 +1376,17 @@ def test_a_svi_can_be_copied_after_compiled_steps(calls: list) -> None:
     assert calls
 
 
-def replaced(place: str, pair: Arguments) -> tuple[Callable, Callable]:
+LAYER = nn.Identity()
+
+
+def scale_of(x: float) -> float:
+    return x
+
+
+def replaced(place: str, pair: Arguments, monkeypatch: pytest.MonkeyPatch) -> tuple[Callable, Callable]:
     """A model that reads something else than a number, and how to put another in its place."""
-    by_name, tensors = {"beta": torch.ones(())}, [torch.ones(())]
+    by_name: dict[str, Any] = {"beta": torch.ones(()), "index": 1}
+    tensors = [torch.ones(())]
     functions: list[Callable] = [lambda x: x]
 
     def applied(x: Tensor) -> None:
@@ -1341,7 +1398,50 @@ def replaced(place: str, pair: Arguments) -> tuple[Callable, Callable]:
     def by_default(x: Tensor, scale: float = 1.0) -> None:
         pair.model(x, scale)
 
+    def thrice(x: Any) -> Any:
+        return 3 * x
+
+    class Scale:
+        def of(self, x: Any) -> Any:
+            return x
+
+    def by_object(x: Tensor) -> None:
+        pair.model(x, scale.of(1.0))
+
+    scale, layer = Scale(), nn.Identity()
+    layer.forward = lambda x: functions[0](x)  # type: ignore[method-assign]
+    condition = {"beta": torch.ones(())}
+
+    def sampled(x: Tensor) -> None:
+        pair.model(x, pyro.sample("beta", dist.Normal(1.0, 1.0)))
+
     return {
+        "a global function": (
+            lambda x: pair.model(x, scale_of(1.0)),
+            lambda: monkeypatch.setitem(globals(), "scale_of", thrice),
+        ),
+        "the code of a function": (
+            lambda x: pair.model(x, scale_of(1.0)),
+            lambda: monkeypatch.setattr(scale_of, "__code__", (lambda x: 3 * x).__code__),
+        ),
+        "a global module": (
+            lambda x: pair.model(x, LAYER(torch.ones(()))),
+            lambda: monkeypatch.setitem(globals(), "LAYER", nn.Softplus()),
+        ),
+        "a method": (by_object, lambda: setattr(Scale, "of", lambda self, x: 3 * x)),
+        "a method of one object": (by_object, lambda: setattr(scale, "of", thrice)),
+        "a module's forward": (
+            lambda x: pair.model(x, layer(torch.ones(()))),
+            lambda: functions.__setitem__(0, thrice),
+        ),
+        "conditioned data": (
+            poutine.condition(sampled, condition),
+            lambda: condition.__setitem__("beta", torch.full((), 3.0)),
+        ),
+        "True for 1": (
+            lambda x: pair.model(x, 2.0 + x.new_ones(2)[by_name["index"]].sum()),
+            lambda: by_name.__setitem__("index", True),
+        ),
         "a tensor in a dict": (
             lambda x: pair.model(x, by_name["beta"]),
             lambda: by_name.__setitem__("beta", torch.full((), 3.0)),
@@ -1359,20 +1459,18 @@ def replaced(place: str, pair: Arguments) -> tuple[Callable, Callable]:
 @pytest.mark.usefixtures("recorded")
 @pytest.mark.parametrize(
     "place",
-    ["a tensor in a dict", "a tensor in a list", "a function in a list", "a function more", "a default argument"],
+    [
+        *("a tensor in a dict", "a tensor in a list", "a function in a list", "a function more", "a default argument"),
+        *("a global function", "the code of a function", "a global module", "a method", "a method of one object"),
+        *("a module's forward", "conditioned data", "True for 1"),
+    ],
 )
-def test_what_is_replaced_counts(place: str, calls: list) -> None:
+def test_what_is_replaced_counts(place: str, calls: list, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for backend in ("eager", "compiled"):
         pair = Arguments()
-        model, put = replaced(place, pair)
-        svi = SVI(model, pair.guide, sgd(pair, 0.01), Trace_ELBO(), backend=backend)
-        losses = []
-        for step, x in enumerate([*batches(), *batches()]):
-            if step == 6:
-                put()
-            losses.append(svi.step(x))
-        results.append(losses)
+        with monkeypatch.context() as patch:
+            results.append(losses_with_another_put_there(*replaced(place, pair, patch), pair, backend))
     torch.testing.assert_close(*results)
     assert len(calls) == 10
 

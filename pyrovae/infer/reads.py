@@ -6,14 +6,22 @@ import sys
 from collections import UserList, deque
 from collections.abc import Iterable, Mapping
 from dis import get_instructions
-from functools import cache, partial
+from functools import cache, cached_property, partial, partialmethod
 from inspect import getattr_static
+from itertools import chain
 from sysconfig import get_path
 from types import CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
+from pyro.poutine.block_messenger import BlockMessenger
+from pyro.poutine.condition_messenger import ConditionMessenger
+from pyro.poutine.infer_config_messenger import InferConfigMessenger
+from pyro.poutine.mask_messenger import MaskMessenger
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor, nn
+from torch.distributions import Distribution, Transform
 
 from pyrovae.infer.stand_ins import Place, content
 
@@ -30,66 +38,95 @@ MOST_ENTRIES = 300
 """Of all containers that are watched whole."""
 MOST_DEEP = 3
 """``args.a.b.c.beta``"""
-_CALLED_UNNAMED = ("__getattr__", "__getattribute__", "__getitem__", "__float__")
+_MESSENGERS = (BlockMessenger, ConditionMessenger, InferConfigMessenger, MaskMessenger, ScaleMessenger)
+"""Those that keep nothing of a run."""
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_CALLED_BY_LIBRARIES = (Distribution, Messenger, torch.autograd.Function, Transform)
+_NOT_CALLED = {
+    *("__init__", "__new__", "__post_init__", "__repr__", "__str__", "__hash__", "__eq__", "__del__", "__setattr__"),
+    *("__delattr__", "__getstate__", "__setstate__", "__reduce__", "__reduce_ex__", "__init_subclass__"),
+}
+"""By a step, on an object that is there. Those of dataclasses name all fields."""
 
 
 class Reads:
     """Attributes of the modules and objects that ``functions`` belong to, and the globals and closures that they name.
 
-    Of other objects (``args.beta``), the attributes that a function names; of classes, modules and dicts too
-    (``args["beta"]``); lists, and dicts that are read in another way, whole. So too for the functions that it calls,
+    Of other objects (``args.beta``), the attributes that any of them names; of classes, modules and dicts too
+    (``args["beta"]``); lists, and dicts that are read in another way, whole. So too for the functions that they call,
     but for those of installed packages. Modules are found in containers and default arguments as well.
     """
 
     def __init__(self, functions: Iterable[Any]) -> None:
         self.namespaces: list[tuple[Any, dict]] = []
         """With their owners."""
-        self.named: list[Place] = []
-        self.containers: list[Any] = []
-        """Those that are read whole."""
-        self.takes_next = False
-        """From an iterator, perhaps."""
         self._met: set[Any] = set()
         self._owners: set[int] = set()
-        self._whole: set[int] = set()
-        self._entries = MOST_ENTRIES
+        self._of_functions: list[Place] = []
+        self._codes: dict[CodeType, None] = {}
+        self._texts: set[str] = set()
+        """Strings that they name: keys, perhaps."""
+        self._roots: list[tuple[Any, str | None]] = []
+        """What they name and belong to, and in which module."""
         self._meet_all(functions)
+        size = -1
+        while size != (size := len(self._codes) + len(self._roots)):  # further functions name further attributes
+            self._words = _Words.of(self._codes)
+            self._of_things: list[Place] = []
+            self.containers: list[Any] = []
+            """Those that are read whole."""
+            self._examine()
+        self.named = [*{place.key(): place for place in (*self._of_functions, *self._of_things)}.values()]
+        """Single places."""
+        self.takes_next = any("next" in _globals(code) for code in self._codes)
+        """From an iterator, perhaps."""
+        self._roots, self._of_functions, self._of_things = [], [], []
+
+    # What is called, and holds what is ------------------------------------------------------------------------
 
     def _meet(self, thing: Any, caller: str | None = None) -> None:
-        """What is called, and holds what is. ``caller`` names the module where it is found; None: anywhere."""
+        """``caller`` names the module where it is found; None: anywhere."""
         if isinstance(thing, MethodType):
             self._meet_owner(thing.__self__)
-            self._meet_method(thing.__self__, thing.__func__)
-        elif isinstance(thing, ScaleMessenger):
+            self._meet_method(thing.__func__)
+        elif isinstance(thing, _MESSENGERS):
             self._meet_owner(thing)
+            self._roots += [(each, None) for each in attributes(thing).values()]
         elif isinstance(thing, (*NUMBERS, Tensor, type, ModuleType)) or id(thing) in self._met:
             return
         elif isinstance(thing, FunctionType):
             if caller is None or _is_followed(thing, caller):
-                self._met.add(id(thing))
                 self._meet_function(thing)
+            elif hasattr(thing, "__wrapped__"):  # by a library's decorator
+                self._meet(thing.__wrapped__, caller)
         elif isinstance(thing, nn.Module):
             self._met.add(id(thing))
             self._owners.add(id(thing))
+            self._roots.append((thing, thing.__module__))
             for space in (vars(thing), thing._parameters, thing._buffers, thing._modules):
                 self.namespaces.append((thing, space))
             own = [v for n, v in vars(thing).items() if n not in BOOKKEEPING and isinstance(v, CONTAINERS)]
             self._meet_all([*thing.children(), *own])
-            self._meet_all([*thing._forward_hooks.values(), *thing._forward_pre_hooks.values()], thing.__module__)
-            self._meet_method(thing, type(thing).forward)
+            for name in _HOOKS:
+                self._meet_all(getattr(thing, name, {}).values(), thing.__module__)
+            self._meet_all([f for n, f in vars(thing).items() if n == "forward"])
+            self._meet_method(type(thing).forward)
         elif isinstance(thing, partial):
             self._met.add(id(thing))
-            self.named += [Place(thing.keywords, k) for k, v in thing.keywords.items() if isinstance(v, NUMBERS)]
+            self._of_functions += [
+                Place(thing.keywords, k) for k, v in thing.keywords.items() if isinstance(v, NUMBERS)
+            ]
             given = [*thing.args, *thing.keywords.values()]
             self._meet_all([thing.func, *given])
-            if isinstance(thing.func, FunctionType):
-                self._meet_attributes(thing.func.__code__, given, thing.func.__module__)
+            self._roots += [(each, getattr(thing.func, "__module__", None)) for each in given]
         elif isinstance(thing, CONTAINERS):
             self._met.add(id(thing))
             if len(thing) <= MOST_MEMBERS:
                 self._meet_all(members(thing))
         elif isinstance(call := getattr_static(type(thing), "__call__", None), FunctionType) and _is_users(call):
             self._meet(MethodType(call, thing))
+        elif isinstance(inner := _wrapped(thing), FunctionType):  # lru_cache
+            self._meet(inner, caller)
 
     def _meet_all(self, things: Iterable[Any], caller: str | None = None) -> None:
         for thing in things:
@@ -100,113 +137,151 @@ class Reads:
             self._meet(owner)
         elif id(owner) not in self._owners and (space := attributes(owner)):
             self._owners.add(id(owner))
+            self._roots.append((owner, type(owner).__module__))
             self.namespaces.append((owner, space))
-            self._meet_all([v for v in space.values() if isinstance(v, _HOLDERS)])
+            self._meet_all(
+                [v for v in space.values() if isinstance(v, _HOLDERS) or callable(v)], type(owner).__module__
+            )
 
-    def _meet_method(self, owner: Any, method: Any) -> None:
-        """Its globals, and what it names of its owner."""
-        both = id(owner), id(method)
-        if isinstance(method, FunctionType) and both not in self._met and _is_users(method):
-            self._met.add(both)
+    def _meet_method(self, method: Any) -> None:
+        if isinstance(method, FunctionType) and _is_users(method):
             self._meet_function(method)
-            self._meet_attributes(method.__code__, [owner], method.__module__)
 
     def _meet_function(self, function: FunctionType) -> None:
+        if id(function) in self._met:
+            return
+        self._met.add(id(function))
         code, module = function.__code__, function.__module__
+        self._codes[code] = None
         cells = list(zip(function.__closure__ or (), code.co_freevars, strict=True))
         named = {name: function.__globals__[name] for name in _globals(code) if name in function.__globals__}
-        imported = [sys.modules[name] for name in _imports(code) if name in sys.modules]
-        self.takes_next |= "next" in _globals(code)
-        self.named += [Place(cell, name) for cell, name in cells]
-        self.named += [Place(function.__globals__, name) for name, value in named.items() if _is_value(value)]
+        imported = [sys.modules[name] for name in _imports(code, function.__globals__) if name in sys.modules]
+        self._of_functions.append(Place(function, "__code__"))  # a notebook's autoreload puts another there
+        self._of_functions += [Place(cell, name) for cell, name in cells]
+        self._of_functions += [Place(function.__globals__, name) for name in named]
         defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-        if function.__defaults__:
-            self.named.append(Place(function, "__defaults__"))
+        if defaults:
+            self._of_functions += [Place(function, "__defaults__"), Place(function, "__kwdefaults__")]
+            self._of_functions += [Place(function.__kwdefaults__, name) for name in function.__kwdefaults__ or {}]
         contents = [content(cell) for cell, _ in cells]
+        self._texts |= {text for text in (*contents, *named.values()) if isinstance(text, str)}
         self._meet_all(contents)
         self._meet_all([*named.values(), *defaults], module)
-        self._meet_attributes(code, [*contents, *named.values(), *defaults, *imported], module)
+        self._roots += [(each, module) for each in (*contents, *named.values(), *defaults, *imported)]
 
-    # What a function names of the things that it reads --------------------------------------------------------
+    # What they name of the things that they reach ---------------------------------------------------------------
 
-    def _meet_attributes(self, code: CodeType, things: list[Any], caller: str, depth: int = MOST_DEEP) -> None:
+    def _examine(self) -> None:
         """``args.beta``, ``q.guide``, ``args["beta"]``, ``args.kl[0].beta``"""
-        texts = [thing for thing in things if isinstance(thing, str)]  # keys, perhaps
-        for thing in things:
-            both = id(thing), id(code)
-            if both in self._met or isinstance(thing, (*NUMBERS, Tensor)):
+        self._entries = MOST_ENTRIES
+        self._classes: dict[Any, tuple[list[Any], list[str]]] = {}
+        seen: set[int] = set()
+        waiting = deque((thing, module, MOST_DEEP) for thing, module in self._roots)
+        while waiting:
+            thing, module, depth = waiting.popleft()
+            if id(thing) in seen or isinstance(thing, (*NUMBERS, Tensor)):
                 continue
-            self._met.add(both)
-            if isinstance(thing, dict):
-                inner = self._in_dict(code, thing, texts)
-            elif isinstance(thing, CONTAINERS):
-                inner = self._in_container(thing)
-            elif isinstance(thing, ModuleType):
-                inner = self._in_module(code, thing)
-            elif isinstance(thing, type):
-                inner = [value for name in _names(code) for value in self._in_class(thing, thing, name)]
-            else:
-                inner = self._in_object(code, thing)
-            self._meet_all(inner, thing.__name__ if isinstance(thing, ModuleType) else caller)
+            seen.add(id(thing))
+            inner, module = self._inner(thing), thing.__name__ if isinstance(thing, ModuleType) else module
+            self._meet_all(inner, module)
             if depth:
-                self._meet_attributes(code, [x for x in inner if _has_more(x)], caller, depth - 1)
+                waiting += [(each, module, depth - 1) for each in inner if _has_more(each)]
 
-    def _in_dict(self, code: CodeType, thing: dict, texts: list[str]) -> list[Any]:
-        keys = (*_keys(code), *texts, *(() if type(thing) is dict else _names(code)))
-        asked = [key for key in dict.fromkeys(keys) if key in thing or key in _asked_with_default(code)]
+    def _inner(self, thing: Any) -> list[Any]:
+        if isinstance(thing, dict):
+            return self._in_dict(thing)
+        if isinstance(thing, CONTAINERS):
+            return self._in_container(thing)
+        if isinstance(thing, ModuleType):
+            return self._in_module(thing)
+        return self._in_class(thing, made=True)[0] if isinstance(thing, type) else self._in_object(thing)
+
+    def _in_dict(self, thing: dict) -> list[Any]:
+        words = self._words
+        keys = words.keys | self._texts | (set() if type(thing) is dict else words.names)
+        asked = [key for key in thing if key in keys]
         if not asked:
             return self._in_container(thing)
-        self.named += [Place(thing, key) for key in asked]
-        return [thing[key] for key in asked if key in thing]
+        self._of_things += [Place(thing, key) for key in (*asked, *words.with_default)]
+        return [thing[key] for key in asked]
 
     def _in_container(self, thing: Any) -> list[Any]:
         if len(thing) > MOST_MEMBERS:
             return []
-        if isinstance(thing, list | deque | dict) and id(thing) not in self._whole and len(thing) <= self._entries:
-            self._whole.add(id(thing))
+        if isinstance(thing, list | deque | dict) and len(thing) <= self._entries:
             self._entries -= len(thing)
             self.containers.append(thing)
         return list(members(thing))
 
-    def _in_module(self, code: CodeType, thing: ModuleType) -> list[Any]:
+    def _in_module(self, thing: ModuleType) -> list[Any]:
         space = vars(thing)
-        named = [name for name in _names(code) if name in space]
+        named = sorted(self._words.names & space.keys())
         if _is_library(getattr(thing, "__file__", None)):
-            self.named += [Place(space, name) for name in named if isinstance(space[name], NUMBERS)]
+            self._of_things += [Place(space, name) for name in named if isinstance(space[name], NUMBERS)]
             return []
-        self.named += [Place(space, name) for name in named if _is_value(space[name])]
+        self._of_things += [Place(space, name) for name in named]
         return [space[name] for name in named]
 
-    def _in_class(self, owner: Any, kind: type, name: str) -> list[Any]:
-        """Of methods those of parents too, which may be asked for by ``super()``."""
-        having = [ancestor for ancestor in kind.__mro__ if name in vars(ancestor)]
-        if not having:
-            return []
-        for ancestor in having:
-            self._meet_method(owner, _function(vars(ancestor)[name]))
-        value = vars(having[0])[name]
-        if hasattr(type(value), "__get__") or (is_of_a_library(having[0]) and not isinstance(value, NUMBERS)):
-            return []
-        nearer = kind.__mro__[: kind.__mro__.index(having[0]) + 1]  # which may come to have it too
-        self.named += [Place(vars(ancestor), name, ancestor) for ancestor in nearer]
-        return [value]
+    def _in_class(self, kind: type, *, made: bool = False) -> tuple[list[Any], list[str]]:
+        """What is named of a class, and by which names an object of it may come to have its own. Of methods those of
+        parents too, which may be asked for by ``super()``. ``made``: a step may make such objects."""
+        if (kind, made) in self._classes:
+            return self._classes[kind, made]
+        inner, own, by_libraries = [], [], issubclass(kind, _CALLED_BY_LIBRARIES)
+        nearer: list[type] = []
+        for ancestor in kind.__mro__:
+            nearer.append(ancestor)
+            of_library = is_of_a_library(ancestor)
+            for name, value in vars(ancestor).copy().items():
+                implicit = by_libraries or (_is_special(name) and (made or name not in _NOT_CALLED))
+                named = name in self._words.names or name in self._words.asked
+                if named or (implicit and not of_library):
+                    self._meet_method(_function(value))
+                if named and (not of_library or isinstance(value, NUMBERS)):
+                    own.append(name)
+                    self._of_things += [Place(vars(each), name, each) for each in nearer]
+                    if not isinstance(value, FunctionType):
+                        inner.append(value)
+        self._classes[kind, made] = inner, own
+        return inner, own
 
-    def _in_object(self, code: CodeType, thing: Any) -> list[Any]:
-        space, names = attributes(thing), _names(code)
-        named = [name for name in dict.fromkeys((*names, *_keys(code))) if name in space]  # vars(args)["beta"]
-        slots = [name for name in names if name not in space and _is_slot(thing, name)]
-        inner = [space[name] for name in named] + [getattr(thing, name, None) for name in slots]
+    def _in_object(self, thing: Any) -> list[Any]:
+        space, words = attributes(thing), self._words
+        known = words.names | words.asked | words.keys  # vars(args)["beta"]
+        named = [name for name in space if name in known]
+        slots = [name for name in _slots(type(thing)) if name in words.names and name not in space]
+        inner, of_class = self._in_class(type(thing))
         if id(thing) not in self._owners:  # then not all of its attributes are watched
-            self.named += [Place(space, name) for name in (*named, *_asked(code))]
-            self.named += [Place(thing, name) for name in slots]
+            missing = {name: None for name in (*of_class, *words.asked) if name not in space and name not in slots}
+            self._of_things += [
+                Place(space, name)
+                for name in (*named, *(missing if isinstance(getattr(thing, "__dict__", None), dict) else ()))
+            ]
+            self._of_things += [Place(thing, name) for name in slots]
+        inner = [*inner, *(space[name] for name in named), *(getattr(thing, name, None) for name in slots)]
         if isinstance(thing, Mapping | UserList):  # made of others
             inner += space.values()
-        for name in names:
-            if name not in space:
-                inner += self._in_class(thing, type(thing), name)
-        for name in _CALLED_UNNAMED:
-            self._meet_method(thing, getattr_static(type(thing), name, None))
         return inner
+
+
+class _Words(NamedTuple):
+    """What code names."""
+
+    names: frozenset[str]
+    """Attributes, and globals."""
+    keys: frozenset[str]
+    with_default: frozenset[str]
+    """Keys that ``get`` asks for."""
+    asked: frozenset[str]
+    """By ``getattr``."""
+
+    @staticmethod
+    def of(codes: Iterable[CodeType]) -> _Words:
+        parts = [(_names(code), _keys(code), _asked_with_default(code), _asked(code)) for code in codes]
+        return _Words(*(frozenset(chain.from_iterable(each)) for each in zip(*parts, strict=True))) if parts else _NONE
+
+
+_NONE = _Words(frozenset(), frozenset(), frozenset(), frozenset())
 
 
 def attributes(thing: Any) -> dict[str, Any]:
@@ -221,13 +296,17 @@ def members(container: Any) -> Iterable[Any]:
     return list.__iter__(container) if isinstance(container, list) else container
 
 
-def _is_value(thing: Any) -> bool:
-    return not isinstance(thing, type | ModuleType) and not callable(thing)
+def _slots(kind: type) -> list[str]:
+    owners = [vars(ancestor) for ancestor in kind.__mro__ if "__slots__" in vars(ancestor)]
+    return [name for space in owners for name, member in space.items() if isinstance(member, MemberDescriptorType)]
 
 
-def _is_slot(thing: Any, name: str) -> bool:
-    member = getattr_static(type(thing), name, None)
-    return isinstance(member, MemberDescriptorType) and "__slots__" in vars(member.__objclass__)
+def _wrapped(thing: Any) -> Any:
+    return getattr_static(thing, "__wrapped__", None)
+
+
+def _is_special(name: str) -> bool:
+    return name.startswith("__") and name.endswith("__")
 
 
 def _has_more(thing: Any) -> bool:
@@ -251,11 +330,13 @@ def _globals(code: CodeType) -> tuple[str, ...]:
     return _arguments(code, "LOAD_GLOBAL", "LOAD_NAME")
 
 
+def _imports(code: CodeType, namespace: dict[str, Any]) -> list[str]:
+    """From anywhere, or from the package of the module with that namespace."""
+    names = _arguments(code, "IMPORT_NAME")
+    return [*names, *(f"{namespace.get('__package__')}.{name}".rstrip(".") for name in names)]
+
+
 @cache
-def _imports(code: CodeType) -> tuple[str, ...]:
-    return _arguments(code, "IMPORT_NAME")
-
-
 def _arguments(code: CodeType, *operations: str) -> tuple[str, ...]:
     steps = [step for each in _codes(code) for step in get_instructions(each)]
     return tuple(dict.fromkeys(str(step.argval) for step in steps if step.opname in operations))
@@ -290,8 +371,10 @@ def _subscripts(code: CodeType) -> tuple[tuple[str, bool], ...]:
 @cache
 def _asked(code: CodeType) -> tuple[str, ...]:
     """``getattr(a, "name")``"""
-    texts = [x for each in _codes(code) if "getattr" in each.co_names for x in each.co_consts if isinstance(x, str)]
-    return tuple(dict.fromkeys(text for text in texts if text.isidentifier()))
+    asking = [each for each in _codes(code) if {"getattr", "hasattr", "attrgetter"} & {*each.co_names}]
+    constants = [x for each in asking for x in each.co_consts]
+    texts = chain(constants, *(x for x in constants if isinstance(x, tuple)))
+    return tuple(dict.fromkeys(text for text in texts if isinstance(text, str) and text.isidentifier()))
 
 
 def _codes(code: CodeType) -> list[CodeType]:
@@ -303,8 +386,12 @@ def _codes(code: CodeType) -> list[CodeType]:
 
 
 def _function(member: Any) -> Any:
-    """Of a property, or a static or class method; others are left as they are."""
-    return member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+    """Of a property, a static or class method and the like; others are left as they are."""
+    if isinstance(member, property):
+        return member.fget
+    if isinstance(member, staticmethod | classmethod):
+        return _function(member.__func__)
+    return _function(member.func) if isinstance(member, partialmethod | cached_property) else member
 
 
 def _is_users(function: FunctionType) -> bool:

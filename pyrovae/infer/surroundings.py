@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from operator import itemgetter
+from types import MappingProxyType
 from typing import Any
 
 import pyro
@@ -46,7 +47,7 @@ class Surroundings:
         if glance is None or last is None or glance[0] != last[0] or not same_objects(glance[1], last[1]):
             self._look()
             values = self._values()
-            key = (*map(_fingerprint, values), self._lengths(), self.stand_ins.state())
+            key = (*map(_fingerprint, values), self._lengths(), tuple(map(type, values)), self.stand_ins.state())
             keys = [known for _, known in self._states]
             self._state = keys.index(key) if key in keys else len(keys)
             # Holding on to the objects keeps their ids from being given to others.
@@ -145,12 +146,20 @@ class Surroundings:
         whole = set(map(id, self._whole))
         split = [place for each, places in entries if id(each) not in whole for place in places]
         self._named = [place for place in (*reads.named, *split) if place.key() not in self.stand_ins]
-        self._readers = [place.reader() for place in self._named]
-        named = [
+        spaces: dict[int, tuple[Any, list[Any]]] = {}
+        others = []
+        for place in self._named:
+            if type(place.space) in (dict, MappingProxyType) and place.exists():
+                spaces.setdefault(place.key()[0], (place.space, []))[1].append(place.name)
+            else:
+                others.append(place.reader())
+        self._readers = others
+        attributes = [
             (space, [name for name in space if name not in BOOKKEEPING and self._is_watched(owner, space, name)])
             for owner, space in reads.namespaces
         ]
-        self._pickers = [(itemgetter(names[0], *names), space) for space, names in named if names]
+        picked = [*attributes, *spaces.values()]
+        self._pickers = [(itemgetter(names[0], *names), space) for space, names in picked if names]
 
     def _is_watched(self, owner: Any, space: dict, name: str) -> bool:
         return (id(space), name) not in self.stand_ins and not _is_made_anew(owner, name)
@@ -187,7 +196,7 @@ class Surroundings:
 
     def _names(self) -> list[str]:
         labels = [place.label() for place in self._places()]
-        return [*labels, *pyro.get_param_store()._params, "a list's length", "a number"]
+        return [*labels, *pyro.get_param_store()._params, "a list's length", "a number", "a number"]
 
 
 def _entries(container: Any) -> list[Place]:
