@@ -227,21 +227,21 @@ class Reads:
         parents too, which may be asked for by ``super()``. ``made``: a step may make such objects."""
         if (kind, made) in self._classes:
             return self._classes[kind, made]
-        inner, own, by_libraries = [], [], issubclass(kind, _CALLED_BY_LIBRARIES)
-        nearer: list[type] = []
+        inner, own, nearer = [], [], []
+        known, by_libraries = self._words.names | self._words.asked, issubclass(kind, _CALLED_BY_LIBRARIES)
         for ancestor in kind.__mro__:
             nearer.append(ancestor)
-            of_library = is_of_a_library(ancestor)
-            for name, value in vars(ancestor).copy().items():
-                implicit = by_libraries or (_is_special(name) and (made or name not in _NOT_CALLED))
-                named = name in self._words.names or name in self._words.asked
-                if named or (implicit and not of_library):
-                    self._meet_method(_function(value))
-                if named and (not of_library or isinstance(value, NUMBERS)):
+            space, of_library = vars(ancestor), is_of_a_library(ancestor)
+            named = sorted(known & space.keys())
+            called = [] if of_library else [n for n in space if by_libraries or _is_called_unnamed(n, made=made)]
+            for name in (*named, *called):
+                self._meet_method(_function(space[name]))
+            for name in named:
+                if not of_library or isinstance(space[name], NUMBERS):
                     own.append(name)
                     self._of_things += [Place(vars(each), name, each) for each in nearer]
-                    if not isinstance(value, FunctionType):
-                        inner.append(value)
+                    if not isinstance(space[name], FunctionType):
+                        inner.append(space[name])
         self._classes[kind, made] = inner, own
         return inner, own
 
@@ -305,8 +305,8 @@ def _wrapped(thing: Any) -> Any:
     return getattr_static(thing, "__wrapped__", None)
 
 
-def _is_special(name: str) -> bool:
-    return name.startswith("__") and name.endswith("__")
+def _is_called_unnamed(name: str, *, made: bool) -> bool:
+    return name.startswith("__") and name.endswith("__") and (made or name not in _NOT_CALLED)
 
 
 def _has_more(thing: Any) -> bool:
