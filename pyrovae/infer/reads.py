@@ -15,7 +15,7 @@ from typing import Any
 from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor, nn
 
-from pyrovae.infer.stand_ins import Place, content
+from pyrovae.infer.stand_ins import Place, content, kind_of_dict
 
 __all__ = ["BOOKKEEPING", "CONTAINERS", "MOST_MEMBERS", "NUMBERS", "Reads", "attributes", "is_of_a_library", "members"]
 
@@ -49,6 +49,8 @@ class Reads:
         """Those that are read whole."""
         self.takes_next = False
         """From an iterator, perhaps."""
+        self.names: set[str] = set()
+        """All that the code names."""
         self._met: set[Any] = set()
         self._owners: set[int] = set()
         self._whole: set[int] = set()
@@ -117,6 +119,7 @@ class Reads:
         named = {name: function.__globals__[name] for name in _globals(code) if name in function.__globals__}
         imported = [sys.modules[name] for name in _imports(code) if name in sys.modules]
         self.takes_next |= "next" in _globals(code)
+        self.names |= {*_names(code), *_keys(code), *_asked(code)}
         self.named += [Place(cell, name) for cell, name in cells]
         self.named += [Place(function.__globals__, name) for name, value in named.items() if _is_value(value)]
         defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
@@ -153,11 +156,13 @@ class Reads:
 
     def _in_dict(self, code: CodeType, thing: dict, texts: list[str]) -> list[Any]:
         keys = (*_keys(code), *texts, *(() if type(thing) is dict else _names(code)))
-        asked = [key for key in dict.fromkeys(keys) if key in thing or key in _asked_with_default(code)]
+        asked = [
+            key for key in dict.fromkeys(keys) if dict.__contains__(thing, key) or key in _asked_with_default(code)
+        ]
         if not asked:
             return self._in_container(thing)
         self.named += [Place(thing, key) for key in asked]
-        return [thing[key] for key in asked if key in thing]
+        return [dict.__getitem__(thing, key) for key in asked if dict.__contains__(thing, key)]
 
     def _in_container(self, thing: Any) -> list[Any]:
         if len(thing) > MOST_MEMBERS:
@@ -217,7 +222,7 @@ def attributes(thing: Any) -> dict[str, Any]:
 def members(container: Any) -> Iterable[Any]:
     """As they lie there, whatever kinds of lists and dicts do besides."""
     if isinstance(container, dict):
-        return dict.values(container)
+        return kind_of_dict(container).values(container)
     return list.__iter__(container) if isinstance(container, list) else container
 
 
