@@ -2100,6 +2100,13 @@ class Offset(dist.transforms.AffineTransform):
         super().__init__(0.0, 2.0, cache_size=1)
 
 
+class Log(StringIO):
+    """A file that is open for writing alone."""
+
+    def readable(self) -> bool:
+        return False
+
+
 class Late:
     @cached_property
     def scale(self) -> list[float]:
@@ -2122,6 +2129,10 @@ MADE_ANEW: dict[str, tuple[Callable[[], Any], Callable[[Any, Tensor], Any]]] = {
     "a transform's cache": (Offset, lambda kept, x: 1 + kept(x).mean()),
     "a property that is kept": (Late, lambda kept, x: kept.scale[0]),
     "a log": (lambda: Kept(StringIO()), lambda kept, x: 1 + 0 * kept.value.write("a step\n")),
+    "a log beside an iterator of its own": (
+        lambda: Kept(Log()),
+        lambda kept, x: next(iter([2.0])) + 0 * kept.value.write("a step\n"),
+    ),
     "an iterator that it does not name": (
         lambda: SimpleNamespace(value=2.0, rows=iter(range(9))),
         lambda kept, x: kept.value,

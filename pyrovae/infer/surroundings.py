@@ -149,7 +149,7 @@ class Surroundings:
     def takes_next(self) -> bool:
         """Whether it may take the next of an iterator, which cannot be put back: its code names one.
 
-        A file that is no more than written to, a log, is none.
+        A file counts where it can be read, and the code names what reads one.
         """
         found, names = self._reached(), self._reads.names
         if self._reads.takes_next and any(map(_is_iterator, found)):
@@ -161,7 +161,7 @@ class Surroundings:
             if is_users_object(thing):
                 held += [value for name, value in own_attributes(thing).items() if name in names]
         reads_files = not names.isdisjoint(_OF_FILES)
-        return any(_is_iterator(x) or (reads_files and isinstance(x, IOBase)) for x in held)
+        return any(_is_iterator(x) or (reads_files and _can_be_read(x)) for x in held)
 
     def _look(self) -> None:
         """Find what there is to watch; a module may have come in another's place."""
@@ -243,6 +243,10 @@ _OF_FILES = ("next", "read", "readline", "readlines")
 
 def _is_iterator(value: Any) -> bool:
     return isinstance(value, Iterator) and not isinstance(value, IOBase)
+
+
+def _can_be_read(value: Any) -> bool:
+    return isinstance(value, IOBase) and not value.closed and value.readable()
 
 
 def _put_back(place: Place, existed: bool, value: Any) -> None:
