@@ -10,6 +10,7 @@ import math
 import random
 import sys
 import warnings
+import weakref
 from argparse import Namespace
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -2123,6 +2124,8 @@ def measure(kept: Any, x: Tensor) -> float:
     return kept.value[1]
 
 
+WATCHED = Kept(2.0)
+
 MADE_ANEW: dict[str, tuple[Callable[[], Any], Callable[[Any, Tensor], Any]]] = {
     "a trace to be shown": (lambda: Kept(None), show),
     "an equal tuple": (lambda: Kept(None), measure),
@@ -2133,6 +2136,7 @@ MADE_ANEW: dict[str, tuple[Callable[[], Any], Callable[[Any, Tensor], Any]]] = {
         lambda: Kept(Log()),
         lambda kept, x: next(iter([2.0])) + 0 * kept.value.write("a step\n"),
     ),
+    "a weak proxy": (lambda: weakref.proxy(WATCHED), lambda kept, x: kept.value),
     "an iterator that it does not name": (
         lambda: SimpleNamespace(value=2.0, rows=iter(range(9))),
         lambda kept, x: kept.value,

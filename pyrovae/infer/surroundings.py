@@ -242,7 +242,7 @@ _OF_FILES = ("next", "read", "readline", "readlines")
 
 
 def _is_iterator(value: Any) -> bool:
-    return isinstance(value, Iterator) and not isinstance(value, IOBase)
+    return issubclass(value.__class__, Iterator) and not isinstance(value, IOBase)  # a weak proxy's type looks like one
 
 
 def _can_be_read(value: Any) -> bool:
