@@ -10,12 +10,15 @@ import math
 import random
 import sys
 import warnings
-from collections import deque
+import weakref
+from argparse import Namespace
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
-from functools import lru_cache, partial, wraps
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, partial, wraps
+from io import StringIO
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
@@ -1203,7 +1206,7 @@ def test_a_record_that_has_come_to_fail_is_given_up(when: int, monkeypatch: pyte
     monkeypatch.setattr(svi_module.SVI, "_layouts", lambda self, params: ())
     results = []
     for backend in ("eager", "compiled"):
-        pair = Frozen(lambda pair, x: (x.to(pair.fixed.weight.dtype) @ pair.fixed.weight).float())
+        pair = Untrained(lambda pair, x: (x.to(pair.fixed.weight.dtype) @ pair.fixed.weight).float())
         svi = SVI(pair.model, pair.guide, trained(pair), Trace_ELBO(), backend=backend)
         losses = [float(svi.step(batches()[0])) for _ in range(when)]
         pair.fixed.double()
@@ -1221,10 +1224,10 @@ def test_a_record_that_has_come_to_fail_is_given_up(when: int, monkeypatch: pyte
 # --- memory ---------------------------------------------------------------------------------------
 
 
-class Frozen(Pair):
+class Untrained(Pair):
     """Computes the location with weights that are not trained."""
 
-    def __init__(self, location: Callable[[Frozen, Tensor], Tensor]) -> None:
+    def __init__(self, location: Callable[[Untrained, Tensor], Tensor]) -> None:
         super().__init__()
         torch.manual_seed(3)
         self.loc, self.fixed, self._location = nn.Parameter(torch.zeros(4)), nn.Linear(4, 4), location
@@ -1265,7 +1268,7 @@ def test_what_a_step_reads_may_come_to_lie_otherwise(
         monkeypatch.setattr(Program, "compile", lambda self, args: None)
     results = []
     for backend in ("eager", "compiled"):
-        pair = Frozen(lambda pair, x: x * pair.fixed.weight.float().mean(0))
+        pair = Untrained(lambda pair, x: x * pair.fixed.weight.float().mean(0))
         svi = SVI(pair.model, pair.guide, trained(pair), Trace_ELBO(), backend=backend)
         losses = []
         for step in range(7):
@@ -1277,12 +1280,12 @@ def test_what_a_step_reads_may_come_to_lie_otherwise(
     assert len(calls) == 6
 
 
-def moving_shared_memory(pair: Frozen, x: Tensor) -> Tensor:
+def moving_shared_memory(pair: Untrained, x: Tensor) -> Tensor:
     pair.ones.mul_(0.9)
     return pair.same * x.mean(0)
 
 
-def moving_its_argument(pair: Frozen, x: Tensor) -> Tensor:
+def moving_its_argument(pair: Untrained, x: Tensor) -> Tensor:
     return pair.ones * x.add_(1.0).mean(0)
 
 
@@ -1291,7 +1294,7 @@ def moving_its_argument(pair: Frozen, x: Tensor) -> Tensor:
 def test_memory_that_is_shared_and_written_to_is_not_compiled(location: Callable, calls: list) -> None:
     results = []
     for backend in ("eager", "compiled"):
-        pair, xs = Frozen(location), batches()
+        pair, xs = Untrained(location), batches()
         if location is moving_its_argument:
             pair.register_buffer("ones", xs.view(-1)[:4])  # which overlaps with the batch
         svi = SVI(pair.model, pair.guide, trained(pair), Trace_ELBO(), backend=backend)
@@ -1322,7 +1325,7 @@ def tagged(x: Tensor, weight: float) -> Tensor:
 def test_a_batch_is_more_than_shape_and_values(batch: Callable[[Tensor], Tensor], reason: str, calls: list) -> None:
     results = []
     for backend in ("eager", "compiled"):
-        pair = Frozen(lambda pair, x: getattr(x, "weight", 1.0) * x.mean(0))
+        pair = Untrained(lambda pair, x: getattr(x, "weight", 1.0) * x.mean(0))
         svi = SVI(pair.model, pair.guide, trained(pair), Trace_ELBO(), backend=backend)
         losses = [float(svi.step(x)) for x in batches()[:3]]
         with pytest.warns(RuntimeWarning, match=reason) if backend == "compiled" else nullcontext():
@@ -2162,6 +2165,301 @@ def test_pyros_losses_run_eagerly(calls: list) -> None:
     assert len(warned) == 1
     torch.testing.assert_close(actual[:2], expected[:2], rtol=0, atol=0)
     assert not calls
+
+
+class Tally:
+    __slots__ = ("n",)
+
+    def __init__(self) -> None:
+        self.n = 0
+
+
+@dataclass(frozen=True)
+class Frozen:
+    n: int = 0
+
+
+@dataclass
+class Kept:
+    """What a step may count or remember in, as a user's own object."""
+
+    value: Any
+
+
+def counted_in_module(value: Any) -> nn.Module:
+    module = nn.Module()
+    module.value = value
+    return module
+
+
+def count_in_cell() -> Callable[[], int]:
+    count = (0,)
+
+    def next_one() -> int:
+        nonlocal count
+        count = (count[0] + 1,)
+        return count[0]
+
+    return next_one
+
+
+TALLY = (0,)
+
+
+def count_globally(kept: Any) -> int:
+    global TALLY
+    TALLY = (TALLY[0] + 1,)
+    return TALLY[0]
+
+
+def push(kept: Any) -> float:
+    kept.value = [*kept.value, 1]
+    return len(kept.value)
+
+
+def replace_frozen(kept: Any) -> float:
+    kept.value = replace(kept.value, n=kept.value.n + 1)
+    return kept.value.n
+
+
+def add_one(kept: Any) -> float:
+    kept.value = kept.value + 1
+    return float(kept.value)
+
+
+def add_to_array(kept: Any) -> float:
+    kept.value = kept.value + 1
+    return float(kept.value[0])
+
+
+def add_to_tuple(kept: Any) -> float:
+    kept.value = (kept.value[0] + 1,)
+    return kept.value[0]
+
+
+def add_attribute(kept: Any) -> float:
+    kept.value += 1
+    setattr(kept, f"value_{len(vars(kept))}", 1)
+    return len(vars(kept))
+
+
+def count_in_slot(kept: Tally) -> float:
+    kept.n += 1
+    return kept.n
+
+
+def count_in_bytes(kept: bytearray) -> float:
+    kept[0] += 1
+    return kept[0]
+
+
+def keep_tensor(kept: Any) -> Tensor:
+    kept.value = 0.5 * kept.value + 1
+    return kept.value
+
+
+def add_key(kept: OrderedDict) -> float:
+    kept[len(kept)] = 1.0
+    return len(kept)
+
+
+def move_key(kept: OrderedDict) -> float:
+    first = next(iter(kept))
+    kept.move_to_end(first)
+    return kept[first]
+
+
+def first_of(kept: Any) -> float:
+    for each in kept.value:
+        return each
+    raise AssertionError
+
+
+def of_zip(kept: Any) -> float:
+    return next(zip(kept.value, range(1), strict=False))[0]
+
+
+def fill_slot(kept: Any) -> float:
+    if not hasattr(kept, "m"):
+        kept.m = 0
+    kept.m += 1
+    return kept.m
+
+
+class Empty:
+    __slots__ = ("m",)
+
+
+STATES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "a new key": (lambda: OrderedDict(a=1.0), add_key, lambda kept: [*kept.items()]),
+    "keys in turn": (lambda: OrderedDict(a=1.0, b=2.0, c=3.0), move_key, lambda kept: [*kept.items()]),
+    "a tuple": (lambda: counted_in_module((0,)), add_to_tuple, lambda kept: kept.value),
+    "a list": (lambda: counted_in_module([]), push, lambda kept: kept.value),
+    "an array": (lambda: counted_in_module(np.zeros(2)), add_to_array, lambda kept: kept.value.tolist()),
+    "NumPy's number": (lambda: counted_in_module(np.float32(0)), add_one, lambda kept: kept.value),
+    "a frozen object": (lambda: counted_in_module(Frozen()), replace_frozen, lambda kept: kept.value),
+    "another attribute": (lambda: counted_in_module(0), add_attribute, lambda kept: len(vars(kept))),
+    "a variable": (count_in_cell, lambda kept: kept(), lambda kept: kept.__closure__[0].cell_contents),
+    "a global": (lambda: globals().update(TALLY=(0,)), count_globally, lambda kept: TALLY),
+    "an object's tuple": (lambda: Kept((0,)), add_to_tuple, lambda kept: kept.value),
+    "an object's list": (lambda: SimpleNamespace(value=[]), push, lambda kept: kept.value),
+    "an object's frozen object": (lambda: Kept(Frozen()), replace_frozen, lambda kept: kept.value),
+    "an object's other attribute": (lambda: Kept(0), add_attribute, lambda kept: len(vars(kept))),
+    "options": (lambda: Namespace(value=0), add_one, lambda kept: kept.value),
+    "slots": (Tally, count_in_slot, lambda kept: kept.n),
+    "a slot that is filled": (Empty, fill_slot, lambda kept: kept.m),
+    "a slotted generator": (
+        lambda: Slotted(np.random.default_rng(0)),  # type: ignore[arg-type]
+        lambda kept: 1 + kept.beta.random(),
+        lambda kept: kept.beta.random(),
+    ),
+    "bytes": (lambda: bytearray(4), count_in_bytes, bytes),
+    "a tensor": (lambda: Kept(torch.zeros(())), keep_tensor, lambda kept: float(kept.value)),
+    "an iterator in a loop": (lambda: Kept(iter(range(1, 99))), first_of, lambda kept: next(kept.value)),
+    "an iterator's method": (
+        lambda: Kept(iter(range(1, 99))),
+        lambda kept: kept.value.__next__(),
+        lambda kept: next(kept.value),
+    ),
+    "an iterator zipped": (lambda: Kept(iter(range(1, 99))), of_zip, lambda kept: next(kept.value)),
+    "a file": (
+        lambda: Kept(StringIO("\n".join(map(str, range(1, 99))))),
+        lambda kept: float(kept.value.readline()),
+        lambda kept: kept.value.tell(),
+    ),
+}
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.filterwarnings("ignore:pyrovae. this step runs eagerly")
+@pytest.mark.parametrize(("make", "change", "shown"), STATES.values(), ids=STATES)
+def test_state_of_any_kind_is_as_after_eager_steps(make: Callable, change: Callable, shown: Callable) -> None:
+    """Whatever the runs did that recording takes: also where a step begins with a record."""
+    results = []
+    for backend in ("eager", "compiled"):
+        pair, kept = Arguments(), make()
+
+        def model(x: Tensor, pair=pair, kept=kept) -> None:
+            pair.model(x, change(kept))
+
+        svi = SVI(model, pair.guide, sgd(pair, 0.01), Trace_ELBO(), backend=backend)
+        results.append(([svi.step(x) for x in batches()], shown(kept)))
+    torch.testing.assert_close(*(losses for losses, _ in results))
+    assert results[0][1] == results[1][1]
+
+
+def moving_by_data(pair: Odd, x: Tensor) -> float:
+    pair.loc.data = 0.5 * pair.loc.data + 1.0
+    return 1.0
+
+
+def moving_by_set(pair: Odd, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        pair.table.weight.set_(0.5 * pair.table.weight.detach())
+    return 1 + pair.table.weight.mean()
+
+
+def moving_an_average(pair: Odd, x: Tensor) -> Tensor:
+    pair.average.mul_(0.5)
+    pair.average.data = pair.average.data + x.mean()
+    return 1 + pair.average
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize(
+    ("odd", "name"),
+    [(moving_by_data, "Odd.loc"), (moving_by_set, "Embedding.weight"), (moving_an_average, "Odd.average")],
+)
+def test_tensors_that_come_to_lie_elsewhere(odd: Callable, name: str, calls: list) -> None:
+    with pytest.warns(RuntimeWarning, match=rf"eagerly: it gives {name} other memory \(`.data =`\) as it runs"):
+        assert_same_run(lambda: (pair := Odd(odd), sgd(pair, 0.01)))
+    assert not calls
+
+
+class Offset(dist.transforms.AffineTransform):
+    """Keeps the last value that it saw."""
+
+    def __init__(self) -> None:
+        super().__init__(0.0, 2.0, cache_size=1)
+
+
+class Log(StringIO):
+    """A file that is open for writing alone."""
+
+    def readable(self) -> bool:
+        return False
+
+
+class Late:
+    @cached_property
+    def scale(self) -> list[float]:
+        return [2.0]
+
+
+def show(kept: Any, x: Tensor) -> float:
+    kept.value = poutine.trace(lambda: pyro.deterministic("shown", x)).get_trace()
+    return 1.0
+
+
+def measure(kept: Any, x: Tensor) -> float:
+    kept.value = (len(x), 3)
+    return kept.value[1]
+
+
+WATCHED = Kept(2.0)
+
+MADE_ANEW: dict[str, tuple[Callable[[], Any], Callable[[Any, Tensor], Any]]] = {
+    "a trace to be shown": (lambda: Kept(None), show),
+    "an equal tuple": (lambda: Kept(None), measure),
+    "a transform's cache": (Offset, lambda kept, x: 1 + kept(x).mean()),
+    "a property that is kept": (Late, lambda kept, x: kept.scale[0]),
+    "a log": (lambda: Kept(StringIO()), lambda kept, x: 1 + 0 * kept.value.write("a step\n")),
+    "a log beside an iterator of its own": (
+        lambda: Kept(Log()),
+        lambda kept, x: next(iter([2.0])) + 0 * kept.value.write("a step\n"),
+    ),
+    "a weak proxy": (lambda: weakref.proxy(WATCHED), lambda kept, x: kept.value),
+    "an iterator that it does not name": (
+        lambda: SimpleNamespace(value=2.0, rows=iter(range(9))),
+        lambda kept, x: kept.value,
+    ),
+}
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize(("make", "use"), MADE_ANEW.values(), ids=MADE_ANEW)
+def test_what_is_made_anew_at_each_run_is_no_state(make: Callable, use: Callable, calls: list) -> None:
+    pair, kept = Arguments(), make()
+    svi = SVI(lambda x: pair.model(x, use(kept, x)), pair.guide, sgd(pair), Trace_ELBO(), backend="compiled")
+    for x in batches():
+        svi.step(x)
+    assert len(calls) == 5
+
+
+class Asked(dict):
+    """Knows what it was asked for, but for ``["key"]``."""
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**values)
+        self.log: list[Any] = []
+
+    def __contains__(self, key: Any) -> bool:
+        self.log.append(key)
+        return super().__contains__(key)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        self.log.append(key)
+        return super().get(key, default)
+
+
+@pytest.mark.usefixtures("recorded")
+def test_watching_a_dict_does_not_ask_it(calls: list) -> None:
+    pair, asked = Arguments(), Asked(beta=1.0)
+    svi = SVI(lambda x: pair.model(x, asked["beta"]), pair.guide, sgd(pair), Trace_ELBO(), backend="compiled")
+    for x in batches():
+        svi.step(x)
+    assert len(calls) == 5
+    assert asked.log == []
 
 
 # --- errors --------------------------------------------------------------------------------------

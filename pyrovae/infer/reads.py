@@ -23,7 +23,7 @@ from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 
-from pyrovae.infer.stand_ins import Place, content
+from pyrovae.infer.stand_ins import Place, content, kind_of_dict
 
 __all__ = ["BOOKKEEPING", "CONTAINERS", "MOST_MEMBERS", "NUMBERS", "Reads", "attributes", "is_of_a_library", "members"]
 
@@ -80,6 +80,8 @@ class Reads:
         """Single places."""
         self.takes_next = any("next" in _globals(code) for code in self._codes)
         """From an iterator, perhaps."""
+        self.names = {*self._words.names, *self._words.keys, *self._words.asked}
+        """All that the code names."""
         self._roots, self._of_functions, self._of_things = [], [], []
 
     # What is called, and holds what is ------------------------------------------------------------------------
@@ -199,11 +201,11 @@ class Reads:
     def _in_dict(self, thing: dict) -> list[Any]:
         words = self._words
         keys = words.keys | self._texts | (set() if type(thing) is dict else words.names)
-        asked = [key for key in thing if key in keys]
+        asked = [key for key in dict.keys(thing) if key in keys]
         if not asked:
             return self._in_container(thing)
         self._of_things += [Place(thing, key) for key in (*asked, *words.with_default)]
-        return [thing[key] for key in asked]
+        return [dict.__getitem__(thing, key) for key in asked]
 
     def _in_container(self, thing: Any) -> list[Any]:
         if len(thing) > MOST_MEMBERS:
@@ -292,7 +294,7 @@ def attributes(thing: Any) -> dict[str, Any]:
 def members(container: Any) -> Iterable[Any]:
     """As they lie there, whatever kinds of lists and dicts do besides."""
     if isinstance(container, dict):
-        return dict.values(container)
+        return kind_of_dict(container).values(container)
     return list.__iter__(container) if isinstance(container, list) else container
 
 

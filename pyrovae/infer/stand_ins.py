@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyrovae.infer.untraceable import NoKey, Untraceable
 
-__all__ = ["Place", "StandIns", "are_kept", "content", "counted_users", "is_real", "other_number"]
+__all__ = ["Place", "StandIns", "are_kept", "content", "counted_users", "is_real", "kind_of_dict", "other_number"]
 
 Key = tuple[int, Any]
 
@@ -36,6 +36,8 @@ class Place(NamedTuple):
             return partial(content, self.space)
         if isinstance(self.space, list | deque):
             return partial(_entry, self.space, self.name)
+        if isinstance(self.space, dict):
+            return partial(dict.get, self.space, self.name)
         if isinstance(self.space, Mapping):
             return partial(self.space.get, self.name)
         return partial(getattr, self.space, self.name, None)
@@ -48,15 +50,26 @@ class Place(NamedTuple):
         elif isinstance(self.space, deque):
             deque.__setitem__(self.space, self.name, value)
         elif isinstance(self.space, dict):
-            dict.__setitem__(self.space, self.name, value)
+            kind_of_dict(self.space).__setitem__(self.space, self.name, value)
         elif isinstance(self.owner, type):  # whose namespace only shows it
             type.__setattr__(self.owner, self.name, value)
         else:
             object.__setattr__(self.space, self.name, value)
 
+    def remove(self) -> None:
+        """The name, where it is one in a namespace."""
+        if isinstance(self.space, dict):
+            kind_of_dict(self.space).__delitem__(self.space, self.name)
+        elif isinstance(self.owner, type):
+            type.__delattr__(self.owner, self.name)
+        else:
+            object.__delattr__(self.space, self.name)
+
     def exists(self) -> bool:
         if isinstance(self.space, list | deque):
             return self.name < len(self.space)
+        if isinstance(self.space, dict):
+            return dict.__contains__(self.space, self.name)
         return self.name in self.space if isinstance(self.space, Mapping) else True
 
     def key(self) -> Key:
@@ -74,6 +87,11 @@ def content(cell: CellType) -> Any:
         return cell.cell_contents
     except ValueError:  # empty so far
         return None
+
+
+def kind_of_dict(value: dict) -> type[dict]:
+    """Whose methods to use, whatever a user's kind does besides. An OrderedDict's order is known to its own alone."""
+    return OrderedDict if isinstance(value, OrderedDict) else dict
 
 
 def _entry(values: list | deque, index: int) -> Any:

@@ -5,21 +5,33 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import IOBase
 from itertools import chain
 from operator import itemgetter
-from types import MappingProxyType
+from types import MappingProxyType, MethodType
 from typing import Any
 
 import pyro
 import torch
-from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
-from torch.distributions import Transform
 
 from pyrovae.infer.log_weights import same_random_state
-from pyrovae.infer.reads import BOOKKEEPING, NUMBERS, Reads, members
-from pyrovae.infer.snapshot import MOST_NUMBERS, Contents, generators, reached, same_objects
-from pyrovae.infer.stand_ins import Place, StandIns, is_real
+from pyrovae.infer.reads import BOOKKEEPING, CONTAINERS, MOST_MEMBERS, NUMBERS, Reads, members
+from pyrovae.infer.snapshot import (
+    MOST_NUMBERS,
+    Contents,
+    Memories,
+    generators,
+    is_made_anew,
+    is_plain,
+    is_users_object,
+    own_attributes,
+    put_back_names,
+    reached,
+    same_objects,
+)
+from pyrovae.infer.stand_ins import Place, StandIns, is_real, kind_of_dict
+from pyrovae.infer.untraceable import Untraceable
 
 __all__ = ["Surroundings"]
 
@@ -100,10 +112,11 @@ class Surroundings:
     @contextmanager
     def unchanged(self, *others: Tensor) -> Iterator[None]:
         """Put all back afterwards, ``others`` and random states too: looking at a computation runs it."""
-        found = self._reached()
-        tensors = [(x, x.detach().clone()) for x in (*filter(_may_change, self._values()), *others)]
+        found, values = self._reached(), self._values()
+        memories = Memories(values)
+        tensors = [(x, x.detach().clone()) for x in (*filter(_may_change, values), *others)]
         attributes = [(space, dict(space)) for _, space in self._reads.namespaces]
-        named = [(place, place.reader()()) for place in self._named if place.exists()]
+        named = [(place, place.exists(), place.reader()()) for place in self._named]
         contents = Contents(found)
         own = [(x, x.get_state()) for x in found if isinstance(x, torch.Generator)]
         states = [(put, get()) for get, put in generators(found)]
@@ -116,15 +129,17 @@ class Surroundings:
             for generator, state in own:
                 generator.set_state(state)
             for space, attribute in attributes:
-                space.update({n: v for n, v in attribute.items() if isinstance(v, (*NUMBERS, Tensor))})
-            for place, value in named:
-                if isinstance(value, (*NUMBERS, Tensor)) and place.reader()() is not value:
-                    place.write(value)
+                put_back_names(space, attribute)
+            for each in named:
+                _put_back(*each)
             contents.put_back()
+            moved = memories.put_back()
             for tensor, value in tensors:
                 same = (tensor == value) | ((tensor != tensor) & (value != value))
                 if not bool(same.all()):  # what nothing has changed may be read-only
                     tensor.data.copy_(value)
+        if moved is not None:
+            raise Untraceable(f"it gives {self._name(moved)} other memory (`.data =`) as it runs")
 
     def python_random_state(self) -> bytes:
         """Of Python's and NumPy's generators: the global ones, and those among the surroundings."""
@@ -132,8 +147,21 @@ class Surroundings:
 
     @property
     def takes_next(self) -> bool:
-        """Whether it may take the next of an iterator, which cannot be put back."""
-        return self._reads.takes_next and any(isinstance(x, Iterator) for x in self._reached())
+        """Whether it may take the next of an iterator, which cannot be put back: its code names one.
+
+        A file counts where it can be read, and the code names what reads one.
+        """
+        found, names = self._reached(), self._reads.names
+        if self._reads.takes_next and any(map(_is_iterator, found)):
+            return True
+        held = [p.reader()() for p in self._places() if p.owner is None or isinstance(p.owner, type) or p.name in names]
+        for thing in found:
+            if isinstance(thing, CONTAINERS) and len(thing) <= MOST_MEMBERS:
+                held += members(thing)
+            if is_users_object(thing):
+                held += [value for name, value in own_attributes(thing).items() if name in names]
+        reads_files = not names.isdisjoint(_OF_FILES)
+        return any(_is_iterator(x) or (reads_files and _can_be_read(x)) for x in held)
 
     def _look(self) -> None:
         """Find what there is to watch; a module may have come in another's place."""
@@ -162,7 +190,7 @@ class Surroundings:
         self._pickers = [(itemgetter(names[0], *names), space) for space, names in picked if names]
 
     def _is_watched(self, owner: Any, space: dict, name: str) -> bool:
-        return (id(space), name) not in self.stand_ins and not _is_made_anew(owner, name)
+        return (id(space), name) not in self.stand_ins and not is_made_anew(owner, name)
 
     def _lengths(self) -> tuple[int, ...]:
         return tuple(map(len, self._reads.containers))
@@ -192,7 +220,12 @@ class Surroundings:
         return [*(place.reader()() for place in self._places()), *pyro.get_param_store()._params.values()]
 
     def _reached(self) -> list[Any]:
-        return list(reached(self._values()))
+        owners = [function.__self__ for function in self._functions if isinstance(function, MethodType)]
+        return list(reached([*self._values(), *owners]))
+
+    def _name(self, value: Any) -> str:
+        names = zip(self._names(), self._values(), strict=False)
+        return next((name for name, each in names if each is value), "a tensor")
 
     def _names(self) -> list[str]:
         labels = [place.label() for place in self._places()]
@@ -200,7 +233,7 @@ class Surroundings:
 
 
 def _entries(container: Any) -> list[Place]:
-    keys = list(container) if isinstance(container, dict) else range(len(container))
+    keys = list(kind_of_dict(container).keys(container)) if isinstance(container, dict) else range(len(container))
     return [Place(container, key) for key in keys]
 
 
@@ -213,11 +246,23 @@ def _may_change(value: Any) -> bool:
     return value.numel() <= MOST_NUMBERS and 0 not in value.stride()
 
 
-def _is_made_anew(owner: Any, name: str) -> bool:
-    """What Pyro's guides and transforms keep of a run, and make anew in the next: plates, the last value they saw."""
-    if isinstance(owner, Transform):
-        return name.startswith("_cached_") or name == "_inv"
-    return name == "plates" and isinstance(owner, AutoGuide)
+_OF_FILES = ("next", "read", "readline", "readlines")
+
+
+def _is_iterator(value: Any) -> bool:
+    return issubclass(value.__class__, Iterator) and not isinstance(value, IOBase)  # a weak proxy's type looks like one
+
+
+def _can_be_read(value: Any) -> bool:
+    return isinstance(value, IOBase) and not value.closed and value.readable()
+
+
+def _put_back(place: Place, existed: bool, value: Any) -> None:
+    if existed:
+        if place.reader()() is not value:
+            place.write(value)
+    elif place.exists() and is_plain(place.reader()()):
+        place.remove()
 
 
 def _fingerprint(value: Any) -> Any:
