@@ -12,7 +12,7 @@ import sys
 import warnings
 import weakref
 from argparse import Namespace
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from contextvars import ContextVar
@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial, wraps
 from io import StringIO
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import MethodType, ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -37,6 +37,7 @@ from pyro.nn import PyroModule, PyroSample
 from test_pairs import CASES, build
 from torch import Tensor, nn
 from torch.distributions import constraints
+from torch.optim.optimizer import _global_optimizer_post_hooks
 
 import pyrovae as pv
 from pyrovae import FunctionPair, Pair
@@ -44,6 +45,8 @@ from pyrovae.infer import SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanF
 from pyrovae.infer import program as program_module
 from pyrovae.infer import svi as svi_module
 from pyrovae.infer.program import Program
+from pyrovae.infer.snapshot import same_objects
+from pyrovae.infer.update import Update
 from pyrovae.models import VAE
 from pyrovae.train import TrainingDiverged
 
@@ -324,18 +327,21 @@ def test_parameters_of_two_dtypes(fused: bool) -> None:
     assert_same_run(setup)
 
 
-def in_the_middle(act: Callable[[Pair, Any], None], optim: Callable[[Pair], Any], backend: str) -> tuple:
-    """Weights and optimizer state of a run in whose middle something is done to pair and optimizer."""
+def in_the_middle(act: Callable[[Pair, Any], Any], optim: Callable[[Pair], Any], backend: str) -> tuple:
+    """Weights and optimizer state of a run in whose middle something is done to pair and optimizer, and undone again
+    before its last step where it returns how."""
     pair = vae()
     optimizer = optim(pair)
     svi = SVI(pair.model, pair.guide, optimizer, Trace_ELBO(), backend=backend)
     torch.manual_seed(7)
     for step, x in enumerate(batches()):
         if step == 3:
-            act(pair, optimizer)
+            undo = act(pair, optimizer)
+        if step == 5 and undo is not None:
+            undo()
         svi.step(x)
-    state = optimizer.state_dict()["state"] if isinstance(optimizer, torch.optim.Optimizer) else {}
-    return pair.state_dict(), state
+    each = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optim_objs.values()
+    return pair.state_dict(), [one.state_dict()["state"] for one in each]
 
 
 def fused_adam(pair: Pair) -> torch.optim.Optimizer:
@@ -396,6 +402,101 @@ def pyro_adam(pair: Pair) -> Any:
     return pyro.optim.Adam({"lr": 0.01})
 
 
+def pyro_momentum(pair: Pair) -> Any:
+    return pyro.optim.SGD({"lr": 0.001, "momentum": 0.9})
+
+
+def scheduled(pair: Pair) -> torch.optim.Optimizer:
+    optim = fused_adam(pair)
+    torch.optim.lr_scheduler.ExponentialLR(optim, 0.5)
+    return optim
+
+
+def clamp(optim: torch.optim.Optimizer, *_: Any) -> None:
+    with torch.no_grad():
+        for param in optim.param_groups[0]["params"]:
+            param.clamp_(-0.1, 0.1)
+
+
+def clamping(step: Callable) -> Callable:
+    @wraps(step)
+    def clamped(self: torch.optim.Optimizer, *args: Any) -> None:
+        step(self, *args)
+        clamp(self)
+
+    return clamped
+
+
+def give_a_step(pair: Pair, optim: Any) -> None:
+    step = optim.step
+
+    @wraps(step)
+    def clamped(*args: Any) -> None:
+        step(*args)
+        clamp(optim)
+
+    optim.step = clamped
+
+
+def schedule_a_step(pair: Pair, optim: Any) -> None:
+    optim.step = MethodType(clamping(type(optim).step), optim)
+    torch.optim.lr_scheduler.ExponentialLR(optim, 0.5)
+
+
+def to_each(act: Callable[[Pair, Any], None]) -> Callable[[Pair, Any], None]:
+    """It, done to each object of a ``pyro.optim`` optimizer."""
+
+    def to_all(pair: Pair, optim: Any) -> None:
+        for one in optim.optim_objs.values():
+            act(pair, one)
+
+    return to_all
+
+
+def set_options(pair: Pair, optim: Any, **options: Any) -> None:
+    optim.param_groups[0].update(options)
+
+
+def set_tensor_rate(pair: Pair, optim: Any) -> None:
+    optim.param_groups[0]["lr"] = torch.tensor(0.1)
+
+
+def set_one_pyro_decay(pair: Pair, optim: Any) -> None:
+    set_options(pair, next(iter(optim.optim_objs.values())), weight_decay=10.0)
+
+
+def other_state(pair: Pair, optim: Any) -> None:
+    optim.state = defaultdict(dict)
+
+
+def clear_objects(pair: Pair, optim: Any) -> None:
+    optim.optim_objs.clear()
+
+
+def exchange_objects(pair: Pair, optim: Any) -> None:
+    for param in optim.optim_objs:
+        optim.optim_objs[param] = torch.optim.SGD([param], lr=0.001)
+
+
+def clamp_by_hook(pair: Pair, optim: Any) -> None:
+    optim.register_step_post_hook(clamp)
+
+
+def clamp_for_a_while(pair: Pair, optim: Any) -> Callable[[], None]:
+    handles = [one.register_step_post_hook(clamp) for one in optim.optim_objs.values()]
+
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return undo
+
+
+def clip(pair: Pair, optim: Any) -> None:
+    for param in optim.grad_clip:
+        optim.grad_clip[param] = partial(nn.utils.clip_grad_value_, clip_value=0.01)
+
+
 ACTS: dict[str, tuple[Callable, Callable]] = {
     "nothing": (lambda pair, optim: None, fused_adam),
     "learning rate": (set_rate, fused_adam),
@@ -409,6 +510,24 @@ ACTS: dict[str, tuple[Callable, Callable]] = {
     "frozen, not fused": (freeze, sgd),
     "learning rate, pyro": (set_pyro_rates, pyro_adam),
     "one learning rate, pyro": (set_one_pyro_rate, pyro_adam),
+    "step": (give_a_step, fused_adam),
+    "step beside a scheduler": (give_a_step, scheduled),
+    "step under a scheduler": (schedule_a_step, fused_adam),
+    "step, pyro": (to_each(give_a_step), pyro_adam),
+    "options, pyro": (to_each(partial(set_options, weight_decay=10.0, betas=(0.0, 0.5))), pyro_adam),
+    "another kernel, pyro": (to_each(partial(set_options, foreach=True, maximize=True)), pyro_adam),
+    "momentum, pyro": (to_each(partial(set_options, momentum=0.0)), pyro_momentum),
+    "one weight decay, pyro": (set_one_pyro_decay, pyro_adam),
+    "tensors, pyro": (to_each(set_tensor_rate), pyro_adam),
+    "optimizer state, pyro": (to_each(load_state), pyro_adam),
+    "step counts, pyro": (to_each(reset_step_counts), pyro_adam),
+    "no state, pyro": (to_each(forget_state), pyro_adam),
+    "other state, pyro": (to_each(other_state), pyro_momentum),
+    "no objects, pyro": (clear_objects, pyro_adam),
+    "other objects, pyro": (exchange_objects, pyro_adam),
+    "hook, pyro": (to_each(clamp_by_hook), pyro_adam),
+    "hook for a while, pyro": (clamp_for_a_while, pyro_adam),
+    "clipping, pyro": (clip, pyro_adam),
 }
 
 
@@ -418,6 +537,53 @@ def test_what_is_done_between_steps_counts(act: Callable, optim: Callable, calls
     eager, mine = (in_the_middle(act, optim, backend) for backend in ("eager", "compiled"))
     torch.testing.assert_close(mine, eager, rtol=2e-5, atol=2e-6)
     assert len(calls) == 5
+
+
+ON_ALL: dict[str, Callable] = {
+    "hook": lambda patch, *_: patch.setitem(_global_optimizer_post_hooks, -1, clamp),
+    "step of the class": lambda patch, *_: patch.setattr(torch.optim.Adam, "step", clamping(torch.optim.Adam.step)),
+}
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize("optim", [fused_adam, pyro_adam])
+@pytest.mark.parametrize("act", ON_ALL.values(), ids=ON_ALL)
+def test_what_is_done_to_all_optimizers_counts(act: Callable, optim: Callable, calls: list) -> None:
+    runs = []
+    for backend in ("eager", "compiled"):
+        with pytest.MonkeyPatch.context() as patch:
+            runs.append(in_the_middle(partial(act, patch), optim, backend))
+    torch.testing.assert_close(runs[1], runs[0], rtol=2e-5, atol=2e-6)
+    assert len(calls) == 5
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize("optim", [fused_adam, scheduled, pyro_adam])
+def test_recorded_steps_skip_the_optimizers_own(optim: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = vae()
+    svi = SVI(pair.model, pair.guide, optim(pair), Trace_ELBO(), backend="compiled")
+    svi.step(batches()[0])
+    monkeypatch.setattr(torch.optim.Adam, "_init_group", lambda *_: pytest.fail("its own step"))
+    for x in batches():
+        svi.step(x)
+
+
+def test_a_graph_is_of_what_the_optimizer_has() -> None:
+    """It is captured again where that changes, and not at all where the objects of ``pyro.optim`` differ."""
+    params = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    many, one = pyro.optim.Adam(ADAM), torch.optim.Adam(params)
+    many(params)
+    of_many, of_one = Update(many, params), Update(one, params)
+    fixed = of_many.fixed(), of_one.fixed()
+    assert same_objects(fixed[0], of_many.fixed())
+    assert same_objects(fixed[1], of_one.fixed())
+    many.optim_objs[params[0]].param_groups[0]["lr"] = 0.1
+    one.register_step_post_hook(clamp)
+    assert not of_many.fixed()
+    assert not same_objects(fixed[1], of_one.fixed())
+    many.optim_objs[params[1]].param_groups[0]["lr"] = 0.1
+    assert len(of_many.fixed()) == len(fixed[0])
+    assert not same_objects(fixed[0], of_many.fixed())
 
 
 @pytest.mark.usefixtures("recorded")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import UserList, deque
 from collections.abc import Iterable, Mapping
-from dis import get_instructions
+from dis import get_instructions, hasname
 from functools import cache, cached_property, partial, partialmethod
 from inspect import getattr_static
 from itertools import chain
@@ -323,8 +323,9 @@ def _has_more(thing: Any) -> bool:
 
 @cache
 def _names(code: CodeType) -> tuple[str, ...]:
-    """Of globals and attributes."""
-    return tuple(dict.fromkeys(name for each in _codes(code) for name in each.co_names))
+    """Of globals and attributes that it does more with than to write them."""
+    steps = [step for each in _codes(code) for step in get_instructions(each) if step.opcode in hasname]
+    return tuple(dict.fromkeys(str(step.argval) for step in steps if not step.opname.startswith("STORE_")))
 
 
 @cache

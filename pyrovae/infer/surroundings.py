@@ -266,4 +266,6 @@ def _put_back(place: Place, existed: bool, value: Any) -> None:
 
 
 def _fingerprint(value: Any) -> Any:
+    if type(value) is tuple:
+        return tuple(map(_fingerprint, value))
     return value if isinstance(value, NUMBERS) else id(value)

@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from operator import itemgetter
+from collections.abc import Callable, Sequence
+from itertools import chain, repeat
+from operator import contains, itemgetter
 from typing import Any
 
 import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
+from torch.optim import optimizer as optimizer_module
 
 from pyrovae.infer.snapshot import same_objects
 
 __all__ = ["Update"]
 
 _ADAM_STATE = itemgetter("exp_avg", "exp_avg_sq", "step")
+_ALL_OPTIMIZERS_HOOKS: list[dict[int, Callable]] = [
+    getattr(optimizer_module, name, {}) for name in ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
+]
+_HOOKS = itemgetter("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+_ATTRIBUTES: Callable[[Any], dict[str, Any]] = vars
+_STATE, _GROUPS = itemgetter("state"), itemgetter("param_groups")
 
 
 class Update:
     """``update(parameters, gradients)`` is one step of ``optim``.
 
     For fused Adam and AdamW it calls torch's kernel itself: ``Optimizer.step`` spends as long in Python as the kernel
-    takes for a small network. State and hyperparameters stay the optimizer's own, read anew at each call. A
-    ``pyro.optim`` optimizer, one object for each parameter, becomes one ``torch.optim`` optimizer that shares their
-    state.
+    takes for a small network. State and hyperparameters stay the optimizer's own, read anew at each call; one that has
+    hooks, or another ``step`` than torch's, takes its step itself. A ``pyro.optim`` optimizer, one object for each
+    parameter, becomes one ``torch.optim`` optimizer that shares their state, for as long as they would do the same.
     """
 
     def __init__(self, optim: Any, params: Sequence[Tensor]) -> None:
         self._params = list(params)
         self._pyro = optim if isinstance(optim, PyroOptim) else None
-        self._optimizer: Optimizer | None = optim if self._pyro is None else _merged(optim, self._params)
+        self._many = None if self._pyro is None else _many(self._pyro, self._params)
+        self._optimizer: Optimizer | None = optim if self._pyro is None else None
+        self._torchs_step: Any = None
         self._tensors: list[Tensor] = []
         self._ones: dict[Any, Tensor] = {}  # kept: a CUDA graph goes on reading them
+        self._follow_the_many()
 
     @property
     def is_capturable(self) -> bool:
@@ -43,15 +54,18 @@ class Update:
         )
 
     def fixed(self) -> list[Any]:
-        """The objects that a CUDA graph of it goes on using: state, tensors, Python numbers."""
-        assert self._optimizer is not None
-        state, groups = self._optimizer.state, self._optimizer.param_groups
+        """The objects that a CUDA graph of it goes on using: state, tensors, Python numbers, hooks, its step. None
+        where the objects of ``pyro.optim`` go on as they are."""
+        self._follow_the_many()
+        optimizer = self._optimizer
+        if optimizer is None:
+            return []
+        state, groups = optimizer.state, optimizer.param_groups
         values = [value for holder in (*groups, *state.values()) for value in holder.values()]
-        return [state, *groups, *values]
+        return [state, *groups, *values, _step(optimizer), *_hooks(optimizer)]
 
     def __call__(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        if self._pyro is not None and self._optimizer is not None:
-            self._follow_rate(self._pyro, self._optimizer)
+        self._follow_the_many()
         if params and self._is_fused_adam() and self._fused_adam(params, gradients):
             return
         if self._optimizer is not None:
@@ -65,13 +79,9 @@ class Update:
         for param in params:
             param.grad = None
 
-    def _follow_rate(self, many: PyroOptim, merged: Optimizer) -> None:
-        """Read the learning rate of the many; where they have come to differ, they go on as they are."""
-        group = merged.param_groups[0]
-        rates = [many.optim_objs[param].param_groups[0]["lr"] for param in group["params"]]
-        group["lr"] = rates[0]
-        if any(rate != rates[0] for rate in rates):
-            self._optimizer = None
+    def _follow_the_many(self) -> None:
+        if self._many is not None:
+            self._optimizer = self._many.as_one()
 
     def _is_fused_adam(self) -> bool:
         optimizer = self._optimizer
@@ -79,8 +89,15 @@ class Update:
             return False
         assert optimizer is not None
         groups = optimizer.param_groups
+        if len(groups) != 1 or not groups[0].get("fused") or groups[0]["amsgrad"]:
+            return False
         hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-        return len(groups) == 1 and bool(groups[0].get("fused")) and not groups[0]["amsgrad"] and not hooks
+        if hooks or any(_ALL_OPTIMIZERS_HOOKS):
+            return False
+        step = _step(optimizer)
+        if step is not self._torchs_step and _is_torchs(step):
+            self._torchs_step = step
+        return step is self._torchs_step
 
     def _fused_adam(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
         """False where the optimizer has no state yet: its own first step makes it."""
@@ -125,21 +142,122 @@ def _decouples(optimizer: Optimizer) -> bool:
     return isinstance(optimizer, AdamW) or bool(optimizer.param_groups[0].get("decoupled_weight_decay"))
 
 
-def _merged(optim: PyroOptim, params: list[Tensor]) -> Optimizer | None:
-    """One optimizer with the constructor, arguments and state of the many; None where they differ, clip gradients or
-    change their own options."""
-    constructor: Any = optim.pt_optim_constructor
+def _step(optimizer: Optimizer) -> Any:
+    """The function that its steps call: its own, where somebody gave it one, or its class's."""
+    return vars(optimizer).get("step") or type(optimizer).step
+
+
+def _is_torchs(function: Any) -> bool:
+    """Whether torch wrote the function, and all that it wraps: every optimizer's step is wrapped, and learning-rate
+    schedulers wrap it once more."""
+    while function is not None:
+        if getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0] != "torch":
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
+
+
+def _hooks(optimizer: Optimizer) -> list[Callable]:
+    """What runs before and after its steps."""
+    holders = *_HOOKS(vars(optimizer)), *_ALL_OPTIMIZERS_HOOKS
+    return [hook for holder in holders for hook in holder.values()]
+
+
+def _many(optim: PyroOptim, params: list[Tensor]) -> _Many | None:
+    """None where its objects are not of ``torch.optim``, or not made with the same options."""
+    constructor, options = optim.pt_optim_constructor, optim.pt_optim_args
     plain = type(optim) is PyroOptim and constructor.__module__.startswith("torch.optim")
-    if not plain or callable(optim.pt_optim_args) or optim.pt_clip_args:
-        return None
-    if not all(param in optim.optim_objs for param in params):
-        return None
-    options = dict(optim.pt_optim_args)
-    if constructor in (Adam, AdamW) and options.keys() <= {"lr", "betas", "eps", "weight_decay", "maximize"}:
-        options["fused"] = True
-    merged = constructor(params, **options)
-    for param in params:
-        merged.state[param] = state = optim.optim_objs[param].state[param]
-        if options.get("fused") and "step" in state:  # which fused kernels want beside the parameter
-            state["step"] = state["step"].to(param.device, torch.float32)
-    return merged
+    return _Many(optim, params) if plain and params and not callable(options) else None
+
+
+class _Many:
+    """The objects of a ``pyro.optim`` optimizer, each of one parameter, and one optimizer that does what they do.
+
+    Anybody may reach the many, so they are looked at in every step, by iterators rather than loops: ``_attributes``,
+    ``_entries`` and ``_groups`` are what they had when ``_one`` last took over their options and state.
+    """
+
+    def __init__(self, optim: PyroOptim, params: list[Tensor]) -> None:
+        self._optim, self._params = optim, params
+        constructor: Any = optim.pt_optim_constructor
+        arguments: Any = optim.pt_optim_args
+        self._one: Optimizer = constructor(params, **arguments)
+        self._options = itemgetter(*self._one.defaults)
+        self._attributes: list[dict[str, Any]] = []
+        self._hooks: list[dict[int, Callable]] = []
+        self._entries: list[dict[str, Any]] = []
+        self._groups: list[list[dict[str, Any]]] = []
+        self._agree = False
+
+    def as_one(self) -> Optimizer | None:
+        """None where they differ, or do more than to step: then they go on as they are."""
+        attributes: list[dict[str, Any]] = list(map(_ATTRIBUTES, self._optim.optim_objs.values()))
+        if not same_objects(attributes, self._attributes):
+            self._meet(attributes)
+        if not self._attributes or self._do_more():
+            self._agree, self._groups = False, []
+            return None
+        known = same_objects(_entries(attributes), self._entries)
+        if not known or self._have_other_options():
+            self._agree = self._take_over(with_state=not (known and self._agree))
+            self._entries = _entries(attributes)
+            self._groups = [list(map(dict, groups)) for groups in map(_GROUPS, attributes)]
+        return self._one if self._agree else None
+
+    def _meet(self, attributes: list[dict[str, Any]]) -> None:
+        are_plain = set(map(type, self._optim.optim_objs.values())) == {type(self._one)}
+        self._attributes = attributes if are_plain else []
+        self._hooks = list(chain.from_iterable(map(_HOOKS, self._attributes)))
+        self._agree, self._groups = False, []
+
+    def _do_more(self) -> bool:
+        """Hooks, a ``step`` that somebody gave one of them, clipping."""
+        if any(_ALL_OPTIMIZERS_HOOKS) or any(self._hooks):
+            return True
+        return any(map(contains, self._attributes, repeat("step"))) or any(self._optim.grad_clip.values())
+
+    def _have_other_options(self) -> bool:
+        try:
+            return list(map(_GROUPS, self._attributes)) != self._groups
+        except RuntimeError:  # tensors of several numbers are neither equal nor not
+            return True
+
+    def _take_over(self, *, with_state: bool) -> bool:
+        """Their options and state become the one's; False where they are not alike."""
+        many: list[Any] = [self._optim.optim_objs.get(param) for param in self._params]
+        if None in many:
+            return False
+        groups = [group for each in many for group in each.param_groups]
+        trained = [param for group in groups for param in group["params"]]
+        options = list(map(self._options, groups))
+        if len(groups) != len(many) or not same_objects(trained, self._params) or not _are_alike(options):
+            return False
+        group = self._one.param_groups[0]
+        was_fused = group.get("fused")
+        group.update(zip(self._one.defaults, options[0], strict=True))
+        if type(self._one) in (Adam, AdamW) and _may_be_fused(group):
+            group["fused"] = True
+        with_state = with_state or group.get("fused") != was_fused
+        for each, param in zip(many, self._params, strict=True) if with_state else ():
+            self._one.state[param] = state = each.state[param]
+            if group.get("fused") and "step" in state:  # which fused kernels want beside the parameter
+                state["step"] = state["step"].to(param.device, torch.float32)
+        return True
+
+
+def _entries(attributes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the objects with these attributes keep for each parameter."""
+    return list(chain.from_iterable(map(dict.values, map(_STATE, attributes))))
+
+
+def _are_alike(options: list[tuple]) -> bool:
+    """Equal, and a tensor the same one: it may be changed in place."""
+    tensors = [index for index, value in enumerate(options[0]) if isinstance(value, Tensor)]
+    same = all(each[index] is options[0][index] for index in tensors for each in options)
+    return same and options.count(options[0]) == len(options)
+
+
+def _may_be_fused(group: dict[str, Any]) -> bool:
+    """Whether Adam with these options, none of which asks for another kernel, has a fused one."""
+    asked = any(group[name] is not None for name in ("fused", "foreach"))
+    return not asked and not any(group[name] for name in ("amsgrad", "capturable", "differentiable"))
