@@ -1365,6 +1365,68 @@ def test_programs_are_compared_with_the_pair_now_and_then() -> None:
     assert due == [2, 8, 32, 128, 512, 2048, 8192, 16_384, 24_576]
 
 
+UNNAMED: dict[str, Callable[[Annealed, dict[str, Any]], tuple[Callable, Callable]]] = {
+    "a pair's": lambda pair, state: (lambda x: pair.model(x), partial(setattr, pair, "epoch")),
+    "a dict's": lambda pair, state: (lambda x: pair.model(x, state["beta"]), partial(state.__setitem__, "epoch")),
+    "an object's": lambda pair, state: (
+        lambda x: pair.model(x, pair.options.beta),
+        partial(setattr, pair.options, "epoch"),
+    ),
+}
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize("place", UNNAMED)
+def test_what_no_step_reads_may_change(place: str, calls: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside what it reads: a count of epochs, say. It is compared with the pair once."""
+    compared: list[Program] = []
+    still_holds = Program.still_holds
+    monkeypatch.setattr(Program, "still_holds", lambda *args: compared.append(args[0]) or still_holds(*args))
+    pair, state = Annealed(), {"beta": 1.0, "epoch": 0}
+    pair.epoch = pair.options.epoch = 0
+    model, put = UNNAMED[place](pair, state)
+    svi = SVI(model, pair.guide, sgd(pair), Trace_ELBO(), backend="compiled")
+    for epoch in range(20):
+        for x in batches()[:2]:
+            svi.step(x)
+        put(epoch + 1)
+    assert len(calls) == 39
+    assert len(compared) <= 5  # when it is recorded, at the second step, the eighth and the 32nd; and at the change
+
+
+@pytest.mark.usefixtures("recorded")
+def test_what_no_step_reads_may_change_where_nothing_can_be_recorded() -> None:
+    pair = Annealed()
+
+    def model(x: Tensor) -> None:
+        if x.sum() > 0:
+            pair.model(x)
+
+    svi = SVI(model, pair.guide, sgd(pair), Trace_ELBO(), backend="compiled")
+    with pytest.warns(RuntimeWarning, match="an `if` on a tensor"):
+        for step in range(20):
+            pair.epoch = step
+            svi.step(batches()[0])
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize("change", ["beta", "epoch and beta"])
+def test_what_is_read_by_a_variable_key_counts(change: str, calls: list) -> None:
+    def losses(backend: str) -> list[Tensor]:
+        pair, state, key = Arguments(), {"loc": 1.0, "beta": 1.0, "epoch": 0}, "beta"
+        model = lambda x: pair.model(x, state["loc"] * state[key[:]])  # noqa: E731
+        svi = SVI(model, pair.guide, sgd(pair), Trace_ELBO(), backend=backend)
+        found = []
+        for step, x in enumerate([*batches(), *batches()]):
+            if step in (3, 7):
+                state.update(dict.fromkeys(change.split(" and "), 1.0 + step))
+            found.append(svi.step(x))
+        return found
+
+    torch.testing.assert_close(losses("compiled"), losses("eager"))
+    assert len(calls) == 10
+
+
 @pytest.mark.usefixtures("recorded")
 @pytest.mark.parametrize("when", [3, 8])
 def test_a_record_that_has_come_to_fail_is_given_up(when: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1841,7 +1903,7 @@ def test_a_state_that_comes_back_is_not_recorded_again(monkeypatch: pytest.Monke
     prepare = Program.__init__
     monkeypatch.setattr(Program, "__init__", lambda self, *args: (made.append(self), prepare(self, *args))[1])
     pair = Weighted()
-    svi = SVI(pair.model, pair.guide, sgd(pair), Trace_ELBO(), backend="compiled")
+    svi = SVI(lambda x: pair.kind and pair.model(x), pair.guide, sgd(pair), Trace_ELBO(), backend="compiled")
     for step in range(24):
         pair.kind = ("a", "b", "c")[step // 3 % 3]
         svi.step(batches()[step % 6])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from collections import UserList, deque
 from collections.abc import Iterable, Mapping
 from dis import get_instructions, hasname
@@ -10,7 +11,7 @@ from functools import cache, cached_property, partial, partialmethod
 from inspect import getattr_static
 from itertools import chain
 from sysconfig import get_path
-from types import CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType
+from types import CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,8 @@ from pyrovae.infer.stand_ins import Place, content, kind_of_dict
 
 __all__ = ["BOOKKEEPING", "CONTAINERS", "MOST_MEMBERS", "NUMBERS", "Reads", "attributes", "is_of_a_library", "members"]
 
-NUMBERS = (bool, int, float, complex, str, type(None))
+_COUNTED = (bool, int, float, complex, str)
+NUMBERS = (*_COUNTED, type(None))
 BOOKKEEPING = vars(nn.Module()).keys() - {"training"}
 """Attributes that a module keeps for itself."""
 CONTAINERS = (list, tuple, set, deque, dict)
@@ -53,8 +55,9 @@ class Reads:
     """Attributes of the modules and objects that ``functions`` belong to, and the globals and closures that they name.
 
     Of other objects (``args.beta``), the attributes that any of them names; of classes, modules and dicts too
-    (``args["beta"]``); lists, and dicts that are read in another way, whole. So too for the functions that they call,
-    but for those of installed packages. Modules are found in containers and default arguments as well.
+    (``args["beta"]``), and numbers that lie beside them; lists, and dicts that are read in another way, whole. So too
+    for the functions that they call, but for those of installed packages. Modules are found in containers and default
+    arguments as well.
     """
 
     def __init__(self, functions: Iterable[Any]) -> None:
@@ -73,16 +76,21 @@ class Reads:
         while size != (size := len(self._codes) + len(self._roots)):  # further functions name further attributes
             self._words = _Words.of(self._codes)
             self._of_things: list[Place] = []
+            self._unnamed: list[Place] = []
             self.containers: list[Any] = []
             """Those that are read whole."""
             self._examine()
-        self.named = [*{place.key(): place for place in (*self._of_functions, *self._of_things)}.values()]
+        named = {place.key(): place for place in (*self._of_functions, *self._of_things)}
+        unnamed = {place.key(): place for place in self._unnamed if place.key() not in named}
+        self.named = [*named.values(), *unnamed.values()]
         """Single places."""
+        self.unnamed = set(unnamed)
+        """Numbers and strings among them that lie beside what is named: a key may be a variable."""
         self.takes_next = any("next" in _globals(code) for code in self._codes)
         """From an iterator, perhaps."""
         self.names = {*self._words.names, *self._words.keys, *self._words.asked}
         """All that the code names."""
-        self._roots, self._of_functions, self._of_things = [], [], []
+        self._roots, self._of_functions, self._of_things, self._unnamed = [], [], [], []
 
     # What is called, and holds what is ------------------------------------------------------------------------
 
@@ -205,6 +213,7 @@ class Reads:
         if not asked:
             return self._in_container(thing)
         self._of_things += [Place(thing, key) for key in (*asked, *words.with_default)]
+        self._meet_unnamed(thing)
         return [dict.__getitem__(thing, key) for key in asked]
 
     def _in_container(self, thing: Any) -> list[Any]:
@@ -260,10 +269,16 @@ class Reads:
                 for name in (*named, *(missing if isinstance(getattr(thing, "__dict__", None), dict) else ()))
             ]
             self._of_things += [Place(thing, name) for name in slots]
+            if not is_of_a_library(type(thing)) or isinstance(thing, SimpleNamespace | Namespace):
+                self._meet_unnamed(space)
         inner = [*inner, *(space[name] for name in named), *(getattr(thing, name, None) for name in slots)]
         if isinstance(thing, Mapping | UserList):  # made of others
             inner += space.values()
         return inner
+
+    def _meet_unnamed(self, space: dict) -> None:
+        if len(space) <= MOST_MEMBERS:
+            self._unnamed += [Place(space, key) for key, value in dict.items(space) if isinstance(value, _COUNTED)]
 
 
 class _Words(NamedTuple):

@@ -17,7 +17,17 @@ from torch import Tensor
 
 from pyrovae.infer.untraceable import NoKey, Untraceable
 
-__all__ = ["Place", "StandIns", "are_kept", "content", "counted_users", "is_real", "kind_of_dict", "other_number"]
+__all__ = [
+    "Key",
+    "Place",
+    "StandIns",
+    "are_kept",
+    "content",
+    "counted_users",
+    "is_real",
+    "kind_of_dict",
+    "other_number",
+]
 
 Key = tuple[int, Any]
 

@@ -16,7 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from pyrovae.infer.log_weights import same_random_state
-from pyrovae.infer.reads import BOOKKEEPING, CONTAINERS, MOST_MEMBERS, NUMBERS, Reads, members
+from pyrovae.infer.reads import (
+    BOOKKEEPING,
+    CONTAINERS,
+    MOST_MEMBERS,
+    NUMBERS,
+    Reads,
+    attributes,
+    is_of_a_library,
+    members,
+)
 from pyrovae.infer.snapshot import (
     MOST_NUMBERS,
     Contents,
@@ -30,7 +39,7 @@ from pyrovae.infer.snapshot import (
     reached,
     same_objects,
 )
-from pyrovae.infer.stand_ins import Place, StandIns, is_real, kind_of_dict
+from pyrovae.infer.stand_ins import Key, Place, StandIns, is_real, kind_of_dict
 from pyrovae.infer.untraceable import Untraceable
 
 __all__ = ["Surroundings"]
@@ -47,6 +56,7 @@ class Surroundings:
         self._states: list[tuple[list[Any], tuple]] = []
         self._state = 0  # which of them is the last
         self._last_glance: tuple[list[int], list[Any]] | None = None  # None: look again
+        self._ignored: set[Key] = set()
         self.stand_ins = StandIns()
         self._look()
 
@@ -58,14 +68,42 @@ class Surroundings:
         glance, last = self._glance(), self._last_glance
         if glance is None or last is None or glance[0] != last[0] or not same_objects(glance[1], last[1]):
             self._look()
-            values = self._values()
-            key = (*map(_fingerprint, values), self._lengths(), tuple(map(type, values)), self.stand_ins.state())
-            keys = [known for _, known in self._states]
-            self._state = keys.index(key) if key in keys else len(keys)
-            # Holding on to the objects keeps their ids from being given to others.
-            self._states[self._state : self._state + 1] = [(values, key)]
-            self._last_glance = self._glance()
+            key, keys = self._now()[1], [known for _, known in self._states]
+            self._take_for(keys.index(key) if key in keys else len(keys))
         return self._state
+
+    def _now(self) -> tuple[list[Any], tuple]:
+        """Holding on to the objects keeps their ids from being given to others."""
+        values = self._values()
+        return values, (*map(_fingerprint, values), self._lengths(), tuple(map(type, values)), self.stand_ins.state())
+
+    def _take_for(self, state: int) -> None:
+        self._state = state
+        self._states[state : state + 1] = [self._now()]
+        self._last_glance = self._glance()
+
+    def idle(self, before: int, after: int) -> set[Key]:
+        """Where two states differ, if it is only in what no code names; else nothing."""
+        places, a, b = self._places(), self.key(before), self.key(after)
+        if len(a) != len(b) or a[len(places) : -2] != b[len(places) : -2] or a[-1] != b[-1]:
+            return set()
+        both = zip(places, zip(a, a[-2], strict=False), zip(b, b[-2], strict=False), strict=False)
+        different = [place for place, old, new in both if old != new]
+        return {place.key() for place in different} if all(map(self._is_unnamed, different)) else set()
+
+    def _is_unnamed(self, place: Place) -> bool:
+        if place.key() in self._reads.unnamed:
+            return True
+        of_users_object = place.owner is not None and place.space is attributes(place.owner)
+        if not of_users_object or is_of_a_library(type(place.owner)):  # whose own code reads it
+            return False
+        return place.name not in self._reads.names and place.name != "training"
+
+    def ignore(self, keys: set[Key], state: int) -> None:
+        """What lies there makes no difference: all is as in ``state``."""
+        self._ignored |= keys
+        self._look()
+        self._take_for(state)
 
     def key(self, state: int | None = None) -> tuple:
         """What a state, or what all is now, comes down to."""
@@ -173,7 +211,7 @@ class Surroundings:
         self._whole = [each for each, places in entries if not any(p.key() in self.stand_ins for p in places)]
         whole = set(map(id, self._whole))
         split = [place for each, places in entries if id(each) not in whole for place in places]
-        self._named = [place for place in (*reads.named, *split) if place.key() not in self.stand_ins]
+        self._named = [place for place in (*reads.named, *split) if self._counts(place.key())]
         spaces: dict[int, tuple[Any, list[Any]]] = {}
         others = []
         for place in self._named:
@@ -190,7 +228,10 @@ class Surroundings:
         self._pickers = [(itemgetter(names[0], *names), space) for space, names in picked if names]
 
     def _is_watched(self, owner: Any, space: dict, name: str) -> bool:
-        return (id(space), name) not in self.stand_ins and not is_made_anew(owner, name)
+        return self._counts((id(space), name)) and not is_made_anew(owner, name)
+
+    def _counts(self, key: Key) -> bool:
+        return key not in self.stand_ins and key not in self._ignored
 
     def _lengths(self) -> tuple[int, ...]:
         return tuple(map(len, self._reads.containers))

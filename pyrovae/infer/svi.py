@@ -66,6 +66,13 @@ class _Recorded:
             self.last, self.next = self.runs, self.next + min(3 * self.next, BETWEEN_CHECKS)
         return self.step(*args)
 
+    def makes_no_difference(self, args: tuple[Tensor, ...]) -> bool:
+        """What has changed since the last step, if no code names it (a count of epochs, say)."""
+        try:
+            return self.program.still_holds(args)
+        except Untraceable:
+            return False
+
 
 class SVI:
     """A drop-in for ``pyro.infer.SVI`` that also takes the optimizers of ``torch.optim``, and compiles.
@@ -92,7 +99,8 @@ class SVI:
     closure variable or what model or guide name of another object (``args.beta``, ``args["beta"]``), the step is
     recorded again; from then on a tensor of the parameters' precision stands for a float that has changed, and it
     may change at every step. So it is for a float among the arguments, from the first step on. Where no tensor can
-    stand for it (``max(0.1, beta)``, ``beta % 1``), what keeps changing runs eagerly.
+    stand for it (``max(0.1, beta)``, ``beta % 1``), what keeps changing runs eagerly. Where a number changes that no
+    code names (a count of epochs beside them), the program is compared with the pair once, and goes on if it holds.
 
     Sets, arrays, lists of more than 100 entries, what functions of installed packages read, and hooks that are
     registered between steps are not watched. Therefore a program is compared with the pair at its second, eighth,
@@ -147,6 +155,7 @@ class SVI:
         self._named: dict[Any, list[Tensor]] = {}  # by state of the surroundings and kind of call, for pyro.optim
         self._update: Update | None = None
         self._states: list[int] = []
+        self._state = 0  # the last that a step has seen
         self._programs: dict[Any, _Recorded | None] = {}
         self._others: dict[int, Tensor] = {}  # what programs read besides parameters and arguments
         self._gave_up = False
@@ -259,22 +268,26 @@ class SVI:
         if (watched := self._watch()) is None:
             return None
         surroundings, state = watched
-        if state not in self._states and not self._meets(surroundings, state):
-            return None
         try:
-            arguments = Arguments.of(args, kwargs)
+            fixed = Arguments.of(args, kwargs)
         except TypeError as error:
             self._unsaid = str(error)
             return None
-        fixed, why = arguments, ""
-        if arguments.has_floats:
-            why = self._fixed_floats.get(arguments.call(), "")
-            arguments = arguments if why else arguments.with_floats_as_tensors(self._as_tensor)
+        if state not in self._states:
+            idle = surroundings.idle(self._state, state) if self._states else set()
+            known = self._known(fixed) if idle else None
+            if known is not None and known.makes_no_difference(self._with_tensors(fixed).tensors):
+                surroundings.ignore(idle, self._state)
+                state = self._state
+            elif not self._meets(surroundings, state) and (self._gave_up or known is not None or not idle):
+                self._state = self._states[-1] if self._states else 0
+                return None
+        self._state = state
         params = self._trained(state)
         if params is None:
             return None
-        setting = state, self.dataset_size, *_torchs_settings()
-        signature = (setting, self._layouts(params), *arguments.key())
+        arguments, why = self._with_tensors(fixed), self._fixed_floats.get(fixed.call(), "")
+        signature = self._signature(state, params, arguments)
         if signature not in self._programs:
             if len(self._programs) == MAX_PROGRAMS:
                 self._unsaid = why or f"its arguments' shapes or values keep changing; {MAX_PROGRAMS} were looked at"
@@ -294,10 +307,28 @@ class SVI:
                     arguments = fixed
             if recorded is not None:
                 self._others |= {id(x): x for x in recorded.program.outside if all(x is not p for p in params)}
-            signature = (setting, self._layouts(params), *arguments.key())
+            signature = self._signature(state, params, arguments)
             self._programs[signature] = recorded
         recorded = self._programs[signature]
         return None if recorded is None else partial(recorded, *arguments.tensors)
+
+    def _signature(self, state: int, params: list[Tensor], arguments: Arguments) -> tuple:
+        """What programs are good for."""
+        setting = state, self.dataset_size, *_torchs_settings()
+        return (setting, self._layouts(params), *arguments.key())
+
+    def _with_tensors(self, arguments: Arguments) -> Arguments:
+        """Tensors stand for floats, where they can."""
+        if not arguments.has_floats or arguments.call() in self._fixed_floats:
+            return arguments
+        return arguments.with_floats_as_tensors(self._as_tensor)
+
+    def _known(self, arguments: Arguments) -> _Recorded | None:
+        """The program that the last state has for such arguments, if it has one."""
+        params = self._trained(self._state)
+        if params is None:
+            return None
+        return self._programs.get(self._signature(self._state, params, self._with_tensors(arguments)))
 
     def _give_up(self) -> None:
         """Steps run eagerly from now on. What they were watched with need not be kept."""
@@ -349,7 +380,8 @@ class SVI:
         if len(self._states) == MAX_PROGRAMS:
             names = surroundings.difference(surroundings.key(self._states[-1]), surroundings.key(state))
             why = self._why_held or "a tensor (a buffer of the pair, say) may, in place"
-            self._unsaid = f"{names} changes from step to step; {why}"
+            if any(self._programs.values()) or not self._programs:  # else why it cannot be recorded has been said
+                self._unsaid = f"{names} changes from step to step; {why}"
             self._give_up()
             return False
         self._states.append(state)
