@@ -1403,10 +1403,14 @@ def test_what_no_step_reads_may_change_where_nothing_can_be_recorded() -> None:
             pair.model(x)
 
     svi = SVI(model, pair.guide, sgd(pair), Trace_ELBO(), backend="compiled")
-    with pytest.warns(RuntimeWarning, match="an `if` on a tensor"):
+
+    def steps() -> None:
         for step in range(20):
             pair.epoch = step
             svi.step(batches()[0])
+
+    with pytest.warns(RuntimeWarning, match="an `if` on a tensor"):
+        steps()
 
 
 @pytest.mark.usefixtures("recorded")

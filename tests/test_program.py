@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pyrovae import FunctionPair, Pair
 from pyrovae.infer import program as program_module
-from pyrovae.infer.program import Program, Untraceable, say_once
+from pyrovae.infer.program import Program, Untraceable, or_eagerly, say_once
 from pyrovae.infer.surroundings import Surroundings
 
 X = torch.arange(1.0, 4.0)
@@ -310,7 +310,11 @@ def test_a_compiled_error_is_the_eager_one(function: Callable, good: Tensor, bad
     with pytest.raises(RuntimeError) as expected:
         function(bad)
     with pytest.raises(expected.type, match=re.escape(str(expected.value))):
+        or_eagerly(program, function)(bad)
+    state = torch.get_rng_state()
+    with pytest.raises(Untraceable, match="its record does not run"):
         program(bad)
+    assert torch.equal(torch.get_rng_state(), state)
     assert program(good).shape == good.shape
 
 

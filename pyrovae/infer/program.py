@@ -154,7 +154,8 @@ class Program:
     def __call__(self, *args: Tensor) -> Any:
         """
         Raises:
-            Untraceable: the record fails. Random states are as before then.
+            Untraceable: the record fails, and nothing has changed. The function itself may say how, or do without.
+            RuntimeError: the record fails, and may have written to tensors.
         """
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             with _without_autocast():
@@ -167,8 +168,13 @@ class Program:
             try:
                 return (self._run if self.is_compiled else self.graph)(*self.inputs, *args)
             except RuntimeError as error:
-                torch.default_generator.set_state(state)
-                raise Untraceable(f"its record does not run: {reason(error)}") from error
+                if not self._written and not self._writes_to_arguments:
+                    torch.default_generator.set_state(state)
+                    raise Untraceable(f"its record does not run: {reason(error)}") from error
+                if self.is_compiled:  # the record fails in the same place, and says why
+                    torch.default_generator.set_state(state)
+                    self.graph(*[x.clone() if isinstance(x, Tensor) else x for x in (*self.inputs, *args)])
+                raise
 
 
 def or_eagerly(program: Program, function: Callable[..., Any]) -> Callable[..., Any]:
