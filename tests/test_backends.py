@@ -1568,6 +1568,17 @@ def test_a_batch_is_more_than_shape_and_values(batch: Callable[[Tensor], Tensor]
 
 
 @pytest.mark.usefixtures("recorded")
+def test_a_batch_that_torchs_compiler_has_noted_something_on_is_a_batch(calls: list) -> None:
+    pair, x = Arguments(), batches()[0]
+    torch._dynamo.maybe_mark_dynamic(x, 0)
+    assert x.__dict__
+    svi = SVI(pair.model, pair.guide, sgd(pair), Trace_ELBO(), backend="compiled")
+    for _ in range(3):
+        svi.step(x)
+    assert len(calls) == 2
+
+
+@pytest.mark.usefixtures("recorded")
 def test_pyro_optim_updates_parameters_named_by_shape() -> None:
     def model(x: Tensor) -> None:
         loc = pyro.param(f"loc {len(x)}", torch.zeros(4))

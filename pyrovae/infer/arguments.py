@@ -39,7 +39,10 @@ class Arguments(NamedTuple):
                 raise TypeError("a sparse or nested argument is not recorded")
             if tensor.is_neg() or tensor.is_conj():
                 raise TypeError("an argument that is negated or conjugated when read is not recorded (see resolve_neg)")
-            if type(tensor) not in (Tensor, nn.Parameter) or tensor.__dict__:
+            own = [
+                name for name in tensor.__dict__ if not name.startswith("_")
+            ]  # besides what torch.compile notes there
+            if type(tensor) not in (Tensor, nn.Parameter) or own:
                 raise TypeError("a tensor with attributes or methods of its own, as an argument, is not recorded")
         if spec == (len(tensors), ()):
             return Arguments(tensors)
