@@ -73,8 +73,7 @@ class Program:
         except Untraceable:
             raise
         except Exception as error:  # of a user's object that does not want to be looked at
-            reads = f"what it reads cannot be watched ({type(error).__name__}: {error})"
-            raise Untraceable(reads) from error
+            raise _unwatched(error) from error
 
     def _run_first(self, args: tuple[Tensor, ...]) -> list[Tensor]:
         """What is set up at the first use is no part of a record. Returns the tensors that it writes to."""
@@ -134,22 +133,27 @@ class Program:
         read = [memory(x) for x in (*self.inputs, *args) if isinstance(x, Tensor)]
         return self._writes_to_arguments or any(read.count(memory(tensor)) > 1 for tensor in self._written)
 
-    def still_holds(self, args: tuple[Tensor, ...]) -> bool:
+    def still_holds(self, args: tuple[Tensor, ...], tolerance: float = 1e-3) -> bool:
         """Whether the function is still the recorded one: something else that it reads may have changed unseen.
 
         Raises:
-            Untraceable: the function fails, or its record does.
+            Untraceable: the function fails, or its record does, or it cannot be looked at.
         """
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with self._surroundings.unchanged(*self._written):
-                expected = _result(self._original, _copies(args))
-            with self._surroundings.unchanged(*self._written), torch.no_grad(), _without_autocast():
-                try:
-                    result = _result(partial(self.graph, *self.inputs), _copies(args))
-                except Untraceable as error:  # some operations of torch's do not take what they gave
-                    raise Untraceable(f"its record does not run: {error}") from error
-        return _are_close(result, expected)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with self._surroundings.unchanged(*self._written):
+                    expected = _result(self._original, _copies(args))
+                with self._surroundings.unchanged(*self._written), torch.no_grad(), _without_autocast():
+                    try:
+                        result = _result(partial(self.graph, *self.inputs), _copies(args))
+                    except Untraceable as error:  # some operations of torch's do not take what they gave
+                        raise Untraceable(f"its record does not run: {error}") from error
+        except Untraceable:
+            raise
+        except Exception as error:  # of a user's object that does not want to be looked at
+            raise _unwatched(error) from error
+        return _are_close(result, expected, tolerance)
 
     def __call__(self, *args: Tensor) -> Any:
         """
@@ -187,6 +191,10 @@ def or_eagerly(program: Program, function: Callable[..., Any]) -> Callable[..., 
             return function(*args)
 
     return run
+
+
+def _unwatched(error: Exception) -> Untraceable:
+    return Untraceable(f"what it reads cannot be watched ({type(error).__name__}: {error})")
 
 
 @contextmanager
@@ -352,13 +360,15 @@ def _check_stand_ins(
             raise Untraceable("it computes something else where a tensor stands for a Python number")
 
 
-def _are_close(result: tuple[Any, Tensor], expected: tuple[Any, Tensor]) -> bool:
+def _are_close(result: tuple[Any, Tensor], expected: tuple[Any, Tensor], tolerance: float = 1e-3) -> bool:
     """To far more than rounding, and far less than another computation; with as many random numbers."""
     ours, theirs = ([x.detach() for x in tensors_in(each)] for each in (result, expected))
     if [(x.shape, x.dtype) for x in ours] != [(x.shape, x.dtype) for x in theirs]:
         return False
     return all(
-        torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().nan_to_num(0, 0).max()), equal_nan=True)
+        torch.allclose(
+            a, b, rtol=tolerance, atol=0.1 * tolerance * float(b.abs().nan_to_num(0, 0).max()), equal_nan=True
+        )
         if b.is_floating_point() and b.numel()
         else torch.equal(a, b)
         for a, b in zip(ours, theirs, strict=True)

@@ -120,7 +120,7 @@ class Reads:
             for name in _HOOKS:
                 self._meet_all(getattr(thing, name, {}).values(), thing.__module__)
             self._meet_all([f for n, f in vars(thing).items() if n == "forward"])
-            self._meet_method(type(thing).forward)
+            self._meet_method(getattr_static(type(thing), "forward", None))
         elif isinstance(thing, partial):
             self._met.add(id(thing))
             self._of_functions += [
@@ -227,7 +227,7 @@ class Reads:
     def _in_module(self, thing: ModuleType) -> list[Any]:
         space = vars(thing)
         named = sorted(self._words.names & space.keys())
-        if _is_library(getattr(thing, "__file__", None)):
+        if _is_library(space.get("__file__")):
             self._of_things += [Place(space, name) for name in named if isinstance(space[name], NUMBERS)]
             return []
         self._of_things += [Place(space, name) for name in named]

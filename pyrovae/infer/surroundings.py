@@ -6,7 +6,7 @@ import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import IOBase
-from itertools import chain
+from itertools import chain, compress, repeat
 from operator import itemgetter
 from types import MappingProxyType, MethodType
 from typing import Any
@@ -68,19 +68,16 @@ class Surroundings:
         glance, last = self._glance(), self._last_glance
         if glance is None or last is None or glance[0] != last[0] or not same_objects(glance[1], last[1]):
             self._look()
-            key, keys = self._now()[1], [known for _, known in self._states]
-            self._take_for(keys.index(key) if key in keys else len(keys))
+            now, keys = self._now(), [known for _, known in self._states]
+            self._state = keys.index(now[1]) if now[1] in keys else len(keys)
+            self._states[self._state : self._state + 1] = [now]
+            self._last_glance = self._glance()
         return self._state
 
     def _now(self) -> tuple[list[Any], tuple]:
         """Holding on to the objects keeps their ids from being given to others."""
         values = self._values()
         return values, (*map(_fingerprint, values), self._lengths(), tuple(map(type, values)), self.stand_ins.state())
-
-    def _take_for(self, state: int) -> None:
-        self._state = state
-        self._states[state : state + 1] = [self._now()]
-        self._last_glance = self._glance()
 
     def idle(self, before: int, after: int) -> set[Key]:
         """Where two states differ, if it is only in what no code names; else nothing."""
@@ -99,11 +96,16 @@ class Surroundings:
             return False
         return place.name not in self._reads.names and place.name != "training"
 
-    def ignore(self, keys: set[Key], state: int) -> None:
-        """What lies there makes no difference: all is as in ``state``."""
+    def ignore(self, keys: set[Key]) -> None:
+        """What lies there makes no difference: it counts no more, in the states that are known either."""
+        places = self._places()
+        stays = [place.key() not in keys for place in places]
+        for index, (values, key) in enumerate(self._states):
+            if len(key) == len(values) + 3 and len(values) >= len(places):
+                both = [[*compress(each, chain(stays, repeat(True)))] for each in (values, key, key[-2])]
+                self._states[index] = both[0], (*both[1][:-2], tuple(both[2]), both[1][-1])
         self._ignored |= keys
-        self._look()
-        self._take_for(state)
+        self._last_glance = None
 
     def key(self, state: int | None = None) -> tuple:
         """What a state, or what all is now, comes down to."""
@@ -204,6 +206,8 @@ class Surroundings:
     def _look(self) -> None:
         """Find what there is to watch; a module may have come in another's place."""
         self._reads = reads = Reads(self._functions)
+        named = {place.key() for place in reads.named} - reads.unnamed
+        self._ignored -= named | {(id(space), name) for _, space in reads.namespaces for name in reads.names}
         entries = [(each, _entries(each)) for each in reads.containers]
         keys = {(id(space), name) for _, space in reads.namespaces for name in space}
         self.stand_ins.keep(keys | {place.key() for place in chain(reads.named, *(places for _, places in entries))})

@@ -66,13 +66,6 @@ class _Recorded:
             self.last, self.next = self.runs, self.next + min(3 * self.next, BETWEEN_CHECKS)
         return self.step(*args)
 
-    def makes_no_difference(self, args: tuple[Tensor, ...]) -> bool:
-        """What has changed since the last step, if no code names it (a count of epochs, say)."""
-        try:
-            return self.program.still_holds(args)
-        except Untraceable:
-            return False
-
 
 class SVI:
     """A drop-in for ``pyro.infer.SVI`` that also takes the optimizers of ``torch.optim``, and compiles.
@@ -155,7 +148,6 @@ class SVI:
         self._named: dict[Any, list[Tensor]] = {}  # by state of the surroundings and kind of call, for pyro.optim
         self._update: Update | None = None
         self._states: list[int] = []
-        self._state = 0  # the last that a step has seen
         self._programs: dict[Any, _Recorded | None] = {}
         self._others: dict[int, Tensor] = {}  # what programs read besides parameters and arguments
         self._gave_up = False
@@ -274,15 +266,14 @@ class SVI:
             self._unsaid = str(error)
             return None
         if state not in self._states:
-            idle = surroundings.idle(self._state, state) if self._states else set()
-            known = self._known(fixed) if idle else None
-            if known is not None and known.makes_no_difference(self._with_tensors(fixed).tensors):
-                surroundings.ignore(idle, self._state)
-                state = self._state
-            elif not self._meets(surroundings, state) and (self._gave_up or known is not None or not idle):
-                self._state = self._states[-1] if self._states else 0
+            idle = {known: keys for known in reversed(self._states) if (keys := surroundings.idle(known, state))}
+            like = next((known for known in idle if self._holds(known, fixed)), None)
+            if like is not None:
+                surroundings.ignore(idle[like])
+                state = surroundings.state()
+                self._states += [] if state in self._states else [state]
+            elif not self._meets(surroundings, state) and (self._gave_up or not idle or any(self._programs.values())):
                 return None
-        self._state = state
         params = self._trained(state)
         if params is None:
             return None
@@ -323,12 +314,15 @@ class SVI:
             return arguments
         return arguments.with_floats_as_tensors(self._as_tensor)
 
-    def _known(self, arguments: Arguments) -> _Recorded | None:
-        """The program that the last state has for such arguments, if it has one."""
-        params = self._trained(self._state)
-        if params is None:
-            return None
-        return self._programs.get(self._signature(self._state, params, self._with_tensors(arguments)))
+    def _holds(self, state: int, arguments: Arguments) -> bool:
+        """Whether the program of another state, which differs in what no code names, holds in this one."""
+        params = self._trained(state)
+        arguments = self._with_tensors(arguments)
+        recorded = None if params is None else self._programs.get(self._signature(state, params, arguments))
+        try:
+            return recorded is not None and recorded.program.still_holds(arguments.tensors, tolerance=1e-6)
+        except Untraceable:
+            return False
 
     def _give_up(self) -> None:
         """Steps run eagerly from now on. What they were watched with need not be kept."""
@@ -377,7 +371,7 @@ class SVI:
         """Whether to record in a state of the surroundings that no step has seen."""
         if self._states and surroundings.let_move(self._states[-1], state, self._as_tensor):
             state = surroundings.state()
-        if len(self._states) == MAX_PROGRAMS:
+        if len(self._states) >= MAX_PROGRAMS:
             names = surroundings.difference(surroundings.key(self._states[-1]), surroundings.key(state))
             why = self._why_held or "a tensor (a buffer of the pair, say) may, in place"
             if any(self._programs.values()) or not self._programs:  # else why it cannot be recorded has been said
