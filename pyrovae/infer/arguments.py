@@ -39,9 +39,8 @@ class Arguments(NamedTuple):
                 raise TypeError("a sparse or nested argument is not recorded")
             if tensor.is_neg() or tensor.is_conj():
                 raise TypeError("an argument that is negated or conjugated when read is not recorded (see resolve_neg)")
-            own = [
-                name for name in tensor.__dict__ if not name.startswith("_")
-            ]  # besides what torch.compile notes there
+            # torch.compile notes something there too, under private names.
+            own = [name for name in tensor.__dict__ if not name.startswith("_")]
             if type(tensor) not in (Tensor, nn.Parameter) or own:
                 raise TypeError("a tensor with attributes or methods of its own, as an argument, is not recorded")
         if spec == (len(tensors), ()):

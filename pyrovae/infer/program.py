@@ -59,21 +59,15 @@ class Program:
         self._surroundings = surroundings or Surroundings(function)
         self._original = original or function
         self.is_compiled = False
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # an eager step says the same
-                self._written = self._run_first(args)
-                first, second = self._look_twice(function, args, has_numbers=original is not None)
-                self.graph, self.inputs = first.graph, first.inputs
-                # Those that a record makes are constants; the others may change.
-                both = zip(first.inputs, second.inputs, strict=True)
-                self.outside = [a for a, b in both if isinstance(a, Tensor) and _are_one(a, b)]
-                if not self.still_holds(args):
-                    raise Untraceable("its record computes something else (does it set random states?)")
-        except Untraceable:
-            raise
-        except Exception as error:  # of a user's object that does not want to be looked at
-            raise _unwatched(error) from error
+        with _looking():
+            self._written = self._run_first(args)
+            first, second = self._look_twice(function, args, has_numbers=original is not None)
+            self.graph, self.inputs = first.graph, first.inputs
+            # Those that a record makes are constants; the others may change.
+            both = zip(first.inputs, second.inputs, strict=True)
+            self.outside = [a for a, b in both if isinstance(a, Tensor) and _are_one(a, b)]
+            if not self.still_holds(args):
+                raise Untraceable("its record computes something else (does it set random states?)")
 
     def _run_first(self, args: tuple[Tensor, ...]) -> list[Tensor]:
         """What is set up at the first use is no part of a record. Returns the tensors that it writes to."""
@@ -139,20 +133,14 @@ class Program:
         Raises:
             Untraceable: the function fails, or its record does, or it cannot be looked at.
         """
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                with self._surroundings.unchanged(*self._written):
-                    expected = _result(self._original, _copies(args))
-                with self._surroundings.unchanged(*self._written), torch.no_grad(), _without_autocast():
-                    try:
-                        result = _result(partial(self.graph, *self.inputs), _copies(args))
-                    except Untraceable as error:  # some operations of torch's do not take what they gave
-                        raise Untraceable(f"its record does not run: {error}") from error
-        except Untraceable:
-            raise
-        except Exception as error:  # of a user's object that does not want to be looked at
-            raise _unwatched(error) from error
+        with _looking():
+            with self._surroundings.unchanged(*self._written):
+                expected = _result(self._original, _copies(args))
+            with self._surroundings.unchanged(*self._written), torch.no_grad(), _without_autocast():
+                try:
+                    result = _result(partial(self.graph, *self.inputs), _copies(args))
+                except Untraceable as error:  # some operations of torch's do not take what they gave
+                    raise Untraceable(f"its record does not run: {error}") from error
         return _are_close(result, expected, tolerance)
 
     def __call__(self, *args: Tensor) -> Any:
@@ -193,8 +181,17 @@ def or_eagerly(program: Program, function: Callable[..., Any]) -> Callable[..., 
     return run
 
 
-def _unwatched(error: Exception) -> Untraceable:
-    return Untraceable(f"what it reads cannot be watched ({type(error).__name__}: {error})")
+@contextmanager
+def _looking() -> Iterator[None]:
+    """Warnings are left to an eager step. A user's object may not want to be looked at: that is ``Untraceable``."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Untraceable:
+        raise
+    except Exception as error:
+        raise Untraceable(f"what it reads cannot be watched ({type(error).__name__}: {error})") from error
 
 
 @contextmanager

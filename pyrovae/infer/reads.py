@@ -26,7 +26,10 @@ from torch.distributions import Distribution, Transform
 
 from pyrovae.infer.stand_ins import Place, content, kind_of_dict
 
-__all__ = ["BOOKKEEPING", "CONTAINERS", "MOST_MEMBERS", "NUMBERS", "Reads", "attributes", "is_of_a_library", "members"]
+__all__ = [
+    *("BOOKKEEPING", "CONTAINERS", "MOST_MEMBERS", "NUMBERS", "Reads"),
+    *("attributes", "is_of_a_library", "is_of_users_kind", "members", "own_slots"),
+]
 
 _COUNTED = (bool, int, float, complex, str)
 NUMBERS = (*_COUNTED, type(None))
@@ -119,7 +122,7 @@ class Reads:
             self._meet_all([*thing.children(), *own])
             for name in _HOOKS:
                 self._meet_all(getattr(thing, name, {}).values(), thing.__module__)
-            self._meet_all([f for n, f in vars(thing).items() if n == "forward"])
+            self._meet(vars(thing).get("forward"))
             self._meet_method(getattr_static(type(thing), "forward", None))
         elif isinstance(thing, partial):
             self._met.add(id(thing))
@@ -135,7 +138,7 @@ class Reads:
                 self._meet_all(members(thing))
         elif isinstance(call := getattr_static(type(thing), "__call__", None), FunctionType) and _is_users(call):
             self._meet(MethodType(call, thing))
-        elif isinstance(inner := _wrapped(thing), FunctionType):  # lru_cache
+        elif isinstance(inner := getattr_static(thing, "__wrapped__", None), FunctionType):  # lru_cache
             self._meet(inner, caller)
 
     def _meet_all(self, things: Iterable[Any], caller: str | None = None) -> None:
@@ -260,7 +263,12 @@ class Reads:
         space, words = attributes(thing), self._words
         known = words.names | words.asked | words.keys  # vars(args)["beta"]
         named = [name for name in space if name in known]
-        slots = [name for name in _slots(type(thing)) if name in words.names and name not in space]
+        slots = [
+            name
+            for kind in type(thing).__mro__
+            for name in own_slots(kind)
+            if name in words.names and name not in space
+        ]
         inner, of_class = self._in_class(type(thing))
         if id(thing) not in self._owners:  # then not all of its attributes are watched
             missing = {name: None for name in (*of_class, *words.asked) if name not in space and name not in slots}
@@ -269,7 +277,7 @@ class Reads:
                 for name in (*named, *(missing if isinstance(getattr(thing, "__dict__", None), dict) else ()))
             ]
             self._of_things += [Place(thing, name) for name in slots]
-            if not is_of_a_library(type(thing)) or isinstance(thing, SimpleNamespace | Namespace):
+            if is_of_users_kind(thing):
                 self._meet_unnamed(space)
         inner = [*inner, *(space[name] for name in named), *(getattr(thing, name, None) for name in slots)]
         if isinstance(thing, Mapping | UserList):  # made of others
@@ -313,13 +321,10 @@ def members(container: Any) -> Iterable[Any]:
     return list.__iter__(container) if isinstance(container, list) else container
 
 
-def _slots(kind: type) -> list[str]:
-    owners = [vars(ancestor) for ancestor in kind.__mro__ if "__slots__" in vars(ancestor)]
-    return [name for space in owners for name, member in space.items() if isinstance(member, MemberDescriptorType)]
-
-
-def _wrapped(thing: Any) -> Any:
-    return getattr_static(thing, "__wrapped__", None)
+def own_slots(kind: type) -> list[str]:
+    """Without those of its parents."""
+    members = vars(kind).items() if "__slots__" in vars(kind) else ()
+    return [name for name, member in members if isinstance(member, MemberDescriptorType)]
 
 
 def _is_called_unnamed(name: str, *, made: bool) -> bool:
@@ -418,6 +423,11 @@ def _is_users(function: FunctionType) -> bool:
 
 def _is_followed(function: FunctionType, caller: str) -> bool:
     return function.__module__ == caller or not _is_library(function.__code__.co_filename)
+
+
+def is_of_users_kind(thing: Any) -> bool:
+    """Or one that Python has for a user's attributes."""
+    return isinstance(thing, SimpleNamespace | Namespace) or not is_of_a_library(type(thing))
 
 
 def is_of_a_library(kind: type) -> bool:

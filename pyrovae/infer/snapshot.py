@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from argparse import Namespace
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +10,7 @@ from contextlib import suppress
 from functools import partial
 from inspect import getattr_static
 from operator import is_, itemgetter
-from types import MemberDescriptorType, SimpleNamespace
+from types import MemberDescriptorType
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -23,7 +22,16 @@ from torch.distributions import Transform
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyrovae.infer.reads import CONTAINERS, MOST_MEMBERS, NUMBERS, attributes, is_of_a_library, members
+from pyrovae.infer.reads import (
+    CONTAINERS,
+    MOST_MEMBERS,
+    NUMBERS,
+    attributes,
+    is_of_a_library,
+    is_of_users_kind,
+    members,
+    own_slots,
+)
 from pyrovae.infer.stand_ins import Place, kind_of_dict
 from pyrovae.infer.untraceable import memory
 
@@ -70,7 +78,7 @@ def reached(values: Iterable[Any]) -> Iterator[Any]:
 def is_users_object(value: Any) -> bool:
     try:
         own_attributes(value)
-        return isinstance(value, SimpleNamespace | Namespace) or not is_of_a_library(type(value))
+        return is_of_users_kind(value)
     except Exception:  # it does not want to be looked at
         return False
 
@@ -84,11 +92,9 @@ def _slots(thing: Any) -> dict[str, Any]:
     """Those that are filled, of the user's own classes."""
     found: dict[str, Any] = {}
     for kind in type(thing).__mro__:
-        if "__slots__" in vars(kind) and not is_of_a_library(kind):
-            for name, member in vars(kind).items():
-                if isinstance(member, MemberDescriptorType):
-                    with suppress(AttributeError):
-                        found[name] = member.__get__(thing)
+        for name in () if is_of_a_library(kind) else own_slots(kind):
+            with suppress(AttributeError):
+                found[name] = vars(kind)[name].__get__(thing)
     return found
 
 

@@ -277,10 +277,11 @@ class SVI:
         params = self._trained(state)
         if params is None:
             return None
-        arguments, why = self._with_tensors(fixed), self._fixed_floats.get(fixed.call(), "")
+        arguments = self._with_tensors(fixed)
         signature = self._signature(state, params, arguments)
         if signature not in self._programs:
             if len(self._programs) == MAX_PROGRAMS:
+                why = self._fixed_floats.get(fixed.call(), "")
                 self._unsaid = why or f"its arguments' shapes or values keep changing; {MAX_PROGRAMS} were looked at"
                 return None
             # Another shape, a short last batch say, is recorded too, but is not worth a compiler's time.

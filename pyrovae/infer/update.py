@@ -54,7 +54,7 @@ class Update:
         )
 
     def fixed(self) -> list[Any]:
-        """The objects that a CUDA graph of it goes on using: state, tensors, Python numbers, hooks, its step. None
+        """The objects that a CUDA graph of it goes on using: state, tensors, Python numbers, hooks, its step. Nothing
         where the objects of ``pyro.optim`` go on as they are."""
         self._follow_the_many()
         optimizer = self._optimizer
