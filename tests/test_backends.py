@@ -43,8 +43,10 @@ import pyrovae as pv
 from pyrovae import FunctionPair, Pair
 from pyrovae.infer import SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyrovae.infer import program as program_module
+from pyrovae.infer import surroundings as surroundings_module
 from pyrovae.infer import svi as svi_module
 from pyrovae.infer.program import Program
+from pyrovae.infer.reads import Reads
 from pyrovae.infer.snapshot import same_objects
 from pyrovae.infer.update import Update
 from pyrovae.models import VAE
@@ -1397,6 +1399,18 @@ def test_what_no_step_reads_may_change(place: str, calls: list, monkeypatch: pyt
 
 
 @pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize("optim", [sgd, pyro_adam])
+def test_what_no_step_reads_may_change_at_every_step(optim: Callable, calls: list) -> None:
+    pyro.clear_param_store()
+    pair = Annealed()
+    svi = SVI(pair.by_itself, pair.guide, optim(pair), Trace_ELBO(), backend="compiled")
+    for step in range(20):
+        pair.epoch = step
+        svi.step(batches()[step % 6])
+    assert len(calls) == 19
+
+
+@pytest.mark.usefixtures("recorded")
 def test_what_no_step_reads_may_change_together_with_a_switch(calls: list) -> None:
     pair = Annealed()
     svi = SVI(pair.by_itself, pair.guide, sgd(pair), Trace_ELBO(), backend="compiled")
@@ -1956,6 +1970,20 @@ def test_a_state_that_comes_back_is_not_recorded_again(monkeypatch: pytest.Monke
         svi.step(batches()[step % 6])
     assert len(made) == 3
     assert len(calls) == 24 - 3
+
+
+@pytest.mark.usefixtures("recorded")
+def test_a_state_that_comes_back_is_known_at_a_glance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What all code reads is not found out again: that takes longer than a step."""
+    looks: list[Reads] = []
+    monkeypatch.setattr(surroundings_module, "Reads", lambda functions: looks.append(Reads(functions)) or looks[-1])
+    pair = Weighted()
+    svi = SVI(pair.model, pair.guide, sgd(pair), Trace_ELBO(), backend="compiled")
+    for step in range(24):
+        pair.train(step % 2 == 0)
+        pair.beta = float("0.5")  # another object, an equal number
+        svi.step(batches()[step % 6])
+    assert len(looks) <= 8  # two states, each seen first, recorded and run; not one for each of 24 steps
 
 
 @pytest.mark.usefixtures("recorded")

@@ -40,6 +40,7 @@ __all__ = [
     "Memories",
     "Writes",
     "generators",
+    "is_equal",
     "is_made_anew",
     "is_plain",
     "is_users_object",
@@ -194,7 +195,7 @@ def _differs(thing: Any, read: Callable[[Any], Any], before: Any) -> bool:
     if read is not own_attributes:
         return not _same(now, before)
     pairs = [(now.get(name, ...), before.get(name, ...)) for name in {**before, **now} if not is_made_anew(thing, name)]
-    return any(not _is_equal(one, other) and (_is_state(one) or _is_state(other)) for one, other in pairs)
+    return any(not is_equal(one, other) and (_is_state(one) or _is_state(other)) for one, other in pairs)
 
 
 def _is_state(value: Any) -> bool:
@@ -215,14 +216,15 @@ def _same(now: Any, before: Any) -> bool:
         return now.tobytes() == before.tobytes()
     if isinstance(now, dict):
         return _same(list(now), list(before)) and _same(list(now.values()), list(before.values()))
-    return same_objects(now, before) or (len(now) == len(before) and all(map(_is_equal, now, before)))
+    return same_objects(now, before) or (len(now) == len(before) and all(map(is_equal, now, before)))
 
 
-def _is_equal(one: Any, other: Any) -> bool:
+def is_equal(one: Any, other: Any) -> bool:
+    """Whether they are one object, or equal numbers of one type, or tuples of such."""
     if one is other or type(one) is not type(other):
         return one is other
     if type(one) is tuple:
-        return len(one) == len(other) and all(map(_is_equal, one, other))
+        return len(one) == len(other) and all(map(is_equal, one, other))
     return isinstance(one, (*NUMBERS, np.generic)) and bool(one == other)
 
 

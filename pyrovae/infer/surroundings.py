@@ -31,6 +31,7 @@ from pyrovae.infer.snapshot import (
     Contents,
     Memories,
     generators,
+    is_equal,
     is_made_anew,
     is_plain,
     is_users_object,
@@ -55,29 +56,38 @@ class Surroundings:
         self._functions = functions
         self._states: list[tuple[list[Any], tuple]] = []
         self._state = 0  # which of them is the last
-        self._last_glance: tuple[list[int], list[Any]] | None = None  # None: look again
+        self._views: dict[int, _View] = {}  # of the states; none where it is to be looked at again
         self._ignored: set[Key] = set()
         self.stand_ins = StandIns()
-        self._look()
+        self._view = self._look()
 
     def state(self) -> int:
         """A number that stands for all of it: it is the same as long as numbers are equal and objects the same."""
         if not self.stand_ins.follow():
-            self._last_glance = None
+            self._views.clear()
         # Nearly always every object is the one seen last, which this tells in a few microseconds.
-        glance, last = self._glance(), self._last_glance
-        if glance is None or last is None or glance[0] != last[0] or not same_objects(glance[1], last[1]):
-            self._look()
-            now, keys = self._now(), [known for _, known in self._states]
-            self._state = keys.index(now[1]) if now[1] in keys else len(keys)
-            self._states[self._state : self._state + 1] = [now]
-            self._last_glance = self._glance()
+        last = self._views.get(self._state)
+        if last is None or not last.holds():
+            self._find_state()
         return self._state
+
+    def _find_state(self) -> None:
+        """One seen before (a switch may be flipped at every step), or another."""
+        moving = self.stand_ins.state()
+        for state, view in reversed(self._views.items()):
+            if view.moving == moving and view.holds():
+                self._state, self._view = state, view
+                return
+        self._view = self._look()
+        now, keys = self._now(), [known for _, known in self._states]
+        self._state = keys.index(now[1]) if now[1] in keys else len(keys)
+        self._states[self._state : self._state + 1] = [now]
+        self._views[self._state] = self._view
 
     def _now(self) -> tuple[list[Any], tuple]:
         """Holding on to the objects keeps their ids from being given to others."""
-        values = self._values()
-        return values, (*map(_fingerprint, values), self._lengths(), tuple(map(type, values)), self.stand_ins.state())
+        values, lengths = self._values(), self._view.lengths()
+        return values, (*map(_fingerprint, values), lengths, tuple(map(type, values)), self.stand_ins.state())
 
     def idle(self, before: int, after: int) -> set[Key]:
         """Where two states differ, if it is only in what no code names; else nothing."""
@@ -89,12 +99,12 @@ class Surroundings:
         return {place.key() for place in different} if all(map(self._is_unnamed, different)) else set()
 
     def _is_unnamed(self, place: Place) -> bool:
-        if place.key() in self._reads.unnamed:
+        if place.key() in self._view.reads.unnamed:
             return True
         of_users_object = place.owner is not None and place.space is attributes(place.owner)
         if not of_users_object or is_of_a_library(type(place.owner)):  # whose own code reads it
             return False
-        return place.name not in self._reads.names and place.name != "training"
+        return place.name not in self._view.reads.names and place.name != "training"
 
     def ignore(self, keys: set[Key]) -> None:
         """What lies there makes no difference: it counts no more, in the states that are known either."""
@@ -105,11 +115,11 @@ class Surroundings:
                 both = [[*compress(each, chain(stays, repeat(True)))] for each in (values, key, key[-2])]
                 self._states[index] = both[0], (*both[1][:-2], tuple(both[2]), both[1][-1])
         self._ignored |= keys
-        self._last_glance = None
+        self._views.clear()
 
     def key(self, state: int | None = None) -> tuple:
         """What a state, or what all is now, comes down to."""
-        return (*map(_fingerprint, self._values()), self._lengths()) if state is None else self._states[state][1]
+        return (*map(_fingerprint, self._values()), self._view.lengths()) if state is None else self._states[state][1]
 
     def difference(self, before: tuple, after: tuple) -> str:
         """What differs between two keys, by name."""
@@ -130,12 +140,12 @@ class Surroundings:
             whole = isinstance(old, int) and isinstance(number, int)  # counts, say: shapes and loops depend on them
             if old != new and is_real(old) and is_real(number) and not whole:
                 moved |= self.stand_ins.add(place, number, as_tensor)
-        self._last_glance = None
+        self._views.clear()
         return moved
 
     def hold(self) -> bool:
         """No tensor can stand for the numbers that began to move last: they count again. False where none did."""
-        self._last_glance = None
+        self._views.clear()
         return self.stand_ins.refuse()
 
     def contents(self) -> Contents:
@@ -155,8 +165,8 @@ class Surroundings:
         found, values = self._reached(), self._values()
         memories = Memories(values)
         tensors = [(x, x.detach().clone()) for x in (*filter(_may_change, values), *others)]
-        attributes = [(space, dict(space)) for _, space in self._reads.namespaces]
-        named = [(place, place.exists(), place.reader()()) for place in self._named]
+        attributes = [(space, dict(space)) for _, space in self._view.reads.namespaces]
+        named = [(place, place.exists(), place.reader()()) for place in self._view.single]
         contents = Contents(found)
         own = [(x, x.get_state()) for x in found if isinstance(x, torch.Generator)]
         states = [(put, get()) for get, put in generators(found)]
@@ -191,8 +201,8 @@ class Surroundings:
 
         A file counts where it can be read, and the code names what reads one.
         """
-        found, names = self._reached(), self._reads.names
-        if self._reads.takes_next and any(map(_is_iterator, found)):
+        found, names = self._reached(), self._view.reads.names
+        if self._view.reads.takes_next and any(map(_is_iterator, found)):
             return True
         held = [p.reader()() for p in self._places() if p.owner is None or isinstance(p.owner, type) or p.name in names]
         for thing in found:
@@ -203,33 +213,24 @@ class Surroundings:
         reads_files = not names.isdisjoint(_OF_FILES)
         return any(_is_iterator(x) or (reads_files and _can_be_read(x)) for x in held)
 
-    def _look(self) -> None:
+    def _look(self) -> _View:
         """Find what there is to watch; a module may have come in another's place."""
-        self._reads = reads = Reads(self._functions)
+        reads = Reads(self._functions)
         named = {place.key() for place in reads.named} - reads.unnamed
         self._ignored -= named | {(id(space), name) for _, space in reads.namespaces for name in reads.names}
         entries = [(each, _entries(each)) for each in reads.containers]
         keys = {(id(space), name) for _, space in reads.namespaces for name in space}
         self.stand_ins.keep(keys | {place.key() for place in chain(reads.named, *(places for _, places in entries))})
         # Containers are seen at one glance, but for those where a number moves.
-        self._whole = [each for each, places in entries if not any(p.key() in self.stand_ins for p in places)]
-        whole = set(map(id, self._whole))
-        split = [place for each, places in entries if id(each) not in whole for place in places]
-        self._named = [place for place in (*reads.named, *split) if self._counts(place.key())]
-        spaces: dict[int, tuple[Any, list[Any]]] = {}
-        others = []
-        for place in self._named:
-            if type(place.space) in (dict, MappingProxyType) and place.exists():
-                spaces.setdefault(place.key()[0], (place.space, []))[1].append(place.name)
-            else:
-                others.append(place.reader())
-        self._readers = others
+        whole = [each for each, places in entries if not any(p.key() in self.stand_ins for p in places)]
+        is_whole = set(map(id, whole))
+        split = [place for each, places in entries if id(each) not in is_whole for place in places]
+        single = [place for place in (*reads.named, *split) if self._counts(place.key())]
         attributes = [
             (space, [name for name in space if name not in BOOKKEEPING and self._is_watched(owner, space, name)])
             for owner, space in reads.namespaces
         ]
-        picked = [*attributes, *spaces.values()]
-        self._pickers = [(itemgetter(names[0], *names), space) for space, names in picked if names]
+        return _View(reads, single, whole, attributes, self.stand_ins.state())
 
     def _is_watched(self, owner: Any, space: dict, name: str) -> bool:
         return self._counts((id(space), name)) and not is_made_anew(owner, name)
@@ -237,29 +238,15 @@ class Surroundings:
     def _counts(self, key: Key) -> bool:
         return key not in self.stand_ins and key not in self._ignored
 
-    def _lengths(self) -> tuple[int, ...]:
-        return tuple(map(len, self._reads.containers))
-
-    def _glance(self) -> tuple[list[int], list[Any]] | None:
-        """The objects without those that ``nn.Module`` keeps for itself, nine in ten; None where one is gone."""
-        try:
-            attributes = [pick(space) for pick, space in self._pickers]
-        except KeyError:
-            return None
-        lengths = [*(len(space) for _, space in self._reads.namespaces), *self._lengths()]
-        named = [read() for read in self._readers]
-        inside = chain.from_iterable(map(members, self._whole))
-        return lengths, [*chain.from_iterable(attributes), *named, *inside, *pyro.get_param_store()._params.values()]
-
     def _places(self) -> list[Place]:
         """Of all that is watched, besides the parameter store."""
         attributes = [
             Place(space, name, owner)
-            for owner, space in self._reads.namespaces
+            for owner, space in self._view.reads.namespaces
             for name in space
             if self._is_watched(owner, space, name)
         ]
-        return [*attributes, *self._named, *chain.from_iterable(map(_entries, self._whole))]
+        return [*attributes, *self._view.single, *chain.from_iterable(map(_entries, self._view.whole))]
 
     def _values(self) -> list[Any]:
         return [*(place.reader()() for place in self._places()), *pyro.get_param_store()._params.values()]
@@ -275,6 +262,59 @@ class Surroundings:
     def _names(self) -> list[str]:
         labels = [place.label() for place in self._places()]
         return [*labels, *pyro.get_param_store()._params, "a list's length", "a number", "a number"]
+
+
+class _View:
+    """What is watched in one state, and the objects that lie there."""
+
+    def __init__(
+        self,
+        reads: Reads,
+        single: list[Place],
+        whole: list[Any],
+        attributes: list[tuple[dict, list[str]]],
+        moving: tuple,
+    ) -> None:
+        self.reads = reads
+        self.single, self.whole = single, whole
+        """Places and containers besides the namespaces."""
+        self.moving = moving
+        spaces: dict[int, tuple[Any, list[Any]]] = {}
+        others = []
+        for place in single:
+            if type(place.space) in (dict, MappingProxyType) and place.exists():
+                spaces.setdefault(place.key()[0], (place.space, []))[1].append(place.name)
+            else:
+                others.append(place.reader())
+        self._readers = others
+        picked = [*attributes, *spaces.values()]
+        self._pickers = [(itemgetter(names[0], *names), space) for space, names in picked if names]
+        self._glance = self._look()
+
+    def holds(self) -> bool:
+        """Whether every object is the one that was seen, or an equal number."""
+        now, seen = self._look(), self._glance
+        if now is None or seen is None or now[0] != seen[0]:
+            return False
+        if not same_objects(now[1], seen[1]):
+            if len(now[1]) != len(seen[1]) or not all(map(is_equal, now[1], seen[1])):
+                return False
+            self._glance = now
+        return True
+
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(map(len, self.reads.containers))
+
+    def _look(self) -> tuple[list[int], list[Any]] | None:
+        """The objects without those that ``nn.Module`` keeps for itself, nine in ten; None where one is gone."""
+        try:
+            attributes = [pick(space) for pick, space in self._pickers]
+        except KeyError:
+            return None
+        lengths = [*(len(space) for _, space in self.reads.namespaces), *self.lengths()]
+        named = [read() for read in self._readers]
+        inside = chain.from_iterable(map(members, self.whole))
+        return lengths, [*chain.from_iterable(attributes), *named, *inside, *pyro.get_param_store()._params.values()]
 
 
 def _entries(container: Any) -> list[Place]:

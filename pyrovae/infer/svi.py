@@ -267,6 +267,9 @@ class SVI:
             return None
         if state not in self._states:
             idle = {known: keys for known in reversed(self._states) if (keys := surroundings.idle(known, state))}
+            named = next((self._named[known, self._call] for known in idle if (known, self._call) in self._named), None)
+            if named is not None:
+                self._named.setdefault((state, self._call), named)
             like = next((known for known in idle if self._holds(known, fixed)), None)
             if like is not None:
                 surroundings.ignore(idle[like])
