@@ -2801,6 +2801,47 @@ def test_a_later_error_is_the_eager_one() -> None:
         assert messages[0] == messages[1], name
 
 
+class Labelled(Arguments):
+    """Labels as a conditional VAE has them: one-hot, embedded, as weights of a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Embedding(3, 4)
+
+    def model(self, x: Tensor, labels: Tensor) -> None:
+        one_hot = nn.functional.one_hot(labels, 3).float()
+        counts = torch.zeros(3).scatter_add(0, labels, x[:, 0])
+        with pyro.plate("data", len(x)):
+            loc = self.loc + self.rows(labels) + one_hot.sum(-1, keepdim=True) * counts.mean()
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_labels_are_recorded_and_a_wrong_one_is_an_error(
+    compiled: bool, calls: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(Program, "compile", lambda self, args: None)
+    results: dict[str, list] = {"eager": [], "compiled": []}
+    for backend, found in results.items():
+        torch.manual_seed(0)
+        pair = Labelled()
+        svi = SVI(pair.model, lambda x, labels: None, sgd(pair), Trace_ELBO(), backend=backend)
+        for step, x in enumerate(batches()):
+            found.append(float(svi.step(x, (torch.arange(8) + step) % 3)))
+        for bad in (3, -1):
+            labels = torch.arange(8) % 3
+            labels[5] = bad
+            with pytest.raises(RuntimeError, match="Class values") as error:
+                svi.step(batches()[0], labels)
+            found.append(str(error.value))
+        found.append(float(svi.step(batches()[1], torch.arange(8) % 3)))
+    assert results["compiled"][:6] == pytest.approx(results["eager"][:6], rel=1e-5)
+    assert results["compiled"][6:8] == results["eager"][6:8]
+    assert results["compiled"][8] == pytest.approx(results["eager"][8], rel=1e-5)
+    assert len(calls) == 5 + 2 + 1
+
+
 def test_an_optimizer_that_runs_the_loss_itself_is_refused() -> None:
     pair = vae()
     with pytest.raises(TypeError, match=r"optim: LBFGS runs the loss several times.*Use Adam"):

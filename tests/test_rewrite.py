@@ -192,6 +192,55 @@ def test_other_solves_are_left_alone() -> None:
         assert torch.equal(graph(*program.inputs, x), function(x))
 
 
+# --- indices -------------------------------------------------------------------------------------
+
+INDEXED: dict[str, Callable[[Tensor, int, Tensor], Tensor]] = {
+    "index_select": lambda x, dim, index: x.index_select(dim, index[0]),
+    "index_add": lambda x, dim, index: x.index_add(dim, index[0], x.narrow(dim, 0, index.shape[1])),
+    "scatter_add": lambda x, dim, index: x.scatter_add(dim, index, 2 * x[:2, :2]),
+    "scatter": lambda x, dim, index: torch.zeros(3, 3).scatter(dim, index, 1.0) * x,
+}
+
+
+@pytest.mark.parametrize("name", INDEXED)
+@pytest.mark.parametrize("dim", [0, 1, -1])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_checked_indices_pick_the_same(name: str, dim: int, transposed: bool) -> None:
+    x, index = torch.randn(3, 3), torch.tensor([[2, 0], [1, 1]])
+    weight = nn.Parameter(torch.randn(3, 3))
+
+    def function(x: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        result = INDEXED[name](weight.mT * x.mT if transposed else weight * x, dim, index)
+        return result.detach(), *torch.autograd.grad(result.square().sum(), [weight])
+
+    program = record(function, x, index)
+    graph = faster(program, x, index)
+    results = graph(*program.inputs, x, index)
+    torch.testing.assert_close(results, function(x, index))
+    assert [each.stride() for each in results] == [each.stride() for each in function(x, index)]
+
+
+@pytest.mark.slow
+def test_indices_out_of_bounds_are_errors_when_compiled_too() -> None:
+    """Of torch's compiler ``scatter_add`` does nothing then, and a negative index counts from the end."""
+
+    def function(x: Tensor, *indices: Tensor) -> tuple[Tensor, ...]:
+        return tuple(pick(x, 0, index) for pick, index in zip(INDEXED.values(), indices, strict=True))
+
+    x, good = torch.randn(3, 3), [torch.tensor([[2, 0], [1, 1]]) for _ in INDEXED]
+    program = record(function, x, *good)
+    program.compile((x, *good))
+    assert program.is_compiled
+    torch.testing.assert_close(program(x, *good), function(x, *good))
+    for which in range(len(INDEXED)):
+        for bad in (3, -1, 10**9):
+            indices = [index.clone() for index in good]
+            indices[which][0, 1] = bad
+            for run in (function, program):
+                with pytest.raises((RuntimeError, IndexError)):
+                    run(x, *indices)
+
+
 # --- rows in order -------------------------------------------------------------------------------
 
 

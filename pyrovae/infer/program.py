@@ -32,7 +32,17 @@ from pyrovae.infer.rewrite import rewritten
 from pyrovae.infer.snapshot import Writes
 from pyrovae.infer.stand_ins import are_kept, counted_users, other_number
 from pyrovae.infer.surroundings import Surroundings
-from pyrovae.infer.untraceable import Conversions, NoKey, Untraceable, Values, memory, reason, tensors_in, where
+from pyrovae.infer.untraceable import (
+    Conversions,
+    NoKey,
+    Untraceable,
+    Values,
+    memory,
+    reason,
+    recordable,
+    tensors_in,
+    where,
+)
 
 __all__ = ["Program", "Untraceable", "or_eagerly", "say_once"]
 
@@ -147,7 +157,7 @@ class Program:
         """
         Raises:
             Untraceable: the record fails, and nothing has changed. The function itself may say how, or do without.
-            RuntimeError: the record fails, and may have written to tensors.
+            RuntimeError, IndexError: the record fails, and may have written to tensors.
         """
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             with _without_autocast():
@@ -159,7 +169,7 @@ class Program:
         with torch.no_grad():
             try:
                 return (self._run if self.is_compiled else self.graph)(*self.inputs, *args)
-            except RuntimeError as error:
+            except (RuntimeError, IndexError) as error:
                 if not self._written and not self._writes_to_arguments:
                     torch.default_generator.set_state(state)
                     raise Untraceable(f"its record does not run: {reason(error)}") from error
@@ -418,7 +428,7 @@ class _Witness(TorchFunctionMode):
         plain = [x for x in (*args, *(kwargs or {}).values()) if isinstance(x, bool | int | float | str | np.ndarray)]
         numbers = [x.tobytes() if isinstance(x, np.ndarray) else x for x in plain]
         self.calls.append(((func, *numbers), where(sys._getframe(1))))
-        return func(*args, **(kwargs or {}))
+        return recordable(func)(*args, **(kwargs or {}))
 
 
 def _lift_constants(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:

@@ -29,7 +29,7 @@ aten = torch.ops.aten
 
 def rewritten(graph: GraphModule, args: list[Tensor]) -> GraphModule:
     """``graph``, whose arguments are like ``args``, in its faster form."""
-    table = _FASTER | _DRAWN_FASTER if noise.can_draw() else _FASTER
+    table = _CHECKED | _FASTER | (_DRAWN_FASTER if noise.can_draw() else {})
     faster = make_fx(graph, tracing_mode="fake", decomposition_table=table)(*args)
     if any(is_in_place(node) for node in faster.graph.nodes):  # without, a node is one value wherever it is read
         faster = make_fx(functionalize(faster), tracing_mode="fake")(*args)
@@ -148,6 +148,49 @@ _FASTER: dict[Any, Callable[..., Any]] = {
     aten.binary_cross_entropy_with_logits.default: _cross_entropy,
     aten.addmm.default: _linear,
     aten.linalg_solve_triangular.default: _solve_triangular,
+}
+
+
+# Indices --------------------------------------------------------------------------------------------------------
+# Out of bounds they are errors. Compiled, these operations take a negative one to count from the end, or go on without
+# a word; the ones here that stand for them do not.
+
+
+def _index_select(x: Tensor, dim: int, index: Tensor) -> Any:
+    if x.ndim == 0 or index.ndim == 0:
+        return NotImplemented
+    return aten.index.Tensor(x, _at(x, dim, index)).contiguous()
+
+
+def _index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: float = 1) -> Any:
+    if x.ndim == 0 or index.ndim == 0 or alpha != 1:
+        return NotImplemented
+    return aten.index_put.default(x, _at(x, dim, index), source, accumulate=True).contiguous()
+
+
+def _at(x: Tensor, dim: int, index: Tensor) -> list[Tensor | None]:
+    none: list[Tensor | None] = [None] * x.ndim
+    none[dim] = torch.where(index < 0, x.shape[dim], index)
+    return none
+
+
+def _scatter_add(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Any:
+    if x.ndim == 0 or index.ndim == 0:
+        return NotImplemented
+    classes = torch.arange(x.shape[dim], dtype=index.dtype, device=index.device)
+    checked = classes[torch.where(index < 0, x.shape[dim], index)]
+    return torch.scatter_reduce(x, dim, checked, source, "sum")
+
+
+def _scatter_value(x: Tensor, dim: int, index: Tensor, value: float) -> Tensor:
+    return torch.scatter(x, dim, index, torch.full(index.shape, value, dtype=x.dtype, device=x.device))
+
+
+_CHECKED: dict[Any, Callable[..., Any]] = {
+    aten.index_select.default: _index_select,
+    aten.index_add.default: _index_add,
+    aten.scatter_add.default: _scatter_add,
+    aten.scatter.value: _scatter_value,
 }
 
 

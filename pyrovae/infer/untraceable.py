@@ -5,6 +5,7 @@ from __future__ import annotations
 import linecache
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -12,11 +13,12 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding, one_hot
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Conversions", "NoKey", "Untraceable", "Values", "memory", "reason", "tensors_in", "where"]
+__all__ = ["Conversions", "NoKey", "Untraceable", "Values", "memory", "reason", "recordable", "tensors_in", "where"]
 
 
 class Untraceable(RuntimeError):
@@ -98,7 +100,7 @@ class Conversions(TorchFunctionMode):
         given = [x for x in (*args, *(kwargs or {}).values()) if not isinstance(x, Tensor)]
         if func in _FROM_NUMBERS and not self._values.are_constant(given):
             self._values.refuse("it makes a tensor of a list of tensors, or of numbers that change (use torch.stack)")
-        return func(*args, **(kwargs or {}))
+        return recordable(func)(*args, **(kwargs or {}))
 
 
 _TO_NUMPY = (Tensor.numpy, Tensor.__array__, Tensor.__dlpack__)  # which may write to it, too
@@ -111,6 +113,18 @@ _JUMPS = {
     *("eq", "ne", "lt", "le", "gt", "ge"),
 }
 _MASKS = (torch.bool, torch.uint8)
+
+
+def recordable(func: Callable) -> Callable:
+    """Torch's function, or one that does the same without reading values."""
+    return _one_hot if func is one_hot else func
+
+
+def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
+    """On CPU torch's reads the least and the largest class, to check them; an embedding checks them too."""
+    if not tensor.is_cpu or num_classes < 1 or tensor.dtype is not torch.int64 or tensor.numel() == 0:
+        return one_hot(tensor, num_classes)
+    return embedding(tensor, torch.eye(num_classes, dtype=torch.int64))
 
 
 def _is_split_at_a_tensor(_: Tensor, at: Any = None, *args: Any, **kwargs: Any) -> bool:
