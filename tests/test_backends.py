@@ -1478,6 +1478,23 @@ def test_what_is_read_by_a_variable_key_counts(change: str, calls: list) -> None
 
 
 @pytest.mark.usefixtures("recorded")
+def test_a_program_trains_its_own_parameters_after_a_look_at_another_state(calls: list) -> None:
+    def losses(backend: str) -> list[Tensor]:
+        pair, state, keys = Arguments(), {"loc": 1.0, "other": False}, ("other",)
+        pair.first, pair.second = nn.Parameter(torch.zeros(())), nn.Parameter(torch.ones(()))
+        model = lambda x: pair.model(x, state["loc"] + (pair.second if state[keys[0]] else pair.first).exp())  # noqa: E731
+        svi = SVI(model, pair.guide, sgd(pair), Trace_ELBO(), backend=backend)
+        found = []
+        for step, x in enumerate([*batches(), *batches()]):
+            state["other"] = 4 <= step < 8
+            found.append(svi.step(x))
+        return found
+
+    torch.testing.assert_close(losses("compiled"), losses("eager"))
+    assert len(calls) == 10
+
+
+@pytest.mark.usefixtures("recorded")
 @pytest.mark.parametrize("when", [3, 8])
 def test_a_record_that_has_come_to_fail_is_given_up(when: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """At a step that compares it with the pair, and at one that does not."""

@@ -415,6 +415,7 @@ class SVI:
             self._unsaid = str(error)
             return None
         self._surroundings.stand_ins.accept()
+        trained = list(used)  # to look at the pair again, when it may have become another, names others
         if compile_it:
             program.compile(arguments.tensors)
         if self._update is None or not isinstance(self.optim, Optimizer):  # each kind of call names its own
@@ -423,7 +424,7 @@ class SVI:
 
         def step(*tensors: Tensor) -> Tensor:
             loss, *gradients = program(*tensors)
-            update(used, gradients)
+            update(trained, gradients)
             return loss
 
         read = [*arguments.tensors, *program.outside]
