@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pyro
@@ -389,10 +389,7 @@ def changes(surroundings: Surroundings, change: Callable[[], object]) -> str:
     before = surroundings.state()
     change()
     after = surroundings.state()
-    return surroundings.difference(surroundings.key(before), surroundings.key(after)) if after != before else ""
-
-
-AN_ATTRIBUTE = "an attribute, or a list's length,"
+    return surroundings.difference(*(surroundings.states[i] for i in (before, after)))
 
 
 def test_attributes_of_a_pair_are_watched() -> None:
@@ -403,7 +400,7 @@ def test_attributes_of_a_pair_are_watched() -> None:
     assert see(lambda: setattr(pair, "temperature", 0.25)) == "Annealed.temperature"
     assert see(lambda: setattr(pair, "temperature", 1 / 4)) == ""
     assert see(lambda: setattr(pair, "temperature", float("0.25"))) == ""
-    assert see(lambda: setattr(pair, "beta", 0.5)) == AN_ATTRIBUTE  # a new one, of the instance
+    assert see(lambda: setattr(pair, "beta", 0.5)) == "Annealed.beta"  # a new one, of the instance
     assert see(lambda: setattr(pair.net[1], "p", 0.1)) == "Dropout.p"
     assert "Sequential.training" in see(pair.net.eval)
     assert see(lambda: pair.weight.fill_(0.5)) == ""  # a record reads it
@@ -499,4 +496,25 @@ def test_the_param_store_is_watched() -> None:
     state = copy.deepcopy(pyro.get_param_store().get_state())
     assert see(lambda: None) == ""
     assert see(lambda: pyro.get_param_store().set_state(state)) == "a"
-    assert see(pyro.clear_param_store) == AN_ATTRIBUTE
+    assert see(pyro.clear_param_store) == "a"
+
+
+def test_keys_of_a_dict_are_watched() -> None:
+    weights: dict[Any, float] = {"tanh": 1.0, "sin": 2.0}
+
+    def function(x: Tensor) -> Tensor:
+        for name, weight in weights.items():
+            x = getattr(torch, name)(x) * weight if isinstance(name, str) else x + name.sum()
+        return x
+
+    surroundings = Surroundings(function)
+    see = partial(changes, surroundings)
+    assert see(lambda: weights.update(cos=weights.pop("sin"))) == "sin, cos"
+    state = surroundings.state()
+    weights["tanh"] = weights.pop("tanh")  # the last now
+    assert surroundings.state() != state
+    weights.clear()
+    weights[torch.ones(2)] = 1.0
+    state = surroundings.state()
+    weights[torch.ones(2)] = weights.popitem()[1]  # tensors are not compared
+    assert surroundings.state() != state

@@ -102,7 +102,7 @@ class Program:
                 _check_stand_ins(function, self._original if has_numbers else None, args, surroundings)
             else:
                 _result_without_reading(function, _copies(args))
-            before, contents = surroundings.key(), surroundings.contents()
+            before, contents = surroundings.now(), surroundings.contents()
             random_state = surroundings.python_random_state()
             with stand_ins.as_tensors(other=False):
                 first = _Record(function, _copies(args))
@@ -111,8 +111,8 @@ class Program:
                 second = _Record(function, _copies(args, other=True))
             if (changed := contents.changed()) is not None:
                 raise Untraceable(f"it changes {surroundings.label(changed)} as it runs")
-            if before != (after := surroundings.key()):
-                raise Untraceable(f"it changes {surroundings.difference(before, after)} as it runs")
+            if difference := surroundings.difference(before, surroundings.now()):
+                raise Untraceable(f"it changes {difference} as it runs")
             first.check_same(second)
             if random_state != surroundings.python_random_state():
                 raise Untraceable("it draws random numbers of Python's or NumPy's")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections import UserList, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dis import get_instructions, hasname
 from functools import cache, cached_property, partial, partialmethod
 from inspect import getattr_static
@@ -301,12 +301,9 @@ class _Words(NamedTuple):
     """By ``getattr``."""
 
     @staticmethod
-    def of(codes: Iterable[CodeType]) -> _Words:
-        parts = [(_names(code), _keys(code), _asked_with_default(code), _asked(code)) for code in codes]
-        return _Words(*(frozenset(chain.from_iterable(each)) for each in zip(*parts, strict=True))) if parts else _NONE
-
-
-_NONE = _Words(frozenset(), frozenset(), frozenset(), frozenset())
+    def of(codes: Collection[CodeType]) -> _Words:
+        finders = (_names, _keys, _asked_with_default, _asked)
+        return _Words(*(frozenset(chain.from_iterable(map(find, codes))) for find in finders))
 
 
 def attributes(thing: Any) -> dict[str, Any]:
@@ -317,7 +314,8 @@ def attributes(thing: Any) -> dict[str, Any]:
 def members(container: Any) -> Iterable[Any]:
     """As they lie there, whatever kinds of lists and dicts do besides."""
     if isinstance(container, dict):
-        return kind_of_dict(container).values(container)
+        kind = kind_of_dict(container)
+        return chain(kind.keys(container), kind.values(container))
     return list.__iter__(container) if isinstance(container, list) else container
 
 

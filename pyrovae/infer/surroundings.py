@@ -6,10 +6,10 @@ import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import IOBase
-from itertools import chain, compress, repeat
+from itertools import chain
 from operator import itemgetter
 from types import MappingProxyType, MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -20,7 +20,6 @@ from pyrovae.infer.reads import (
     BOOKKEEPING,
     CONTAINERS,
     MOST_MEMBERS,
-    NUMBERS,
     Reads,
     attributes,
     is_of_a_library,
@@ -46,6 +45,26 @@ from pyrovae.infer.untraceable import Untraceable
 __all__ = ["Surroundings"]
 
 
+class State(NamedTuple):
+    """What is watched, as it was at one moment."""
+
+    places: dict[Any, Place]
+    """By key. Holding on to them, and to values, keeps their ids from being given to others."""
+    values: dict[Any, Any]
+    """What lay there."""
+    stand_ins: tuple
+
+    def has_places_of(self, other: State) -> bool:
+        """In the same order. Keys of dicts may be tensors, which are not to be compared."""
+        order = {key: index for index, key in enumerate(other.places)}
+        return self.stand_ins == other.stand_ins and list(map(order.get, self.places)) == list(range(len(order)))
+
+    def different(self, other: State) -> dict[Any, Place]:
+        """Where there is something else, or something in one of them only."""
+        places, a, b = {**self.places, **other.places}, self.values, other.values
+        return {k: place for k, place in places.items() if (k in a) != (k in b) or not is_equal(a.get(k), b.get(k))}
+
+
 class Surroundings:
     """The numbers and objects that ``functions`` read (:class:`Reads`), the tensors that they change, generators.
 
@@ -54,7 +73,8 @@ class Surroundings:
 
     def __init__(self, *functions: Any) -> None:
         self._functions = functions
-        self._states: list[tuple[list[Any], tuple]] = []
+        self.states: list[State] = []
+        """Those that have been met."""
         self._state = 0  # which of them is the last
         self._views: dict[int, _View] = {}  # of the states; none where it is to be looked at again
         self._ignored: set[Key] = set()
@@ -79,24 +99,22 @@ class Surroundings:
                 self._state, self._view = state, view
                 return
         self._view = self._look()
-        now, keys = self._now(), [known for _, known in self._states]
-        self._state = keys.index(now[1]) if now[1] in keys else len(keys)
-        self._states[self._state : self._state + 1] = [now]
+        now = self.now()
+        same = (i for i, known in enumerate(self.states) if known.has_places_of(now) and not known.different(now))
+        self._state = next(same, len(self.states))
+        self.states[self._state : self._state + 1] = [now]
         self._views[self._state] = self._view
 
-    def _now(self) -> tuple[list[Any], tuple]:
-        """Holding on to the objects keeps their ids from being given to others."""
-        values, lengths = self._values(), self._view.lengths()
-        return values, (*map(_fingerprint, values), lengths, tuple(map(type, values)), self.stand_ins.state())
+    def now(self) -> State:
+        """As it is now, in the places that were found when it was last asked for its number."""
+        places = self._places()
+        return State(places, {key: place.reader()() for key, place in places.items()}, self.stand_ins.state())
 
-    def idle(self, before: int, after: int) -> set[Key]:
+    def idle(self, before: int, after: int) -> set[Any]:
         """Where two states differ, if it is only in what no code names; else nothing."""
-        places, a, b = self._places(), self.key(before), self.key(after)
-        if len(a) != len(b) or a[len(places) : -2] != b[len(places) : -2] or a[-1] != b[-1]:
-            return set()
-        both = zip(places, zip(a, a[-2], strict=False), zip(b, b[-2], strict=False), strict=False)
-        different = [place for place, old, new in both if old != new]
-        return {place.key() for place in different} if all(map(self._is_unnamed, different)) else set()
+        a, b = self.states[before], self.states[after]
+        different = a.different(b)
+        return set(different) if a.has_places_of(b) and all(map(self._is_unnamed, different.values())) else set()
 
     def _is_unnamed(self, place: Place) -> bool:
         if place.key() in self._view.reads.unnamed:
@@ -106,40 +124,27 @@ class Surroundings:
             return False
         return place.name not in self._view.reads.names and place.name != "training"
 
-    def ignore(self, keys: set[Key]) -> None:
+    def ignore(self, keys: set[Any]) -> None:
         """What lies there makes no difference: it counts no more, in the states that are known either."""
-        places = self._places()
-        stays = [place.key() not in keys for place in places]
-        for index, (values, key) in enumerate(self._states):
-            if len(key) == len(values) + 3 and len(values) >= len(places):
-                both = [[*compress(each, chain(stays, repeat(True)))] for each in (values, key, key[-2])]
-                self._states[index] = both[0], (*both[1][:-2], tuple(both[2]), both[1][-1])
+        for state in self.states:
+            for key in keys & state.values.keys():
+                del state.places[key], state.values[key]
         self._ignored |= keys
         self._views.clear()
 
-    def key(self, state: int | None = None) -> tuple:
-        """What a state, or what all is now, comes down to."""
-        return (*map(_fingerprint, self._values()), self._view.lengths()) if state is None else self._states[state][1]
-
-    def difference(self, before: tuple, after: tuple) -> str:
-        """What differs between two keys, by name."""
-        if len(before) != len(after):
-            return "an attribute, or a list's length,"
-        names = self._names() if len(before) <= len(self._names()) else []
-        different = [name for name, a, b in zip(names, before, after, strict=False) if a != b]
-        return ", ".join(different[:3]) or "an attribute"
+    def difference(self, before: State, after: State) -> str:
+        """What differs, by name; empty where nothing does."""
+        return ", ".join([place.label() for place in before.different(after).values()][:3])
 
     def let_move(self, before: int, after: int, as_tensor: Callable[[float], Tensor]) -> bool:
         """Have tensors stand for the numbers in which two states differ. False where there are none."""
-        places, a, b = self._places(), self.key(before), self.key(after)
-        if not len(places) <= len(a) == len(b):
-            return False
+        a, b = self.states[before], self.states[after]
         moved = False
-        for place, old, new in zip(places, a, b, strict=False):
-            number = place.reader()()
-            whole = isinstance(old, int) and isinstance(number, int)  # counts, say: shapes and loops depend on them
-            if old != new and is_real(old) and is_real(number) and not whole:
-                moved |= self.stand_ins.add(place, number, as_tensor)
+        for key, place in a.different(b).items():
+            old, new = (each.values.get(key, ...) for each in (a, b))
+            whole = isinstance(old, int) and isinstance(new, int)  # counts, say: shapes and loops depend on them
+            if is_real(old) and is_real(new) and not whole:
+                moved |= self.stand_ins.add(place, new, as_tensor)
         self._views.clear()
         return moved
 
@@ -153,9 +158,10 @@ class Surroundings:
         return Contents(self._reached())
 
     def label(self, part: Any) -> str:
-        """By which name something is reached."""
-        for place in self._places():
-            if any(each is part for each in reached([place.reader()()])):
+        """By which name something is found, or reached."""
+        for place in self._places().values():
+            value = place.reader()()
+            if value is part or any(each is part for each in reached([value])):
                 return place.label()
         return f"a {type(part).__name__}"
 
@@ -189,7 +195,7 @@ class Surroundings:
                 if not bool(same.all()):  # what nothing has changed may be read-only
                     tensor.data.copy_(value)
         if moved is not None:
-            raise Untraceable(f"it gives {self._name(moved)} other memory (`.data =`) as it runs")
+            raise Untraceable(f"it gives {self.label(moved)} other memory (`.data =`) as it runs")
 
     def python_random_state(self) -> bytes:
         """Of Python's and NumPy's generators: the global ones, and those among the surroundings."""
@@ -204,7 +210,11 @@ class Surroundings:
         found, names = self._reached(), self._view.reads.names
         if self._view.reads.takes_next and any(map(_is_iterator, found)):
             return True
-        held = [p.reader()() for p in self._places() if p.owner is None or isinstance(p.owner, type) or p.name in names]
+        held = [
+            place.reader()()
+            for place in self._places().values()
+            if place.owner is None or isinstance(place.owner, type) or place.name in names
+        ]
         for thing in found:
             if isinstance(thing, CONTAINERS) and len(thing) <= MOST_MEMBERS:
                 held += members(thing)
@@ -238,30 +248,24 @@ class Surroundings:
     def _counts(self, key: Key) -> bool:
         return key not in self.stand_ins and key not in self._ignored
 
-    def _places(self) -> list[Place]:
-        """Of all that is watched, besides the parameter store."""
+    def _places(self) -> dict[Any, Place]:
+        """All that is watched, by key; of the parameter store by name, since one may take another's place."""
         attributes = [
             Place(space, name, owner)
             for owner, space in self._view.reads.namespaces
             for name in space
             if self._is_watched(owner, space, name)
         ]
-        return [*attributes, *self._view.single, *chain.from_iterable(map(_entries, self._view.whole))]
+        params = pyro.get_param_store()._params
+        places = [*attributes, *self._view.single, *chain.from_iterable(map(_entries, self._view.whole))]
+        return {place.key(): place for place in places} | {name: Place(params, name) for name in params}
 
     def _values(self) -> list[Any]:
-        return [*(place.reader()() for place in self._places()), *pyro.get_param_store()._params.values()]
+        return list(self.now().values.values())
 
     def _reached(self) -> list[Any]:
         owners = [function.__self__ for function in self._functions if isinstance(function, MethodType)]
         return list(reached([*self._values(), *owners]))
-
-    def _name(self, value: Any) -> str:
-        names = zip(self._names(), self._values(), strict=False)
-        return next((name for name, each in names if each is value), "a tensor")
-
-    def _names(self) -> list[str]:
-        labels = [place.label() for place in self._places()]
-        return [*labels, *pyro.get_param_store()._params, "a list's length", "a number", "a number"]
 
 
 class _View:
@@ -302,16 +306,13 @@ class _View:
             self._glance = now
         return True
 
-    def lengths(self) -> tuple[int, ...]:
-        return tuple(map(len, self.reads.containers))
-
     def _look(self) -> tuple[list[int], list[Any]] | None:
         """The objects without those that ``nn.Module`` keeps for itself, nine in ten; None where one is gone."""
         try:
             attributes = [pick(space) for pick, space in self._pickers]
         except KeyError:
             return None
-        lengths = [*(len(space) for _, space in self.reads.namespaces), *self.lengths()]
+        lengths = [*(len(space) for _, space in self.reads.namespaces), *map(len, self.reads.containers)]
         named = [read() for read in self._readers]
         inside = chain.from_iterable(map(members, self.whole))
         return lengths, [*chain.from_iterable(attributes), *named, *inside, *pyro.get_param_store()._params.values()]
@@ -348,9 +349,3 @@ def _put_back(place: Place, existed: bool, value: Any) -> None:
             place.write(value)
     elif place.exists() and is_plain(place.reader()()):
         place.remove()
-
-
-def _fingerprint(value: Any) -> Any:
-    if type(value) is tuple:
-        return tuple(map(_fingerprint, value))
-    return value if isinstance(value, NUMBERS) else id(value)

@@ -376,7 +376,8 @@ class SVI:
         if self._states and surroundings.let_move(self._states[-1], state, self._as_tensor):
             state = surroundings.state()
         if len(self._states) >= MAX_PROGRAMS:
-            names = surroundings.difference(surroundings.key(self._states[-1]), surroundings.key(state))
+            before, after = surroundings.states[self._states[-1]], surroundings.states[state]
+            names = surroundings.difference(before, after) or "an attribute"
             why = self._why_held or "a tensor (a buffer of the pair, say) may, in place"
             if any(self._programs.values()) or not self._programs:  # else why it cannot be recorded has been said
                 self._unsaid = f"{names} changes from step to step; {why}"
