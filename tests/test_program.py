@@ -518,3 +518,50 @@ def test_keys_of_a_dict_are_watched() -> None:
     state = surroundings.state()
     weights[torch.ones(2)] = weights.popitem()[1]  # tensors are not compared
     assert surroundings.state() != state
+
+
+def test_what_is_set_up_at_the_first_use_stays() -> None:
+    class Slotted:
+        __slots__ = ("net",)
+
+        def __call__(self, x: Tensor) -> Tensor:
+            if not hasattr(self, "net"):
+                self.net = nn.Tanh()
+            return self.net(x)
+
+    def with_cell() -> Callable:
+        net: Any = None
+
+        def function(x: Tensor) -> Tensor:
+            nonlocal net
+            try:
+                net  # noqa: B018
+            except NameError:
+                net = nn.Tanh()
+            return net(x)
+
+        del net
+        return function
+
+    slotted = Slotted()
+    for function in (lambda x: slotted(x), with_cell()):
+        program = record(function, X)
+        torch.testing.assert_close(program(X), X.tanh())
+        torch.testing.assert_close(function(X), X.tanh())
+
+
+def test_a_list_is_put_back_before_the_entry_that_moves() -> None:
+    weights = [0.5, 1.0]
+
+    def function(x: Tensor) -> Tensor:
+        first = weights[0]
+        weights.clear()
+        return x * first
+
+    surroundings = Surroundings(function)
+    before, weights[0] = surroundings.state(), 0.25
+    assert surroundings.let_move(before, surroundings.state(), torch.tensor)
+    surroundings.state()
+    with pytest.raises(Untraceable):
+        Program(function, (X,), surroundings)
+    assert weights == [0.25, 1.0]

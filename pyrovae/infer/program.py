@@ -295,7 +295,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def _are_one(one: Any, other: Any) -> bool:
     """Whether they are the same, or the same memory: numbers that change are met as new objects each time."""
     numbers = isinstance(one, Tensor) and isinstance(other, Tensor) and one.ndim == other.ndim == 0
-    return one is other or (numbers and one.untyped_storage()._cdata == other.untyped_storage()._cdata)
+    return one is other or (numbers and memory(one) == memory(other))
 
 
 _one_at_a_time = threading.RLock()

@@ -42,9 +42,9 @@ __all__ = [
     "generators",
     "is_equal",
     "is_made_anew",
-    "is_plain",
     "is_users_object",
     "own_attributes",
+    "put_back",
     "put_back_names",
     "reached",
     "same_objects",
@@ -160,15 +160,18 @@ def _fill(value: Any, content: Any) -> None:
         deque.extend(value, content)
 
 
-def put_back_names(space: dict[str, Any], before: dict[str, Any]) -> None:
-    """Attributes as they were. An object that has come is no part of a record: it was set up at its first use."""
-    for name, value in before.items():
-        place = Place(space, name)
+def put_back(place: Place, existed: bool, value: Any) -> None:
+    """As it was. An object that has come is no part of a record: it was set up at its first use."""
+    if existed:
         if not place.exists() or place.reader()() is not value:
             place.write(value)
-    for name in [name for name in space if name not in before]:
-        if is_plain(space[name]):
-            Place(space, name).remove()
+    elif place.exists() and _is_plain(place.reader()()):
+        place.remove()
+
+
+def put_back_names(space: dict[str, Any], before: dict[str, Any]) -> None:
+    for name in {**before, **space}:
+        put_back(Place(space, name), name in before, before.get(name))
 
 
 def _put_back_attributes(thing: Any, before: dict[str, Any]) -> None:
@@ -179,14 +182,14 @@ def _put_back_attributes(thing: Any, before: dict[str, Any]) -> None:
         if is_slot[name] and slots.get(name, ...) is not value:
             object.__setattr__(thing, name, value)
     for name in slots.keys() - before.keys():
-        if is_plain(slots[name]):
+        if _is_plain(slots[name]):
             object.__delattr__(thing, name)
 
 
-def is_plain(value: Any) -> bool:
+def _is_plain(value: Any) -> bool:
     """Whether it is a number or a tensor, or consists of them alone: no object that is set up once and kept."""
     if isinstance(value, tuple):
-        return all(map(is_plain, value))
+        return all(map(_is_plain, value))
     return isinstance(value, (*NUMBERS, np.generic, Tensor)) and not isinstance(value, nn.Parameter)
 
 

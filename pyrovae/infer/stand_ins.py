@@ -67,8 +67,10 @@ class Place(NamedTuple):
             object.__setattr__(self.space, self.name, value)
 
     def remove(self) -> None:
-        """The name, where it is one in a namespace."""
-        if isinstance(self.space, dict):
+        """What lies there, but for entries of lists."""
+        if isinstance(self.space, CellType):
+            del self.space.cell_contents
+        elif isinstance(self.space, dict):
             kind_of_dict(self.space).__delitem__(self.space, self.name)
         elif isinstance(self.owner, type):
             type.__delattr__(self.owner, self.name)
@@ -76,11 +78,14 @@ class Place(NamedTuple):
             object.__delattr__(self.space, self.name)
 
     def exists(self) -> bool:
+        """Whether anything lies there."""
+        if isinstance(self.space, CellType):
+            return self.space != CellType()
         if isinstance(self.space, list | deque):
             return self.name < len(self.space)
         if isinstance(self.space, dict):
             return dict.__contains__(self.space, self.name)
-        return self.name in self.space if isinstance(self.space, Mapping) else True
+        return self.name in self.space if isinstance(self.space, Mapping) else hasattr(self.space, self.name)
 
     def key(self) -> Key:
         return id(self.owner if isinstance(self.owner, type) else self.space), self.name

@@ -32,9 +32,9 @@ from pyrovae.infer.snapshot import (
     generators,
     is_equal,
     is_made_anew,
-    is_plain,
     is_users_object,
     own_attributes,
+    put_back,
     put_back_names,
     reached,
     same_objects,
@@ -186,9 +186,9 @@ class Surroundings:
                 generator.set_state(state)
             for space, attribute in attributes:
                 put_back_names(space, attribute)
+            contents.put_back()  # a list has its length again
             for each in named:
-                _put_back(*each)
-            contents.put_back()
+                put_back(*each)
             moved = memories.put_back()
             for tensor, value in tensors:
                 same = (tensor == value) | ((tensor != tensor) & (value != value))
@@ -341,11 +341,3 @@ def _is_iterator(value: Any) -> bool:
 
 def _can_be_read(value: Any) -> bool:
     return isinstance(value, IOBase) and not value.closed and value.readable()
-
-
-def _put_back(place: Place, existed: bool, value: Any) -> None:
-    if existed:
-        if place.reader()() is not value:
-            place.write(value)
-    elif place.exists() and is_plain(place.reader()()):
-        place.remove()

@@ -25,6 +25,7 @@ from pyrovae.infer.cudagraph import Captured, why_not
 from pyrovae.infer.program import Program, Untraceable, say_once
 from pyrovae.infer.snapshot import same_objects
 from pyrovae.infer.surroundings import Surroundings
+from pyrovae.infer.untraceable import memory
 from pyrovae.infer.update import Update
 
 __all__ = ["BACKENDS", "SVI", "DatasetSize"]
@@ -348,7 +349,8 @@ class SVI:
                 return None
             return found, found.state()
         except Exception as error:  # of a user's object that does not want to be looked at
-            self._unsaid, self._gave_up = f"what it reads cannot be watched ({type(error).__name__}: {error})", True
+            self._unsaid = f"what it reads cannot be watched ({type(error).__name__}: {error})"
+            self._give_up()
             return None
 
     def _layouts(self, params: list[Tensor]) -> tuple:
@@ -456,7 +458,7 @@ def _owned(gradients: list[Tensor], params: list[Tensor]) -> list[Tensor]:
     """As ``backward`` leaves gradients and fused kernels need them: strides of the parameters, memory of their own."""
     owned: list[Tensor] = []
     for gradient, param in zip(gradients, params, strict=True):
-        shared = any(gradient.untyped_storage()._cdata == other.untyped_storage()._cdata for other in owned)
+        shared = memory(gradient) in map(memory, owned)
         if shared or gradient.stride() != param.stride():
             gradient = torch.empty_like(param).copy_(gradient)
         owned.append(gradient)
