@@ -1498,7 +1498,7 @@ def test_a_program_trains_its_own_parameters_after_a_look_at_another_state(calls
 @pytest.mark.parametrize("when", [3, 8])
 def test_a_record_that_has_come_to_fail_is_given_up(when: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """At a step that compares it with the pair, and at one that does not."""
-    monkeypatch.setattr(svi_module.SVI, "_layouts", lambda self, params: ())
+    monkeypatch.setattr(svi_module, "_layouts", lambda tensors: ())
     results = []
     for backend in ("eager", "compiled"):
         pair = Untrained(lambda pair, x: (x.to(pair.fixed.weight.dtype) @ pair.fixed.weight).float())
@@ -2920,6 +2920,19 @@ def test_only_the_first_shape_is_compiled(monkeypatch: pytest.MonkeyPatch) -> No
     svi = SVI(pair.model, pair.guide, sgd(pair), Trace_ELBO(), backend="compiled")
     for x in (batches()[0], batches()[0], batches()[0][:3], batches()[1]):
         svi.step(x)
+    assert compiled == [8]
+
+
+def test_what_a_short_batch_alone_reads_leaves_the_first_program_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled, made = [], []
+    start = Program.__init__
+    monkeypatch.setattr(Program, "__init__", lambda self, *args: made.append(args[1][0].shape[0]) or start(self, *args))
+    monkeypatch.setattr(Program, "compile", lambda self, args: compiled.append(args[0].shape[0]))
+    pair = Untrained(lambda pair, x: x * pair.fixed.weight.mean(0) if len(x) < 8 else x)
+    svi = SVI(pair.model, pair.guide, trained(pair), Trace_ELBO(), backend="compiled")
+    for x in (batches()[0], batches()[0], batches()[0][:3], batches()[1], batches()[1][:3]):
+        svi.step(x)
+    assert made == [8, 3]
     assert compiled == [8]
 
 

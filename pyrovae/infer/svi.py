@@ -150,7 +150,7 @@ class SVI:
         self._update: Update | None = None
         self._states: list[int] = []
         self._programs: dict[Any, _Recorded | None] = {}
-        self._others: dict[int, Tensor] = {}  # what programs read besides parameters and arguments
+        self._others: dict[Any, list[Tensor]] = {}  # by setting and arguments: what the program reads besides these
         self._gave_up = False
         self._why_held = ""  # no tensor stands for a number that changes
         self._fixed_floats: dict[Any, str] = {}  # kinds of calls where no tensor can stand for them, and why
@@ -289,20 +289,22 @@ class SVI:
                 self._unsaid = why or f"its arguments' shapes or values keep changing; {MAX_PROGRAMS} were looked at"
                 return None
             # Another shape, a short last batch say, is recorded too, but is not worth a compiler's time.
-            first = all(known[:4] != signature[:4] for known in self._programs)
+            first = next((known for known in self._programs if known[:4] == signature[:4]), signature)
+            compile_it = first[5:] == signature[5:]
             moving = surroundings.stand_ins.state()
-            recorded = self._record(arguments, params, compile_it=first)
+            recorded = self._record(arguments, params, compile_it=compile_it)
             if surroundings.stand_ins.state() != moving:  # a number that moved is held fixed again
                 self._unsaid = ""
                 return None
             if recorded is None and arguments is not fixed:
                 why = f"no tensor can stand for a float among its arguments: {self._unsaid}"
-                recorded = self._record(fixed, params, compile_it=first)
+                recorded = self._record(fixed, params, compile_it=compile_it)
                 if recorded is not None:
                     self._unsaid, self._fixed_floats[fixed.call()] = "", why
                     arguments = fixed
             if recorded is not None:
-                self._others |= {id(x): x for x in recorded.program.outside if all(x is not p for p in params)}
+                others = [x for x in recorded.program.outside if all(x is not p for p in params)]
+                self._others[signature[0], arguments.key()] = others
             signature = self._signature(state, params, arguments)
             self._programs[signature] = recorded
         recorded = self._programs[signature]
@@ -310,8 +312,9 @@ class SVI:
 
     def _signature(self, state: int, params: list[Tensor], arguments: Arguments) -> tuple:
         """What programs are good for."""
-        setting = state, self.dataset_size, *_torchs_settings()
-        return (setting, self._layouts(params), *arguments.key())
+        setting, key = (state, self.dataset_size, *_torchs_settings()), arguments.key()
+        spec, kinds, *rest = key
+        return (setting, _layouts(params), spec, kinds, _layouts(self._others.get((setting, key), [])), *rest)
 
     def _with_tensors(self, arguments: Arguments) -> Arguments:
         """Tensors stand for floats, where they can."""
@@ -352,10 +355,6 @@ class SVI:
             self._unsaid = f"what it reads cannot be watched ({type(error).__name__}: {error})"
             self._give_up()
             return None
-
-    def _layouts(self, params: list[Tensor]) -> tuple:
-        """How what programs read besides their arguments lies in memory: compiled code counts on it."""
-        return tuple([(x.requires_grad, x.shape, x.stride(), x.dtype) for x in (*params, *self._others.values())])
 
     def _trained(self, state: int) -> list[Tensor] | None:
         """The parameters of such a step. With ``pyro.optim`` an eager step names them: None until one has."""
@@ -438,6 +437,11 @@ class SVI:
                 say_once(f"pyrovae: this step runs without a CUDA graph: {reason}.")
             return _Recorded(program, step)
         return _Recorded(program, Captured(step, update, program.inputs))
+
+
+def _layouts(tensors: list[Tensor]) -> tuple:
+    """How what a program reads besides its arguments lies in memory: compiled code counts on it."""
+    return tuple([(x.requires_grad, x.shape, x.stride(), x.dtype) for x in tensors])
 
 
 def _torchs_settings() -> tuple:
