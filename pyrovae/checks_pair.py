@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -23,8 +24,9 @@ def check_pair(pair: Pair, x: Tensor, argument: str = "x", *, binarize: bool = F
     """Run the pair once on a few data, with Pyro's validation on.
 
     Raises:
-        ValueError: the guide misses a site; a parameter lives in Pyro's global store; ``x`` lies outside the support of
-            its likelihood; or whatever Pyro's own validation finds.
+        ValueError: the guide misses a site; what follows the batch is not inside the plate ``data``; a parameter lives
+            in Pyro's global store; ``x`` lies outside the support of its likelihood; or whatever Pyro's own validation
+            finds.
     """
     parameter = next(pair.parameters(), None)
     few = x[:2] if parameter is None else x[:2].to(parameter.device, parameter.dtype)
@@ -35,9 +37,7 @@ def check_pair(pair: Pair, x: Tensor, argument: str = "x", *, binarize: bool = F
                 "Divide pixels of 0..255 by 255, or leave binarize out."
             )
         few = few.round()
-    with torch.random.fork_rng([]), torch.no_grad(), pyro.validation_enabled(False):
-        guide_trace = poutine.trace(pair.guide).get_trace(few)
-        model_trace = poutine.trace(poutine.replay(pair.model, trace=guide_trace)).get_trace(few)
+    guide_trace, model_trace = _traces(pair, few)
     own = {id(p) for p in pair.parameters()}
     site: Any
     for trace in (guide_trace, model_trace):
@@ -48,7 +48,7 @@ def check_pair(pair: Pair, x: Tensor, argument: str = "x", *, binarize: bool = F
                     "state_dict would hold it. Make it an nn.Parameter or a PyroParam, or wrap the functions in "
                     "FunctionPair."
                 )
-    _check_plate(model_trace, len(few))
+    _check_plates(pair, few, guide_trace, model_trace)
     if not binarize:
         for name, site in model_trace.nodes.items():
             if site["type"] == "sample" and site["is_observed"] and site["value"] is few:
@@ -57,14 +57,50 @@ def check_pair(pair: Pair, x: Tensor, argument: str = "x", *, binarize: bool = F
         Structure.of(pair.model, pair.guide, (few,), {})
 
 
-def _check_plate(model_trace: Any, batch: int) -> None:
-    frames = [f for s in model_trace.nodes.values() if s["type"] == "sample" for f in s["cond_indep_stack"]]
-    names = {frame.name for frame in frames if frame.vectorized and frame.size == batch}
-    if names and "data" not in {frame.name for frame in frames}:
-        raise ValueError(
-            f"model: expected a plate named 'data' over the batch, by which objectives weigh mini-batches; found "
-            f"{', '.join(map(repr, sorted(names)))}. Write pyro.plate('data', len(x)), in the model and in the guide."
-        )
+def _traces(pair: Pair, few: Tensor) -> tuple[Any, Any]:
+    with torch.random.fork_rng([]), torch.no_grad(), pyro.validation_enabled(False):
+        guide_trace = poutine.trace(pair.guide).get_trace(few)
+        return guide_trace, poutine.trace(poutine.replay(pair.model, trace=guide_trace)).get_trace(few)
+
+
+def _check_plates(pair: Pair, few: Tensor, guide_trace: Any, model_trace: Any) -> None:
+    """Objectives weigh mini-batches by the plate ``data``, so all that follows the batch belongs inside it."""
+    batch = len(few)
+    if suspects := _plates(guide_trace, batch) | _plates(model_trace, batch):  # or of that size by chance
+        longer = _traces(pair, torch.cat([few, few[:1]]))
+        names = suspects & (_plates(longer[0], batch + 1) | _plates(longer[1], batch + 1))
+        if names:
+            raise ValueError(
+                f"pair: expected the plate over the batch to be named 'data', by which objectives weigh mini-batches; "
+                f"found {', '.join(map(repr, sorted(names)))}. {_PLATE}"
+            )
+    for name, site in model_trace.nodes.items():
+        if site["type"] != "sample" or site_is_subsample(site):
+            continue
+        if site["is_observed"] and site["value"] is few and not _is_per_datum(site):
+            raise ValueError(
+                f"model: expected site '{name}', which observes the batch, inside the plate 'data'. {_PLATE}"
+            )
+        in_guide = guide_trace.nodes.get(name)
+        if not site["is_observed"] and in_guide is not None and _is_per_datum(in_guide) != _is_per_datum(site):
+            inside, outside = ("model", "guide") if _is_per_datum(site) else ("guide", "model")
+            raise ValueError(
+                f"{outside}: expected site '{name}' inside the plate 'data', as in the {inside}; found it outside. "
+                f"{_PLATE}"
+            )
+
+
+_PLATE = "Write `with pyro.plate('data', len(x)):` around what is per datum, in the model and in the guide."
+
+
+def _plates(trace: Any, batch: int) -> set[str]:
+    """The other plates of that size."""
+    frames = [frame for site in trace.nodes.values() if site["type"] == "sample" for frame in site["cond_indep_stack"]]
+    return {frame.name for frame in frames if frame.vectorized and frame.size == batch and frame.name != "data"}
+
+
+def _is_per_datum(site: Any) -> bool:
+    return any(frame.name == "data" for frame in site["cond_indep_stack"])
 
 
 def observed_support(pair: Pair, few: Tensor) -> constraints.Constraint | None:

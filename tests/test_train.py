@@ -6,6 +6,7 @@ import math
 import signal
 import time
 import weakref
+from contextlib import nullcontext
 from itertools import pairwise
 
 import pyro
@@ -928,21 +929,51 @@ def test_a_folder_that_is_not_there_for_the_checkpoint(tmp_path):
     assert torch.equal(pair.loc, torch.zeros(2))
 
 
-class OtherPlate(pv.Pair):
-    """Its plate over the batch has another name, so no objective could tell a mini-batch from the data set."""
+class Plates(pv.Pair):
+    """Sites inside one plate or another, or none."""
 
-    def __init__(self):
+    def __init__(self, z="data", x="data", guide="data"):
         super().__init__()
+        self.z, self.x, self.of_guide = z, x, guide
         self.loc = torch.nn.Parameter(torch.zeros(2))
 
     def model(self, x):
-        with pyro.plate("batch", len(x)):
-            pyro.sample("x", dist.Normal(self.loc, 1.0).to_event(1), obs=x)
+        with pyro.plate("features", 2):  # as many as the rows that the check looks at
+            loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        plates = {name: self.plate(name, x) for name in {self.z, self.x}}
+        with plates[self.z]:
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1 if self.z else 2))
+        with plates[self.x]:
+            pyro.sample("x", dist.Normal(z + loc, 1.0).to_event(1 if self.x else 2), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("features", 2):
+            pyro.sample("loc", dist.Normal(self.loc, 1.0))
+        with self.plate(self.of_guide, x):
+            pyro.sample("z", dist.Normal(x, 1.0).to_event(1 if self.of_guide else 2))
+
+    def plate(self, name, x):
+        return pyro.plate(name, len(x), dim=-1) if name else nullcontext()
 
 
-def test_the_plate_over_the_batch_is_named_data(x):
-    with pytest.raises(ValueError, match=r"plate named 'data'.*found 'batch'"):
-        fit(OtherPlate(), x)
+def test_what_follows_the_batch_is_inside_the_plate_data(x):
+    """Objectives weigh mini-batches by it; an objective that is not the pair's would be trained without a word."""
+    fit(Plates(), x, epochs=1)
+    named = r"pair: expected the plate over the batch to be named 'data'.*found 'batch'\. Write `with pyro\.plate"
+    wrong = {
+        ("batch", "batch", "batch"): named,
+        ("data", "data", "batch"): named,
+        ("batch", "data", "batch"): named,
+        ("data", "batch", "data"): named,
+        ("data", "data", None): r"guide: expected site 'z' inside the plate 'data', as in the model",
+        (None, "data", "data"): r"model: expected site 'z' inside the plate 'data', as in the guide",
+        ("data", None, "data"): r"model: expected site 'x', which observes the batch, inside the plate 'data'",
+    }
+    for names, match in wrong.items():
+        with pytest.raises(ValueError, match=match):
+            fit(Plates(*names), x)
+        with pytest.raises(ValueError, match=match):
+            pv.evaluate(Plates(*names), x)
 
 
 def test_defaults_suit_the_pair():
