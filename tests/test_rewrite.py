@@ -142,6 +142,41 @@ def test_noise_gradients_and_buffers_stay_the_records() -> None:
     assert not calls(graph) & {aten.addmm.default, aten.tanh.default, aten.binary_cross_entropy_with_logits.default}
 
 
+DRAWN: dict[str, Callable[[Tensor], Tensor]] = {
+    "bernoulli_": lambda x: torch.empty_like(x).bernoulli_(0.3),
+    "dropout": lambda x: nn.functional.dropout(x, 0.3),
+    "normal_": lambda x: torch.empty_like(x).normal_(),
+    "uniform_": lambda x: torch.empty_like(x).uniform_(),
+    "exponential_": lambda x: torch.empty_like(x).exponential_(),
+    "geometric_": lambda x: torch.empty_like(x).geometric_(0.3),
+    "cauchy_": lambda x: torch.empty_like(x).cauchy_(),
+    "log_normal_": lambda x: torch.empty_like(x).log_normal_(),
+    "rand_like": torch.rand_like,
+    "randn_like": torch.randn_like,
+    "bernoulli": lambda x: torch.bernoulli(torch.full_like(x, 0.3)),
+    "bernoulli of one number": lambda x: torch.bernoulli(x, 0.3),
+    "poisson": lambda x: torch.poisson(torch.full_like(x, 3.0)),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 0, 1), (0, 2, 1)])
+@pytest.mark.parametrize("size", [4, 24])
+def test_random_numbers_of_tensors_that_lie_in_another_order(name: str, order: tuple[int, ...], size: int) -> None:
+    def function(x: Tensor) -> Tensor:
+        y = x.clone()
+        y += 1  # something is written in place
+        return DRAWN[name]((y + 1).permute(order))
+
+    x = torch.randn(size, size, size + 1)
+    program = record(function, x)
+    state = torch.get_rng_state()
+    expected, after = function(x), torch.get_rng_state()
+    torch.set_rng_state(state)
+    torch.testing.assert_close(faster(program, x)(*program.inputs, x), expected)
+    assert torch.equal(torch.get_rng_state(), after)
+
+
 @pytest.mark.slow
 def test_the_compiler_does_not_put_biases_back() -> None:
     from torch._inductor.utils import run_and_get_code

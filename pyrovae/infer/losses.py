@@ -24,6 +24,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import kl_divergence
+from torch.overrides import TorchFunctionMode
 
 from pyrovae.checks import check_positive
 from pyrovae.infer.arguments import kind_of_call
@@ -239,7 +240,7 @@ class TraceEnum_ELBO(_Objective, PyroTraceEnum_ELBO):
 
     Marked in the model and absent from the guide: log Σ_z p(x, z). Marked in the guide:
     Σ_z q(z | x)(log p(x, z) − log q(z | x)). Latents that are local to a datum are summed out directly; for the others
-    the contraction is Pyro's own (Obermeyer et al. 2019), which reads a tensor at every step.
+    the contraction is Pyro's own (Obermeyer et al. 2019).
     """
 
     def _get_traces(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Iterator[tuple[Trace, Trace]]:
@@ -257,9 +258,24 @@ class TraceEnum_ELBO(_Objective, PyroTraceEnum_ELBO):
         for traces in self._get_traces(model, guide, args, kwargs):
             value = enumerated_bound(*traces, particles, nesting)
             if value is None:
-                value = _compute_dice_elbo(*traces) / particles
+                with _ImpossibleAtNoCost():
+                    value = _compute_dice_elbo(*traces) / particles
             bound = bound + value * (particles / self.num_particles)
         return bound, None
+
+
+class _ImpossibleAtNoCost(TorchFunctionMode):
+    """Pyro's expectation reads whether an outcome has probability 0, and leaves such out by a boolean index. Neither
+    can be recorded; here they stay, at cost 0.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.all:
+            return False
+        if func is Tensor.masked_select:
+            values, mask = args
+            return torch.where(mask, values, 0.0)
+        return func(*args, **(kwargs or {}))
 
 
 class RenyiELBO(_Objective):

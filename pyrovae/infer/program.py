@@ -33,6 +33,7 @@ from pyrovae.infer.snapshot import Writes
 from pyrovae.infer.stand_ins import are_kept, counted_users, other_number
 from pyrovae.infer.surroundings import Surroundings
 from pyrovae.infer.untraceable import (
+    READING,
     Conversions,
     NoKey,
     Untraceable,
@@ -45,6 +46,10 @@ from pyrovae.infer.untraceable import (
 )
 
 __all__ = ["Program", "Untraceable", "or_eagerly", "say_once"]
+
+
+MANY_OPERATIONS = 1500
+"""Compiling takes three to four seconds for a hundred."""
 
 
 class Program:
@@ -120,6 +125,12 @@ class Program:
 
     def compile(self, args: tuple[Tensor, ...]) -> None:
         """Compile with TorchInductor; where that cannot be done, say so once and go on with the record as it is."""
+        operations = len(self.graph.graph.nodes)
+        if operations > MANY_OPERATIONS:
+            say_once(
+                f"pyrovae: the step has {operations:,} operations (a loop over time, say), and compiling them takes "
+                "minutes. backend='eager' does without."
+            )
         try:
             if self._writes_to_shared_memory(args):
                 raise TypeError("it writes to an argument, or to memory that two tensors share")
@@ -260,6 +271,16 @@ def _torchs_context() -> AbstractContextManager:
         return nullcontext()
 
 
+def _not_recorded() -> AbstractContextManager:
+    """Without it torch refuses to read constants too (``for i in pyro.plate(...)``)."""
+    try:
+        from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+        return disable_proxy_modes_tracing()
+    except ImportError:  # torch's own business
+        return nullcontext()
+
+
 _said: set[str] = set()
 
 
@@ -393,7 +414,8 @@ class _Record:
                 return function(*args)
 
         try:
-            with same_random_state(), _unvalidated(), _torchs_context():
+            # In oneDNN an LSTM is one operation, whose gradient cannot be recorded.
+            with same_random_state(), _unvalidated(), _torchs_context(), torch.backends.mkldnn.flags(enabled=False):
                 graph = make_fx(watched)(*args)
         except Exception as error:
             raise Untraceable(f"{reason(error)}{where(error.__traceback__)}") from error
@@ -428,7 +450,8 @@ class _Witness(TorchFunctionMode):
         plain = [x for x in (*args, *(kwargs or {}).values()) if isinstance(x, bool | int | float | str | np.ndarray)]
         numbers = [x.tobytes() if isinstance(x, np.ndarray) else x for x in plain]
         self.calls.append(((func, *numbers), where(sys._getframe(1))))
-        return recordable(func)(*args, **(kwargs or {}))
+        with _not_recorded() if func in READING else nullcontext():  # only constants are still read by now
+            return recordable(func)(*args, **(kwargs or {}))
 
 
 def _lift_constants(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:

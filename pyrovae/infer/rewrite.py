@@ -29,7 +29,7 @@ aten = torch.ops.aten
 
 def rewritten(graph: GraphModule, args: list[Tensor]) -> GraphModule:
     """``graph``, whose arguments are like ``args``, in its faster form."""
-    table = _CHECKED | _FASTER | (_DRAWN_FASTER if noise.can_draw() else {})
+    table = _CHECKED | _FASTER | _DRAWN | (_DRAWN_FASTER if noise.can_draw() else {})
     faster = make_fx(graph, tracing_mode="fake", decomposition_table=table)(*args)
     if any(is_in_place(node) for node in faster.graph.nodes):  # without, a node is one value wherever it is read
         faster = make_fx(functionalize(faster), tracing_mode="fake")(*args)
@@ -217,6 +217,22 @@ def _uniform_(x: Tensor, low: float = 0, high: float = 1, *, generator: torch.Ge
     return x.copy_(noise.uniforms(x.numel()).view(x.shape))
 
 
+def _bernoulli_(x: Tensor, p: float = 0.5, *, generator: torch.Generator | None = None) -> Any:
+    """In the order of memory; what stands for it where nothing is written in place draws in the order of indices."""
+    order = sorted(range(x.ndim), key=x.stride, reverse=True)
+    if x.is_contiguous() or not x.permute(order).is_contiguous():
+        return NotImplemented
+    drawn = torch.bernoulli(torch.empty_like(x.permute(order)), p, generator=generator)
+    return x.copy_(drawn.permute([order.index(dim) for dim in range(x.ndim)]))
+
+
+def _bernoulli_of_one(x: Tensor, p: float = 0.5, *, generator: torch.Generator | None = None) -> Any:
+    """In the order of indices, which torch's compiler does not keep to."""
+    if x.is_contiguous():
+        return NotImplemented
+    return torch.bernoulli(torch.empty_like(x, memory_format=torch.contiguous_format), p, generator=generator)
+
+
 def _bernoulli(probs: Tensor, *, generator: torch.Generator | None = None) -> Any:
     return noise.bernoullis(probs) if _is_drawn_faster(probs, generator) else NotImplemented
 
@@ -237,6 +253,10 @@ def _rand_like(x: Tensor, **options: Any) -> Tensor:
     return torch.empty_like(x, **options).uniform_()
 
 
+_DRAWN: dict[Any, Callable[..., Any]] = {
+    aten.bernoulli_.float: _bernoulli_,
+    aten.bernoulli.p: _bernoulli_of_one,
+}
 _DRAWN_FASTER: dict[Any, Callable[..., Any]] = {
     aten.normal_.default: _normal_,
     aten.uniform_.default: _uniform_,

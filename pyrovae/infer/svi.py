@@ -244,11 +244,15 @@ class SVI:
             param.grad = None
         self._params = params
         if self.backend != "eager" and not self._gave_up:
-            call = 0 if self._surroundings is None else self._surroundings.state(), self._call
-            if len(self._named) < MAX_PROGRAMS or call in self._named:
-                self._named[call] = params
+            kinds = {call for _, call in self._named}
+            if self._call in kinds or len(kinds) < MAX_PROGRAMS:
+                state = 0 if self._surroundings is None else self._surroundings.state()
+                self._named[state, self._call] = params
             else:
-                self._unsaid = "its arguments keep changing, and pyro.optim asks at each which parameters there are"
+                self._unsaid = self._unsaid or (
+                    f"its arguments keep changing; {MAX_PROGRAMS} kinds were looked at, each of which has to name its "
+                    "parameters first with pyro.optim"
+                )
         return torch.as_tensor(loss)
 
     # Programs ---------------------------------------------------------------------------------------------------

@@ -18,7 +18,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Conversions", "NoKey", "Untraceable", "Values", "memory", "reason", "recordable", "tensors_in", "where"]
+__all__ = [
+    "READING",
+    "Conversions",
+    "NoKey",
+    "Untraceable",
+    "Values",
+    "memory",
+    "reason",
+    "recordable",
+    "tensors_in",
+    "where",
+]
 
 
 class Untraceable(RuntimeError):
@@ -106,6 +117,8 @@ class Conversions(TorchFunctionMode):
 _TO_NUMPY = (Tensor.numpy, Tensor.__array__, Tensor.__dlpack__)  # which may write to it, too
 _TO_TEXT = (Tensor.__repr__, Tensor.__str__, Tensor.__format__)
 _TO_NUMBERS = (Tensor.item, Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.__bool__, Tensor.__complex__)
+READING = (Tensor.tolist, *_TO_NUMBERS)
+"""What reads values into Python, where they are constants."""
 _SPLITS = (torch.tensor_split, Tensor.tensor_split)
 _FROM_NUMBERS = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor, Tensor.new)
 _JUMPS = {
@@ -153,21 +166,25 @@ def reason(error: BaseException) -> str:
 _LIBRARIES = tuple(
     str(Path(module.__file__).parent) for module in (torch, pyro, sys.modules[__package__]) if module.__file__
 )
-
-
+_TELLING = ("pyro.contrib", "pyro.distributions", "pyro.infer", "pyro.nn", "torch.distributions", "torch.nn")
+"""Modules of theirs whose functions a user knows by name, or by what calls them."""
 _STEPS = str(Path(__file__).with_name("svi.py"))
 
 
 def where(place: TracebackType | FrameType | None) -> str:
-    """The last line of the user's own in a traceback, or in the stack of a frame."""
+    """The last line of the user's own in a traceback, or in the stack of a frame; if none is, a library's function."""
     if isinstance(place, TracebackType):
         lines = [(frame, number) for frame, number in traceback.walk_tb(place)][::-1]
     else:
         lines = list(traceback.walk_stack(place))
+    of_library = ""
     for frame, number in lines:
         file = frame.f_code.co_filename
         if file == _STEPS and frame.f_code.co_name == "step":  # lines further out only ask for it
-            return ""
+            break
         if not file.startswith((*_LIBRARIES, "<")):
             return f", at {Path(file).name}:{number}: `{linecache.getline(file, number).strip()}`"
-    return ""
+        module = str(frame.f_globals.get("__name__"))
+        if not of_library and module.startswith(_TELLING):
+            of_library = f", in {module} ({frame.f_code.co_name})"
+    return of_library
