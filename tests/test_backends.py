@@ -31,8 +31,9 @@ import pytest
 import torch
 from packaging.version import Version
 from pyro import poutine
-from pyro.distributions.transforms import iterated, planar
-from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal, AutoNormalizingFlow
+from pyro.distributions.transforms import Spline, iterated, planar
+from pyro.infer import config_enumerate
+from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal, AutoNormalizingFlow, init_to_sample
 from pyro.nn import PyroModule, PyroSample
 from test_pairs import CASES, build
 from torch import Tensor, nn
@@ -45,6 +46,7 @@ from pyrovae.infer import SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanF
 from pyrovae.infer import program as program_module
 from pyrovae.infer import surroundings as surroundings_module
 from pyrovae.infer import svi as svi_module
+from pyrovae.infer import update as update_module
 from pyrovae.infer.program import Program
 from pyrovae.infer.reads import Reads
 from pyrovae.infer.snapshot import same_objects
@@ -570,6 +572,24 @@ def test_recorded_steps_skip_the_optimizers_own(optim: Callable, monkeypatch: py
         svi.step(x)
 
 
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize("lacks", ["a kernel", "hooks"])
+def test_where_torch_lacks_what_the_update_uses_the_optimizer_takes_its_step(
+    lacks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def setup() -> tuple[Pair, Any]:
+        pair = vae()
+        return pair, fused_adam(pair)
+
+    expected = run(setup, "compiled")
+    if lacks == "a kernel":
+        monkeypatch.setattr(update_module, "_KERNELS", ("_fused_adam_", "_absent_"))
+    else:
+        monkeypatch.setattr(update_module, "_ALL_OPTIMIZERS_HOOKS", [{0: lambda: None}, {}])
+    monkeypatch.setattr(Update, "_fused_adam", lambda *_: pytest.fail("the kernel itself"))
+    torch.testing.assert_close(run(setup, "compiled")[:2], expected[:2], rtol=2e-5, atol=2e-6)
+
+
 def test_a_graph_is_of_what_the_optimizer_has() -> None:
     """It is captured again where that changes, and not at all where the objects of ``pyro.optim`` differ."""
     params = [nn.Parameter(torch.ones(2)) for _ in range(2)]
@@ -704,6 +724,80 @@ def test_a_param_store_that_is_loaded_between_steps(calls: list) -> None:
     assert len(calls) == 3 + 1
 
 
+def coin() -> tuple[Callable, Callable]:
+    """Flips one by one."""
+
+    def model(x: Tensor) -> None:
+        bias = pyro.sample("bias", dist.Beta(2.0, 2.0))
+        for i in pyro.plate("flips", 8):
+            pyro.sample(f"x{i}", dist.Bernoulli(bias), obs=x[i, 0])
+
+    def guide(x: Tensor) -> None:
+        counts = pyro.param("counts", torch.full((2,), 3.0), constraint=constraints.positive)
+        pyro.sample("bias", dist.Beta(counts[0], counts[1]))
+
+    return model, guide
+
+
+def mixture() -> tuple[Callable, Callable]:
+    """Its parameters are global latents."""
+
+    @config_enumerate
+    def model(x: Tensor) -> None:
+        weights = pyro.sample("weights", dist.Dirichlet(torch.full((3,), 2.0)))
+        with pyro.plate("components", 3):
+            locs = pyro.sample("locs", dist.Normal(0.0, 2.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(weights))
+            pyro.sample("x", dist.Normal(locs[z], 0.5), obs=x[:, 0])
+
+    return model, AutoDelta(poutine.block(model, expose=["weights", "locs"]), init_loc_fn=init_to_sample)
+
+
+def hidden_markov() -> tuple[Callable, Callable]:
+    """One chain, of the batch's rows."""
+
+    @config_enumerate
+    def model(x: Tensor) -> None:
+        rows = pyro.sample("rows", dist.Dirichlet(torch.ones(2, 2) + torch.eye(2)).to_event(1))
+        state = 0
+        for t in pyro.markov(range(len(x))):
+            state = pyro.sample(f"state{t}", dist.Categorical(rows[state]))
+            pyro.sample(f"x{t}", dist.Normal(torch.tensor([0.2, 0.8])[state], 0.3), obs=x[t, 0])
+
+    def guide(x: Tensor) -> None:
+        rows = pyro.param("rows_loc", torch.full((2, 2), 0.5), constraint=constraints.simplex)
+        pyro.sample("rows", dist.Delta(rows, event_dim=2))
+
+    return model, guide
+
+
+def with_lstm() -> tuple[Callable, Callable]:
+    lstm = nn.LSTM(1, 3, batch_first=True)
+
+    def guide(x: Tensor) -> None:
+        pyro.module("lstm", lstm)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(lstm(x.unsqueeze(-1))[0][..., 0], 0.5).to_event(1))
+
+    return plain_model, guide
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize("make", [coin, mixture, hidden_markov, with_lstm])
+def test_programs_of_tutorials(make: Callable, calls: list) -> None:
+    results = []
+    for backend in ("eager", "compiled"):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        loss = TraceEnum_ELBO(strict_enumeration_warning=False)
+        svi = SVI(*make(), pyro.optim.Adam(ADAM), loss, backend=backend)
+        losses = [svi.step(x) for x in batches()]
+        results.append((losses, {name: value.detach().clone() for name, value in pyro.get_param_store().items()}))
+    torch.testing.assert_close(results[1], results[0], rtol=2e-5, atol=2e-6)
+    assert len(calls) == 5
+
+
 @pytest.mark.usefixtures("recorded")
 def test_function_pair(calls: list) -> None:
     def setup() -> tuple[Pair, Any]:
@@ -711,6 +805,19 @@ def test_function_pair(calls: list) -> None:
 
     assert_same_run(setup)
     assert len(calls) == 5
+
+
+def test_the_first_step_runs_a_batch_norm_once() -> None:
+    moments = []
+    for kind, elbo in ((pyro.infer.SVI, pyro.infer.Trace_ELBO), (SVI, Trace_ELBO)):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        encoder = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        svi = kind(plain_model, normed(encoder)[1], pyro.optim.Adam(ADAM), elbo())
+        for x in batches():
+            svi.step(x)
+        moments.append(dict(encoder[1].named_buffers()))
+    torch.testing.assert_close(*moments)
 
 
 def normed(encoder: nn.Module) -> tuple[Callable, Callable]:
@@ -847,8 +954,6 @@ def seeding(pair: Odd, x: Tensor) -> float:
     return 1.0
 
 
-LSTM = nn.LSTM(4, 4)
-
 ODDITIES = {
     "item": (lambda pair, x: x.mean().item(), r"reads the value of a tensor.*, at test_backends.py:\d+: `.*item"),
     "if": (branching, r"reads the value of a tensor.*, at test_backends.py:\d+: `return 0.5 if pair"),
@@ -876,8 +981,23 @@ ODDITIES = {
     ),
     "a mask filled in part": (lambda pair, x: 1 + x[filled(x)].sum(), "the shape of a result depends on values"),
     "a number of values": (lambda pair, x: 1.0 + len(torch.unique(x)), "the shape of a result depends on values"),
-    "an LSTM": (lambda pair, x: 1 + LSTM(x + pair.loc)[0].mean().sigmoid(), "its record does not run: .*workspace"),
 }
+
+
+@pytest.mark.usefixtures("recorded")
+def test_a_reason_that_lies_in_no_line_of_the_users_names_the_library() -> None:
+    spline = Spline(4)
+
+    def model(x: Tensor) -> None:  # whose density Pyro asks for later
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.TransformedDistribution(dist.Normal(torch.zeros(4), 1.0), [spline]).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    pyro.clear_param_store()
+    svi = SVI(model, plain_guide, pyro.optim.Adam(ADAM), Trace_ELBO(), backend="compiled")
+    svi.step(batches()[0])
+    with pytest.warns(RuntimeWarning, match=r"depends on values.*, in pyro\.distributions\.transforms\.spline \(_mono"):
+        svi.step(batches()[1])
 
 
 @pytest.mark.usefixtures("recorded")
@@ -2130,6 +2250,26 @@ def new_buffer(pair: Weighted, step: int) -> None:
 
 
 @pytest.mark.usefixtures("recorded")
+def test_the_sign_of_zero_counts() -> None:
+    results = []
+    for backend in ("eager", "compiled"):
+        pair, options = Arguments(), SimpleNamespace(mode=0.0)
+        svi = SVI(
+            lambda x, pair=pair, options=options: pair.model(x, 2.0 + math.copysign(1.0, options.mode)),
+            pair.guide,
+            sgd(pair),
+            Trace_ELBO(),
+            backend=backend,
+        )
+        losses = []
+        for step, x in enumerate(batches()):
+            options.mode = (0.0, -0.0, math.nan)[step // 3]
+            losses.append(float(svi.step(x)))
+        results.append(losses)
+    assert results[1] == pytest.approx(results[0], rel=1e-5)
+
+
+@pytest.mark.usefixtures("recorded")
 @pytest.mark.parametrize(
     ("change", "number"), [(in_two_stages, 8), (at_every_step, 8), (buffer_at_every_step, 9), (new_buffer, 8)]
 )
@@ -2403,7 +2543,7 @@ def test_calls_of_many_kinds_are_named(calls: list) -> None:
     svi = SVI(model, guide, pyro.optim.Adam(ADAM), Trace_ELBO(), backend="compiled")
     for step in range(8):
         svi.step(batches()[step % 6], step)
-    with pytest.warns(RuntimeWarning, match="its arguments keep changing, and pyro.optim asks at each"):
+    with pytest.warns(RuntimeWarning, match="its arguments keep changing; 8 kinds were looked at.*pyro.optim"):
         svi.step(batches()[0], 8)
     assert not calls
 
@@ -2953,6 +3093,15 @@ def test_auto_changes_over(monkeypatch: pytest.MonkeyPatch, calls: list) -> None
         assert_same_run(setup, backend="auto", num_steps=num_steps)
         counts[num_steps] = len(calls)
     assert counts == {None: 3, 3: 0, 4: 5}
+
+
+@pytest.mark.usefixtures("recorded")
+def test_compile_says_why_not() -> None:
+    pair = Arguments()
+    svi = SVI(lambda x: x.sum() > 0 and pair.model(x), pair.guide, sgd(pair), Trace_ELBO(), backend="compiled")
+    with pytest.warns(RuntimeWarning, match=r"this step runs eagerly: it reads the value of a tensor.*x.sum"):
+        assert not svi.compile(batches()[0])
+    svi.step(batches()[0])
 
 
 @pytest.mark.usefixtures("recorded")

@@ -277,6 +277,30 @@ def test_mini_batch_scale_is_pyros(ours: type, theirs: type) -> None:
     assert_parity(ours(**options), theirs(**options), pair, x, scale=5.0)
 
 
+class Impossible(Pair):
+    """A global choice of three, of which the guide never makes the last, and which the model does not allow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits, self.locs = nn.Parameter(torch.randn(2)), nn.Parameter(torch.randn(3))
+
+    def probs(self) -> Tensor:
+        return torch.cat([self.logits.softmax(-1), torch.zeros(1)])
+
+    def model(self, x: Tensor) -> None:
+        z = pyro.sample("z", dist.Categorical(torch.tensor([0.4, 0.6, 0.0])))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(self.locs[z], 1.0), obs=x[:, 0])
+
+    def guide(self, x: Tensor) -> None:
+        pyro.sample("z", dist.Categorical(self.probs()), infer=PARALLEL)
+
+
+def test_impossible_outcomes_of_a_global_latent_cost_nothing() -> None:
+    options = {"max_plate_nesting": 1, "strict_enumeration_warning": False}
+    assert_parity(TraceEnum_ELBO(**options), PyroTraceEnum_ELBO(**options), Impossible(), torch.randn(6, 2))
+
+
 class Chain(Pair):
     """A hidden Markov model of four steps, its states left to enumeration: each takes the dim of the last but one."""
 

@@ -250,6 +250,15 @@ def test_where_the_fast_way_fails_the_plain_one_compiles(monkeypatch: pytest.Mon
     assert torch.equal(program(X), X.sin())
 
 
+def test_a_long_compilation_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program_module, "MANY_OPERATIONS", 10)
+    monkeypatch.setattr(program_module, "_compiled", lambda graph, inputs: graph)
+    x = torch.ones(2)
+    Program(lambda x: x + 1, (x,)).compile((x,))
+    with pytest.warns(RuntimeWarning, match=r"the step has 1[23] operations.*takes minutes. backend='eager'"):
+        Program(lambda x: sum((x.exp() for _ in range(5)), x), (x,)).compile((x,))
+
+
 @pytest.mark.slow
 def test_compiled_draws_keep_their_order() -> None:
     def function(x: Tensor) -> tuple[Tensor, ...]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.overrides import TorchFunctionMode
 
 from pyrovae.infer.log_weights import same_random_state
@@ -271,16 +271,6 @@ def _torchs_context() -> AbstractContextManager:
         return nullcontext()
 
 
-def _not_recorded() -> AbstractContextManager:
-    """Without it torch refuses to read constants too (``for i in pyro.plate(...)``)."""
-    try:
-        from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
-
-        return disable_proxy_modes_tracing()
-    except ImportError:  # torch's own business
-        return nullcontext()
-
-
 _said: set[str] = set()
 
 
@@ -450,7 +440,8 @@ class _Witness(TorchFunctionMode):
         plain = [x for x in (*args, *(kwargs or {}).values()) if isinstance(x, bool | int | float | str | np.ndarray)]
         numbers = [x.tobytes() if isinstance(x, np.ndarray) else x for x in plain]
         self.calls.append(((func, *numbers), where(sys._getframe(1))))
-        with _not_recorded() if func in READING else nullcontext():  # only constants are still read by now
+        # Only constants are still read by now (`for i in pyro.plate(...)`), which torch would refuse too.
+        with disable_proxy_modes_tracing() if func in READING else nullcontext():
             return recordable(func)(*args, **(kwargs or {}))
 
 

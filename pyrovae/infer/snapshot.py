@@ -6,7 +6,7 @@ import random
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from inspect import getattr_static
 from operator import is_, itemgetter
@@ -48,6 +48,7 @@ __all__ = [
     "put_back_names",
     "reached",
     "same_objects",
+    "same_tensors",
 ]
 
 MOST_REACHED = 2000
@@ -228,6 +229,8 @@ def is_equal(one: Any, other: Any) -> bool:
         return one is other
     if type(one) is tuple:
         return len(one) == len(other) and all(map(is_equal, one, other))
+    if type(one) is float:  # which tells 0 from -0, and takes nan for nan
+        return one.hex() == other.hex()
     return isinstance(one, (*NUMBERS, np.generic)) and bool(one == other)
 
 
@@ -264,6 +267,10 @@ def generators(things: Iterable[Any]) -> list[tuple[Callable[[], Any], Callable[
     return found
 
 
+_RUNNING_MOMENTS = ("running_mean", "running_var")
+"""Written by batch norm while training, though its schema does not tell."""
+
+
 class Writes(TorchDispatchMode):
     """Keeps what those tensors held that were there before, and are written to in place."""
 
@@ -274,11 +281,14 @@ class Writes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for index, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                given = args[index] if index < len(args) else kwargs.get(argument.name)
-                for tensor in given if isinstance(given, list | tuple) else [given]:
-                    self._save(tensor)
+        arguments = func._schema.arguments
+        given = dict(zip([argument.name for argument in arguments], args, strict=False)) | kwargs
+        written = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+        if given.get("training"):
+            written += _RUNNING_MOMENTS
+        for value in map(given.get, written):
+            for tensor in value if isinstance(value, list | tuple) else [value]:
+                self._save(tensor)
         result = func(*args, **kwargs)
         results = result if isinstance(result, list | tuple) else [result]
         for tensor, of in zip(results, func._schema.returns, strict=False):
@@ -295,6 +305,17 @@ class Writes(TorchDispatchMode):
     def put_back(self) -> None:
         for tensor, value in self.saved:
             tensor.copy_(value)
+
+
+@contextmanager
+def same_tensors() -> Iterator[None]:
+    """Puts back what is written to tensors in place, such as the running means of a batch norm."""
+    writes = Writes()
+    try:
+        with writes:
+            yield
+    finally:
+        writes.put_back()
 
 
 def _is_strided(tensor: Any) -> bool:

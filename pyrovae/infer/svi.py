@@ -183,8 +183,7 @@ class SVI:
         if self._surroundings is None and self._wants_program(self._steps + 1) and not _PYRO_STACK:
             watched = self._watch()
             self._states += [] if watched is None else [watched[1]]  # the next step sees what has changed since
-        if self._unsaid:  # an error of the step itself comes first
-            say_once(f"pyrovae: this step runs eagerly: {self._unsaid}.")
+        self._say()  # an error of the step itself comes first
         return loss
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -193,11 +192,19 @@ class SVI:
             return torch.as_tensor(self.loss.loss(self.model, self.guide, *self._prepared(args), **kwargs))
 
     def compile(self, *args: Any, **kwargs: Any) -> bool:
-        """Record and compile the step for arguments like these now, without taking it. False where it stays eager."""
+        """Record and compile the step for arguments like these now, without taking it. False where it stays eager, or
+        an eager step has to name its parameters first (``pyro.optim``, or a function that makes an optimizer).
+        """
         if self.backend == "eager" or not isinstance(self.optim, Optimizer):
             return False
-        self._checked = True
-        return self._program(args, kwargs) is not None
+        self._checked, self._unsaid = True, ""
+        program = self._program(args, kwargs)
+        self._say()
+        return program is not None
+
+    def _say(self) -> None:
+        if self._unsaid:
+            say_once(f"pyrovae: this step runs eagerly: {self._unsaid}.")
 
     def _wants_program(self, step: int) -> bool:
         if self.backend == "eager" or self._gave_up:

@@ -18,8 +18,10 @@ from pyrovae.infer.snapshot import same_objects
 __all__ = ["Update"]
 
 _ADAM_STATE = itemgetter("exp_avg", "exp_avg_sq", "step")
+_KERNELS = ("_fused_adam_", "_fused_adamw_")
 _ALL_OPTIMIZERS_HOOKS: list[dict[int, Callable]] = [
-    getattr(optimizer_module, name, {}) for name in ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
+    getattr(optimizer_module, name, {0: lambda: None})  # where torch has them elsewhere, there may be some
+    for name in ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
 ]
 _HOOKS = itemgetter("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 _ATTRIBUTES: Callable[[Any], dict[str, Any]] = vars
@@ -85,7 +87,7 @@ class Update:
 
     def _is_fused_adam(self) -> bool:
         optimizer = self._optimizer
-        if type(optimizer) not in (Adam, AdamW) or not hasattr(torch, "_fused_adam_"):
+        if type(optimizer) not in (Adam, AdamW) or not all(hasattr(torch, name) for name in _KERNELS):
             return False
         assert optimizer is not None
         groups = optimizer.param_groups
