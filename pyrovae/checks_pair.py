@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyrovae.infer.log_weights import Structure
-from pyrovae.infer.snapshot import same_tensors
 from pyrovae.pair import Pair
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ def check_pair(pair: Pair, x: Tensor, argument: str = "x", *, binarize: bool = F
 
 
 def _traces(pair: Pair, few: Tensor) -> tuple[Any, Any]:
-    with torch.random.fork_rng([]), same_tensors(), torch.no_grad(), pyro.validation_enabled(False):
+    with torch.random.fork_rng([]), torch.no_grad(), pyro.validation_enabled(False):
         guide_trace = poutine.trace(pair.guide).get_trace(few)
         return guide_trace, poutine.trace(poutine.replay(pair.model, trace=guide_trace)).get_trace(few)
 

@@ -807,19 +807,6 @@ def test_function_pair(calls: list) -> None:
     assert len(calls) == 5
 
 
-def test_the_first_step_runs_a_batch_norm_once() -> None:
-    moments = []
-    for kind, elbo in ((pyro.infer.SVI, pyro.infer.Trace_ELBO), (SVI, Trace_ELBO)):
-        pyro.clear_param_store()
-        torch.manual_seed(0)
-        encoder = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-        svi = kind(plain_model, normed(encoder)[1], pyro.optim.Adam(ADAM), elbo())
-        for x in batches():
-            svi.step(x)
-        moments.append(dict(encoder[1].named_buffers()))
-    torch.testing.assert_close(*moments)
-
-
 def normed(encoder: nn.Module) -> tuple[Callable, Callable]:
     def guide(x: Tensor) -> None:
         pyro.module("encoder", encoder)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pyrovae import FunctionPair, Pair
 from pyrovae.infer import program as program_module
 from pyrovae.infer.program import Program, Untraceable, or_eagerly, say_once
+from pyrovae.infer.snapshot import Writes
 from pyrovae.infer.surroundings import Surroundings
 
 X = torch.arange(1.0, 4.0)
@@ -248,6 +249,33 @@ def test_where_the_fast_way_fails_the_plain_one_compiles(monkeypatch: pytest.Mon
     assert program.is_compiled
     assert logger.level == level
     assert torch.equal(program(X), X.sin())
+
+
+def test_what_was_there_before_is_put_back_and_no_more() -> None:
+    """A parameter is another tensor than the empty one that it is made of."""
+    before = torch.ones(3)
+    writes = Writes()
+    with torch.no_grad(), writes:
+        made = nn.Parameter(torch.empty(3))
+        made.fill_(2.0)
+        before.fill_(2.0)
+    writes.put_back()
+    assert torch.equal(made, torch.full((3,), 2.0))
+    assert torch.equal(before, torch.ones(3))
+
+
+def test_what_the_first_run_sets_up_stays() -> None:
+
+    class Lazy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if not hasattr(self, "net"):
+                self.net = nn.Linear(2, 2)
+                nn.init.constant_(self.net.weight, 3.0)
+            return self.net(x)
+
+    lazy = Lazy()
+    Program(lazy.forward, (torch.ones(1, 2),))
+    assert torch.equal(lazy.net.weight, torch.full((2, 2), 3.0))
 
 
 def test_a_long_compilation_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:

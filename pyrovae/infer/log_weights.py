@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode
 
 from pyrovae.checks import check_positive
-from pyrovae.infer.snapshot import same_tensors
 
 __all__ = [
     "LogWeightTerms",
@@ -48,12 +47,12 @@ class Structure:
 
     @staticmethod
     def of(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Structure:
-        """Run guide and model once. Buffers and the random state are put back, so that nothing depends on the look.
+        """Run guide and model once. The random state is put back, so that noise does not depend on the look.
 
         Raises:
             ValueError: the guide misses a latent site of the model, or samples one that the model lacks.
         """
-        with same_random_state(), same_tensors(), poutine.block(), torch.no_grad():
+        with same_random_state(), poutine.block(), torch.no_grad():
             guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
             model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
         guide_trace, model_trace = prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)

@@ -6,7 +6,7 @@ import random
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from inspect import getattr_static
 from operator import is_, itemgetter
@@ -48,7 +48,6 @@ __all__ = [
     "put_back_names",
     "reached",
     "same_objects",
-    "same_tensors",
 ]
 
 MOST_REACHED = 2000
@@ -277,7 +276,7 @@ class Writes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.saved: list[tuple[Tensor, Tensor]] = []
-        self._known: WeakValueDictionary[int, Tensor] = WeakValueDictionary()  # by memory: made since, or saved
+        self._known: WeakValueDictionary[int, Any] = WeakValueDictionary()  # memory that was made since, or is saved
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -293,29 +292,18 @@ class Writes(TorchDispatchMode):
         results = result if isinstance(result, list | tuple) else [result]
         for tensor, of in zip(results, func._schema.returns, strict=False):
             if of.alias_info is None and _is_strided(tensor):  # no view of another
-                self._known[memory(tensor)] = tensor
+                self._known[memory(tensor)] = tensor.untyped_storage()
         return result
 
     def _save(self, tensor: Any) -> None:
         if _is_strided(tensor) and memory(tensor) not in self._known:
             whole = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
-            self._known[memory(tensor)] = whole
+            self._known[memory(tensor)] = whole.untyped_storage()
             self.saved.append((whole, whole.clone()))
 
     def put_back(self) -> None:
         for tensor, value in self.saved:
             tensor.copy_(value)
-
-
-@contextmanager
-def same_tensors() -> Iterator[None]:
-    """Puts back what is written to tensors in place, such as the running means of a batch norm."""
-    writes = Writes()
-    try:
-        with writes:
-            yield
-    finally:
-        writes.put_back()
 
 
 def _is_strided(tensor: Any) -> bool:
