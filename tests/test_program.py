@@ -278,6 +278,14 @@ def test_what_the_first_run_sets_up_stays() -> None:
     assert torch.equal(lazy.net.weight, torch.full((2, 2), 3.0))
 
 
+@pytest.mark.parametrize("file", ["<stdin>", "<ipython-input-1-0>"])
+def test_lines_of_no_file_are_named(file: str) -> None:
+    space: dict[str, Any] = {}
+    exec(compile("def read(x):\n    return x * float(x.sum())", file, "exec"), space)  # as a prompt does
+    with pytest.raises(Untraceable, match=rf"reads the value of a tensor.*, at {file}:2$"):
+        Program(space["read"], (torch.ones(2),))
+
+
 def test_a_long_compilation_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(program_module, "MANY_OPERATIONS", 10)
     monkeypatch.setattr(program_module, "_compiled", lambda graph, inputs: graph)

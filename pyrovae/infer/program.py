@@ -38,6 +38,7 @@ from pyrovae.infer.untraceable import (
     NoKey,
     Untraceable,
     Values,
+    depth_in_libraries,
     memory,
     reason,
     recordable,
@@ -275,10 +276,10 @@ _said: set[str] = set()
 
 
 def say_once(message: str) -> None:
-    """Warn, the first time in this process."""
+    """Warn at the line that asked for it all, the first time in this process."""
     if message not in _said:
         _said.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
+        warnings.warn(message, RuntimeWarning, stacklevel=2 + depth_in_libraries(sys._getframe(1)))
 
 
 # Recording ------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ __all__ = [
     "NoKey",
     "Untraceable",
     "Values",
+    "depth_in_libraries",
     "memory",
     "reason",
     "recordable",
@@ -163,12 +164,20 @@ def reason(error: BaseException) -> str:
     return text[0]
 
 
-_LIBRARIES = tuple(
-    str(Path(module.__file__).parent) for module in (torch, pyro, sys.modules[__package__]) if module.__file__
+_LIBRARIES = (
+    *(str(Path(module.__file__).parent) for module in (torch, pyro) if module.__file__),
+    str(Path(__file__).parent),
+    str(Path(__file__).parents[1] / "pair.py"),  # which only passes calls on
 )
 _TELLING = ("pyro.contrib", "pyro.distributions", "pyro.infer", "pyro.nn", "torch.distributions", "torch.nn")
 """Modules of theirs whose functions a user knows by name, or by what calls them."""
 _STEPS = str(Path(__file__).with_name("svi.py"))
+
+
+def depth_in_libraries(frame: FrameType) -> int:
+    """How many calls of ours, Pyro's or torch's lie between it and the user's own."""
+    files = (each.f_code.co_filename for each, _ in traceback.walk_stack(frame))
+    return next((depth for depth, file in enumerate(files) if not file.startswith(_LIBRARIES)), 0)
 
 
 def where(place: TracebackType | FrameType | None) -> str:
@@ -182,8 +191,9 @@ def where(place: TracebackType | FrameType | None) -> str:
         file = frame.f_code.co_filename
         if file == _STEPS and frame.f_code.co_name == "step":  # lines further out only ask for it
             break
-        if not file.startswith((*_LIBRARIES, "<")):
-            return f", at {Path(file).name}:{number}: `{linecache.getline(file, number).strip()}`"
+        if not file.startswith((*_LIBRARIES, "<")) or file.startswith(("<ipython", "<stdin>")):
+            line = linecache.getline(file, number).strip()
+            return f", at {Path(file).name}:{number}" + (f": `{line}`" if line else "")
         module = str(frame.f_globals.get("__name__"))
         if not of_library and module.startswith(_TELLING):
             of_library = f", in {module} ({frame.f_code.co_name})"
