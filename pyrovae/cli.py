@@ -261,19 +261,24 @@ def _train(folder: Any, config: Any, pair: Any, dataset: Any, device: str, *, re
     from pyrovae.runs import build_loss
 
     check_positive("--num-samples", config.num_samples, integer=True)
+    before = folder.progress() if resume else None
     epochs_before, also_before = len(folder.read_history()), folder.read_scores().get("also")
+    began = False
     picked, parameters = pick_device(device), sum(p.numel() for p in pair.parameters())
     anew = config.binarize == "dynamic"
 
     def start() -> None:  # every check is behind us
-        if resume:
-            folder.weights.unlink(missing_ok=True)  # if this is killed, the checkpoint's are the newest
+        nonlocal began
+        began = True
+        if resume:  # if this is killed, the checkpoint's are the newest
+            folder.weights.unlink(missing_ok=True)
+            folder.history.unlink(missing_ok=True)
         else:
             folder.create(config)
         print(f"{_short(config.pair)}: {parameters:,} parameters, on {picked}")
         print(f"{dataset!r}")
         print(f"  {dataset.convention}{' Pixels are drawn as 0 or 1 anew at every use.' if anew else ''}")
-        print(f"{'Going on in' if resume else 'Writing to'} {folder.path}", flush=True)
+        print(f"Going on in {folder.path}, {before}" if resume else f"Writing to {folder.path}", flush=True)
 
     try:
         result = pyrovae.fit(
@@ -289,12 +294,15 @@ def _train(folder: Any, config: Any, pair: Any, dataset: Any, device: str, *, re
             on_start=start,
         )
     except KeyboardInterrupt:
-        if folder.checkpoint.is_file():
+        if began and (reached := folder.progress()) is not None:  # what is there is of this run
             pair.save(folder.weights)
-            print(f"\nStopped. Go on with: pyrovae fit --resume {folder.path}", file=sys.stderr)
+            folder.write_history(reached.history)
+            print(f"\nStopped {reached}. Go on with: pyrovae fit --resume {folder.path}", file=sys.stderr)
         raise
     except pyrovae.TrainingDiverged:
         pair.save(folder.weights)
+        if (reached := folder.progress()) is not None:
+            folder.write_history(reached.history)
         print(f"The last good weights are in {folder.weights}", file=sys.stderr)
         raise
     print(result)
@@ -341,6 +349,8 @@ def _score(
         device=device,
         seed=config.seed,
     )
+    if (notice := folder.unfinished()) is not None:
+        scores.notes.append(f"{notice}. Go on with: pyrovae fit --resume {folder.path}")
     record = {"data": config.data, "rows": which, **scores.to_dict(), "evaluation_seconds": time.perf_counter() - start}
     record["also"] = earlier | record["also"]  # of the same weights: what took minutes is not thrown away
     if seconds is not None:
@@ -451,6 +461,8 @@ def report(
             0, report_run(RunFolder(run), num_data=num_data, num_samples=num_samples, also=names, device=device)
         )
     Page.joined(pages).write(out)
+    if run is not None and (notice := RunFolder(run).unfinished()) is not None:
+        print(f"NOTE: {notice}. Go on with: pyrovae fit --resume {run}")
     print(f"Wrote {out}")
 
 

@@ -159,6 +159,8 @@ def report_run(folder: RunFolder, *, num_data: int, num_samples: int | None, als
     with prepared(pair, rows, binarize=anew, device=device, seed=config.seed) as placed:  # the very pixels scored
         rows = placed.cpu()
     fitted = Section("What was fitted", texts=[_first_line(pair)], rows=_facts(config, pair, data, history, seconds))
+    if (notice := folder.unfinished()) is not None:
+        fitted.notices.append(f"{notice[0].upper()}{notice[1:]}.")
     table = Section(
         "Scores",
         texts=[_what_was_measured(scores, which, num_rows)],

@@ -26,6 +26,7 @@ from pyrovae.data import DataSet
 from pyrovae.infer import LOSSES
 from pyrovae.models import DEFAULT_DATA, DEFAULT_OPTIONS, REGISTRY
 from pyrovae.pair import Pair
+from pyrovae.train import Progress, read_progress
 
 __all__ = [
     "Config",
@@ -275,6 +276,10 @@ class RunFolder:
         return self.path / "checkpoint.safetensors"
 
     @property
+    def history(self) -> Path:
+        return self.path / "history.csv"
+
+    @property
     def pictures(self) -> Path:
         return self.path / "pictures"
 
@@ -370,21 +375,37 @@ class RunFolder:
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"RUN: {self.checkpoint} does not hold the weights of this pair ({error}).") from error
 
+    def progress(self) -> Progress | None:
+        """How far the training has come, by its checkpoint; None where that is missing or damaged."""
+        try:
+            return read_progress(self.checkpoint)
+        except (OSError, ValueError):
+            return None
+
+    def unfinished(self) -> str | None:
+        """A notice where the training was stopped before its end."""
+        progress = self.progress()
+        if progress is None or progress.finished:
+            return None
+        return f"the run was stopped {progress}: its weights are not fully trained"
+
     def write_history(self, history: list[dict[str, float]]) -> None:
+        """Write a row an epoch; nothing where there is none yet."""
+        if not history:
+            return
         names = list(dict.fromkeys(name for row in history for name in row))
         temporary = self.path / "history.csv.tmp"
         with temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(history)
-        os.replace(temporary, self.path / "history.csv")
+        os.replace(temporary, self.history)
 
     def read_history(self) -> list[dict[str, float]]:
         """Its rows; none where it is missing."""
-        file = self.path / "history.csv"
-        if not file.is_file():
+        if not self.history.is_file():
             return []
-        with file.open(newline="", encoding="utf-8") as lines:
+        with self.history.open(newline="", encoding="utf-8") as lines:
             return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(lines)]
 
     def write_scores(self, scores: dict[str, Any]) -> None:

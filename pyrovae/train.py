@@ -31,7 +31,7 @@ from pyrovae.infer.log_weights import same_random_state
 from pyrovae.infer.svi import BACKENDS
 from pyrovae.pair import Pair
 
-__all__ = ["SCHEDULES", "FitResult", "TrainingDiverged", "fit"]
+__all__ = ["SCHEDULES", "FitResult", "Progress", "TrainingDiverged", "fit", "read_progress"]
 
 SECONDS_BETWEEN_CHECKPOINTS = 5.0
 
@@ -84,6 +84,40 @@ class FitResult:
             if name in last
         ]
         return "; ".join(parts) + ("; stopped early, best weights kept" if self.stopped_early else "")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the run of a checkpoint has come."""
+
+    history: list[dict[str, float]]
+    epochs: int
+    """That the run was started with."""
+    finished: bool
+    """All epochs are done, or patience has ended it."""
+
+    def __str__(self) -> str:
+        return f"after epoch {len(self.history)} of {self.epochs}" if self.history else f"in epoch 1 of {self.epochs}"
+
+
+def read_progress(checkpoint: str | Path) -> Progress:
+    """What a checkpoint of :func:`fit` says of its run.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or holds no training state.
+    """
+    state = load_state(checkpoint)
+    try:
+        options, epoch = state["options"], state["epoch"]
+        finished = epoch >= options["epochs"] or _is_stuck(epoch, state["best"], options["patience"])
+        return Progress(state["history"], options["epochs"], finished)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"path: {checkpoint} holds no training state of fit.") from error
+
+
+def _is_stuck(epoch: int, best: dict[str, Any] | None, patience: int | None) -> bool:
+    return patience is not None and best is not None and epoch - best["epoch"] >= patience
 
 
 def fit(
@@ -540,7 +574,7 @@ class _Run:
         )
         try:
             with bar:
-                while self.epoch < epochs and not (stopped := self._is_stuck(patience)):
+                while self.epoch < epochs and not (stopped := _is_stuck(self.epoch, self.best, patience)):
                     start = time.perf_counter()
                     row = self._one_epoch(good)
                     self.seconds += time.perf_counter() - start
@@ -567,9 +601,6 @@ class _Run:
         if patience is not None and self.best is not None:
             self.pair.load_state_dict(self.best["pair"])
         return FitResult(self.history, self.seconds, self.step, stopped, str(self.device))
-
-    def _is_stuck(self, patience: int | None) -> bool:
-        return patience is not None and self.best is not None and self.epoch - self.best["epoch"] >= patience
 
     def _one_epoch(self, good: dict[str, Any]) -> dict[str, float]:
         total = torch.zeros((), device=self.device)

@@ -337,6 +337,13 @@ def test_a_run_that_was_stopped(no_pictures, mine):
     assert read(mine).headings[0] == (1, "VAE on digits")
 
 
+def test_a_checkpoint_that_is_damaged_or_gone_is_no_obstacle(no_pictures, mine):
+    for content in (b"damaged", None):
+        file = mine / "checkpoint.safetensors"
+        file.unlink() if content is None else file.write_bytes(content)
+        assert "was stopped" not in read(mine).text
+
+
 def test_rows_without_a_test_split_labels_and_sampling(table):
     assert call("fit", "gmm", "--data", table, "--epochs", 2, "--num-samples", 10, "-o", "run") == 0
     page = read("run", "--also", "mixture_scores", "--also", "inference_gaps")

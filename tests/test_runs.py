@@ -226,9 +226,61 @@ def test_pixels_drawn_anew_go_on_as_they_would_have(interrupt):
     assert_same_end("whole", "stopped")
 
 
-def test_ctrl_c_at_the_first_step_leaves_a_run_too(interrupt):
+def test_a_stopped_run_says_where_it_stands(capsys, interrupt):
+    """60 rows less 6 held out, 16 a step: 4 steps an epoch."""
+    interrupt(4 * 3 + 2)
+    assert fit("--epochs", 9, "--batch-size", 16, "-o", "run") == 130
+    assert capsys.readouterr().err.strip() == "Stopped after epoch 3 of 9. Go on with: pyrovae fit --resume run"
+    assert [int(row["epoch"]) for row in history("run")] == [1, 2, 3]
+
+    notice = "the run was stopped after epoch 3 of 9: its weights are not fully trained"
+    assert call("evaluate", "run") == 0
+    assert capsys.readouterr().out.count(f"NOTE: {notice}. Go on with: pyrovae fit --resume run\n") == 1
+    assert any(notice in note for note in json.loads(Path("run/scores.json").read_text())["notes"])
+    assert call("report", "run", "--num-samples", 5, "--also", "collapse") == 0
+    assert f"NOTE: {notice}. Go on with: pyrovae fit --resume run\n" in capsys.readouterr().out
+    page = Path("run/report.html").read_text()
+    assert page.count(f"T{notice[1:]}") == 1
+    assert "3 of 9 epochs" in page
+
+    interrupt(4 * 2 + 1)
+    assert call("fit", "--resume", "run") == 130
+    said = capsys.readouterr()
+    assert "Going on in run, after epoch 3 of 9\n" in said.out
+    assert "Stopped after epoch 5 of 9." in said.err
+    assert len(history("run")) == 5
+    interrupt(None)
+    assert call("fit", "--resume", "run") == 0
+    assert call("evaluate", "run") == 0
+    assert call("report", "run", "--num-samples", 5, "--also", "collapse", "--overwrite") == 0
+    assert "was stopped" not in capsys.readouterr().out + Path("run/report.html").read_text()
+
+
+def test_a_run_that_patience_ended_is_finished(capsys):
+    options = ["--epochs", 500, "--validation", "0.25", "--patience", 1, "--lr", 0.5]
+    assert fit(*options, "-o", "run") == 0
+    assert "stopped early" in capsys.readouterr().out
+    assert call("evaluate", "run") == 0
+    assert "was stopped" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options", [["--resume", "run"], ["vae", *SMALL, "--data", "my.csv", "-o", "run", "--overwrite"]]
+)
+def test_ctrl_c_before_the_first_step_leaves_the_run_as_it_was(monkeypatch, run, options):
+    def stop(*args, **more):
+        raise KeyboardInterrupt
+
+    before = tree(run)
+    monkeypatch.setattr("pyrovae.train.check_pair", stop)
+    assert call("fit", *options) == 130
+    assert tree(run) == before
+
+
+def test_ctrl_c_at_the_first_step_leaves_a_run_too(capsys, interrupt):
     interrupt(1)
     assert fit("--epochs", 2, "-o", "run") == 130
+    assert "Stopped in epoch 1 of 2. Go on with" in capsys.readouterr().err
     assert call("evaluate", "run") == 0
     interrupt(None)
     assert call("fit", "--resume", "run") == 0
@@ -283,12 +335,12 @@ def test_ctrl_c_and_kill_in_the_shell():
     killed.communicate(timeout=60)
     assert stopped.returncode == 130, message
     assert killed.returncode == -signal.SIGKILL
-    assert message.strip() == "Stopped. Go on with: pyrovae fit --resume stopped"
+    assert re.fullmatch(r"Stopped (after|in) epoch \d+ of 200\. Go on with: .* --resume stopped", message.strip())
     assert not Path("killed", "weights.safetensors").exists()
 
     assert call("fit", *LONG, "-o", "whole") == 0
     for run in ("stopped", "killed"):
-        assert not Path(run, "history.csv").exists()  # so it was in the middle
+        assert not RunFolder(run).progress().finished  # so it was in the middle
         assert call("evaluate", run) == 0
         assert call("sample", run, "-n", 1) == 0
         assert call("fit", "--resume", run) == 0
@@ -613,6 +665,7 @@ def test_a_diverging_run_says_where_and_keeps_weights(capsys, diverged):
     assert "Traceback" not in message
     assert bool(torch.isfinite(load_file(diverged / "weights.safetensors")["variance"]))
     assert RunFolder(diverged).load()[1].variance.isfinite()
+    assert len(history(diverged)) == len(RunFolder(diverged).progress().history) > 0
 
 
 def test_the_weights_of_a_diverged_run_are_good(diverged):
