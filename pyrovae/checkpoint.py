@@ -25,15 +25,15 @@ def save_state(path: str | Path, state: dict[Any, Any]) -> None:
     os.replace(temporary, path)
 
 
-def load_state(path: str | Path) -> dict[Any, Any]:
-    """Read what :func:`save_state` wrote.
+def load_state(path: str | Path, argument: str = "path") -> dict[Any, Any]:
+    """Read what :func:`save_state` wrote. ``argument`` named the file.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or some other program's.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"path: expected a checkpoint, found none at {path}")
+        raise FileNotFoundError(f"{argument}: expected a checkpoint, found none at {path}")
     try:
         with safe_open(path, framework="pt") as file:
             tree = (file.metadata() or {})["pyrovae_state"]
@@ -42,7 +42,7 @@ def load_state(path: str | Path) -> dict[Any, Any]:
         if not isinstance(state, dict):
             raise TypeError(f"a {type(state).__name__} where a state should be")
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"path: {path} is damaged or is no pyrovae checkpoint ({error}).") from error
+        raise ValueError(f"{argument}: {path} is damaged or is no pyrovae checkpoint ({error}).") from error
     return state
 
 

@@ -168,7 +168,7 @@ def fit(
         backend: of the step: ``auto`` compiles runs of 5,000 steps or more, see :class:`pyrovae.infer.SVI`; ``eager``,
             ``compiled`` or ``cudagraph``.
         progress: show a bar; None shows it on a terminal.
-        checkpoint: a file to keep the whole training state in, written every few seconds and at the end of it all.
+        checkpoint: a new file to keep the whole training state in, written every few seconds and at the end of it all.
         resume: go on from ``checkpoint``, exactly as if the run had not stopped.
         on_start: called once, after every check and before anything is trained or written.
         monitor: called with the number of each epoch that has ended. What it returns joins that epoch's row of
@@ -176,6 +176,8 @@ def fit(
 
     Raises:
         TypeError, ValueError: bad data or options, before training starts.
+        FileExistsError: ``checkpoint`` is there, and ``resume`` is False.
+        FileNotFoundError: ``checkpoint`` is not there, and ``resume`` is True; or its folder is not.
         TrainingDiverged: NaN or infinity in the loss or a weight; says at which step and site.
     """
     device = pick_device(device)
@@ -198,12 +200,14 @@ def fit(
     if resume and checkpoint is None:
         raise ValueError("resume: expected checkpoint= to name the file to go on from; got None.")
     file = Path(checkpoint) if checkpoint is not None else None
+    if file is not None and on_start is None:
+        _check_checkpoint(file, resume)
 
     home = next((p.device for p in pair.parameters()), torch.device("cpu"))
     with _seeded(seed, device), pyro.validation_enabled(False):
         data = _make_data(pair, x, validation, batch_size, binarize, device, seed)
         epochs = default_epochs(data.steps_per_epoch) if epochs is None else int(epochs)
-        state = load_state(file) if resume and file is not None else None
+        state = load_state(file, "checkpoint") if resume and file is not None else None
         start = _copy(pair.state_dict())
         try:
             pair.to(device)
@@ -217,14 +221,29 @@ def fit(
                     run.restore(state)
                 if on_start is not None:
                     on_start()
-                if file is not None and not file.absolute().parent.is_dir():
-                    raise FileNotFoundError(f"checkpoint: expected a file in a folder that exists; got {file}")
+                    if file is not None:  # only now: it may have made the folder, or cleared it of an older run
+                        _check_checkpoint(file, resume)
             except BaseException:  # nothing has been trained: leave the pair as it came
                 pair.load_state_dict(start, strict=False)
                 raise
             return run.go(epochs, patience, progress, file, monitor)
         finally:
             pair.to(home)
+
+
+def _check_checkpoint(file: Path, resume: bool) -> None:
+    """Hours of training may be in a file that is there."""
+    if resume and not file.is_file():
+        raise FileNotFoundError(
+            f"checkpoint: expected a file to go on from; found none at {file}. Correct the name, or start with "
+            "resume=False."
+        )
+    if not resume and file.exists():
+        raise FileExistsError(
+            f"checkpoint: expected a new file; {file} exists. Go on from it with resume=True, or delete or rename it."
+        )
+    if not file.absolute().parent.is_dir():
+        raise FileNotFoundError(f"checkpoint: expected a file in a folder that exists; got {file}. Make it first.")
 
 
 def _make_loss(pair: Pair, loss: ELBO | str | None) -> ELBO:

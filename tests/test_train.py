@@ -548,15 +548,33 @@ class WideLatent(Latent):
         self.more = nn.Parameter(torch.zeros(3))
 
 
+def test_a_checkpoint_is_not_replaced_unasked(tmp_path, x):
+    file, pair = tmp_path / "checkpoint", new(Latent)
+    fit(pair, x, epochs=2, checkpoint=file)
+    written, before, other = file.read_bytes(), weights(pair), new(Latent, seed=1)
+    message = r"^checkpoint: expected a new file; \S+ exists\. .*resume=True, or delete or rename it\.$"
+    for data in (x, None):  # before the data are looked at
+        with pytest.raises(FileExistsError, match=message):
+            fit(other, data, epochs=2, checkpoint=file)
+    with pytest.raises(FileExistsError, match=message):
+        fit(other, x, epochs=2, checkpoint=file, on_start=lambda: None)
+    assert file.read_bytes() == written
+    assert_same(weights(other), weights(new(Latent, seed=1)))
+    fit(other, x, epochs=2, checkpoint=file, resume=True)
+    assert_same(before, weights(other))
+    fit(new(Latent), x, epochs=2, checkpoint=file, on_start=file.unlink)  # whoever clears it means it
+    assert load_state(file)["epoch"] == 2
+
+
 def test_resume_from_a_file_that_is_no_training_state(tmp_path, x):
     file = tmp_path / "checkpoint"
-    with pytest.raises(FileNotFoundError, match="checkpoint"):
+    with pytest.raises(FileNotFoundError, match=r"^checkpoint: expected a file to go on from; found none at .*checkp"):
         fit(Location(), x, checkpoint=file, resume=True)
     save_state(file, {"anything": 1})
     with pytest.raises(ValueError, match="no training state"):
         fit(Location(), x, checkpoint=file, resume=True)
     file.write_bytes(b"\x80\x04 not this")
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(ValueError, match=r"^checkpoint: \S+ is damaged"):
         fit(Location(), x, checkpoint=file, resume=True)
 
 
