@@ -11,7 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_choice", "check_data", "check_positive", "not_a_pair", "pick_device"]
+__all__ = ["check_choice", "check_data", "check_positive", "count", "not_a_pair", "pick_device"]
+
+
+def count(number: int, thing: str) -> str:
+    """``1 epoch``, ``2 epochs``."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def check_choice(argument: str, value: str, choices: Iterable[str]) -> None:

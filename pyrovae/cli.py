@@ -50,7 +50,23 @@ def _check_seed(seed: int) -> int:
     return seed
 
 
-SeedOption = Annotated[int, typer.Option(help="Seed of everything random.", callback=_check_seed)]
+def _integer(text: Any) -> int:
+    try:
+        return int(text)
+    except ValueError:  # typer's own message does not show what came
+        raise typer.BadParameter(f"expected a whole number; got {text!r}.") from None
+
+
+def _float(text: Any) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"expected a number; got {text!r}.") from None
+
+
+INTEGER: Any = {"parser": _integer, "metavar": "INTEGER"}
+FLOAT: Any = {"parser": _float, "metavar": "FLOAT"}
+SeedOption = Annotated[int, typer.Option(help="Seed of everything random.", callback=_check_seed, **INTEGER)]
 BinarizeOption = Annotated[
     str,
     typer.Option(
@@ -67,7 +83,9 @@ AlsoOption = Annotated[
     ),
 ]
 EverythingOption = Annotated[bool, typer.Option("--all", help="Measure all that applies. It may take minutes.")]
-SamplesOption = Annotated[int, typer.Option("--num-samples", help="Importance samples for each datum's log evidence.")]
+SamplesOption = Annotated[
+    int, typer.Option("--num-samples", help="Importance samples for each datum's log evidence.", **INTEGER)
+]
 
 
 @app.callback()
@@ -121,20 +139,26 @@ def fit(
     settings: SetOption = None,
     loss: Annotated[str | None, typer.Option(help="A loss from `pyrovae list`; by default, the pair's own.")] = None,
     num_particles: Annotated[
-        int | None, typer.Option(help="For --loss: samples of the latents for each datum.")
+        int | None, typer.Option(help="For --loss: samples of the latents for each datum.", **INTEGER)
     ] = None,
-    alpha: Annotated[float | None, typer.Option(help="For --loss RenyiELBO: its order; 0 is the IWAE bound.")] = None,
-    epochs: Annotated[int | None, typer.Option(help=EPOCHS_HELP)] = None,
-    batch_size: Annotated[int, typer.Option(help="Data a step.")] = 128,
-    lr: Annotated[float | None, typer.Option(help=LR_HELP)] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="For --loss RenyiELBO: its order; 0 is the IWAE bound.", **FLOAT)
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help=EPOCHS_HELP, **INTEGER)] = None,
+    batch_size: Annotated[int, typer.Option(help="Data a step.", **INTEGER)] = 128,
+    lr: Annotated[float | None, typer.Option(help=LR_HELP, **FLOAT)] = None,
     schedule: Annotated[str, typer.Option(help="Of the learning rate: constant, cosine or burda.")] = "cosine",
     validation: Annotated[
         float | None,
-        typer.Option(help="Held-out share (below 1) or count. By default a tenth of the data, at most 400; 0: none."),
+        typer.Option(
+            help="Held-out share (below 1) or count. By default a tenth of the data, at most 400; 0: none.", **FLOAT
+        ),
     ] = None,
     patience: Annotated[
         int | None,
-        typer.Option(help="Stop after this many epochs without a better held-out bound; keep the best weights."),
+        typer.Option(
+            help="Stop after this many epochs without a better held-out bound; keep the best weights.", **INTEGER
+        ),
     ] = None,
     binarize: BinarizeOption = "auto",
     num_samples: SamplesOption = 5000,
@@ -240,6 +264,12 @@ def _whole(argument: str, number: float) -> int:
     return int(number)
 
 
+def _check_parent(out: Path | None) -> None:
+    """Before work that takes its time, and would be lost."""
+    if out is not None and not out.parent.is_dir():
+        raise FileNotFoundError(f"--out: expected a folder that exists; found none at {out.parent}. Make it first.")
+
+
 def _short(pair: str) -> str:
     return pair.rpartition(":")[2].lower()
 
@@ -318,7 +348,8 @@ def _train(folder: Any, config: Any, pair: Any, dataset: Any, device: str, *, re
     if anew:  # the guide is shown what it was trained and scored on
         rows = torch.bernoulli(rows, generator=torch.Generator().manual_seed(config.seed))
     pictures = folder.draw(pair, dataset, rows, labels, result.history)
-    print(f"In {folder.path}: config.json, weights.safetensors, history.csv, scores.json and pictures")
+    files = "config.json, weights.safetensors, checkpoint.safetensors, history.csv, scores.json and pictures"
+    print(f"In {folder.path}: {files}")
     print("\n".join(f"  {path}" for path in pictures))
 
 
@@ -369,7 +400,9 @@ def evaluate(
     run: RunArgument,
     num_samples: Annotated[
         int | None,
-        typer.Option(help="Importance samples for each datum's log evidence; by default, as many as the run took."),
+        typer.Option(
+            help="Importance samples for each datum's log evidence; by default, as many as the run took.", **INTEGER
+        ),
     ] = None,
     also: AlsoOption = None,
     everything: EverythingOption = False,
@@ -410,9 +443,12 @@ def report(
     compare: Annotated[
         Path | None, typer.Option("--compare", metavar="FOLDER", help="A folder that `pyrovae compare` wrote.")
     ] = None,
-    num_data: Annotated[int, typer.Option(help="Rows to measure on, drawn at random where there are more.")] = 500,
+    num_data: Annotated[
+        int, typer.Option(help="Rows to measure on, drawn at random where there are more.", **INTEGER)
+    ] = 500,
     num_samples: Annotated[
-        int | None, typer.Option(help="Importance samples for each datum; by default, as many as the run took.")
+        int | None,
+        typer.Option(help="Importance samples for each datum; by default, as many as the run took.", **INTEGER),
     ] = None,
     also: AlsoOption = None,
     everything: EverythingOption = False,
@@ -444,8 +480,7 @@ def report(
     if num_samples is not None:
         check_positive("--num-samples", num_samples, integer=True)
     names = _also(also, everything, default=[name for name in ALSO if "evidence" not in name])
-    if out is not None and not out.parent.is_dir():
-        raise FileNotFoundError(f"--out: expected a folder that exists; found none at {out.parent}. Make it first.")
+    _check_parent(out)
     out = out or (run or compare or Path()) / "report.html"
     if out.suffix != ".html":
         raise ValueError(f"--out: expected an .html file; got {out}.")
@@ -469,7 +504,7 @@ def report(
 @app.command()
 def sample(
     run: RunArgument,
-    num: Annotated[int, typer.Option("--num", "-n", help="How many data to draw.")] = 100,
+    num: Annotated[int, typer.Option("--num", "-n", help="How many data to draw.", **INTEGER)] = 100,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="A .csv, .npy or .png file; by default, rows are printed.")
     ] = None,
@@ -487,6 +522,7 @@ def sample(
     check_positive("--num", num, integer=True)
     if out is not None and out.suffix not in (".csv", ".npy", ".png"):
         raise ValueError(f"--out: expected a .csv, .npy or .png file; got {out}.")
+    _check_parent(out)
     if out is not None and out.exists() and not overwrite:
         raise FileExistsError(f"--out: {out} exists. Pass --overwrite to replace it, or another name.")
     _, pair, dataset = RunFolder(run).load()
@@ -535,24 +571,28 @@ def compare(
             "repeating. By default, what each pair has."
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="How many: the table has means and standard errors over them.")] = 1,
-    epochs: Annotated[int | None, typer.Option(help=f"By SVI. {EPOCHS_HELP}")] = None,
-    batch_size: Annotated[int, typer.Option(help="Data a step of SVI.")] = 128,
-    lr: Annotated[float | None, typer.Option(help=f"By SVI. {LR_HELP}")] = None,
+    seeds: Annotated[
+        int, typer.Option(help="How many: the table has means and standard errors over them.", **INTEGER)
+    ] = 1,
+    epochs: Annotated[int | None, typer.Option(help=f"By SVI. {EPOCHS_HELP}", **INTEGER)] = None,
+    batch_size: Annotated[int, typer.Option(help="Data a step of SVI.", **INTEGER)] = 128,
+    lr: Annotated[float | None, typer.Option(help=f"By SVI. {LR_HELP}", **FLOAT)] = None,
     num_samples: SamplesOption = 1000,
     gaps: Annotated[
         bool, typer.Option("--gaps", help="Split each gap into approximation and amortization. Takes its time.")
     ] = False,
     binarize: BinarizeOption = "auto",
     device: DeviceOption = "auto",
-    seed: Annotated[int, typer.Option(help="The first seed; the others follow it.", callback=_check_seed)] = 0,
+    seed: Annotated[
+        int, typer.Option(help="The first seed; the others follow it.", callback=_check_seed, **INTEGER)
+    ] = 0,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="A folder. By default runs/compare-PAIR-DATA, numbered.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the comparison that is there.")] = False,
     resume: Annotated[
         Path | None,
-        typer.Option("--resume", metavar="RUN", help="Go on with a comparison that was stopped, where it was."),
+        typer.Option("--resume", metavar="FOLDER", help="Go on with a comparison that was stopped, where it was."),
     ] = None,
 ) -> None:
     """Train pairs by every method they have, and compare them.
@@ -637,8 +677,12 @@ def bench(
         typer.Argument(metavar="CASE", help="Which; every case by default. Names: pyrovae bench --list."),
     ] = None,
     list_cases: Annotated[bool, typer.Option("--list", help="Show the names of the cases.")] = False,
-    repeats: Annotated[int, typer.Option(help="Times that each contender is timed, in turn with the others.")] = 7,
-    threads: Annotated[int | None, typer.Option(help="Threads of torch; by default, its own choice.")] = None,
+    repeats: Annotated[
+        int, typer.Option(help="Times that each contender is timed, in turn with the others.", **INTEGER)
+    ] = 7,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of torch; by default, its own choice.", **INTEGER)
+    ] = None,
     device: Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu or cuda.")] = "auto",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="A .json file for the figures.")] = None,
 ) -> None:
@@ -659,6 +703,7 @@ def bench(
         check_choice("CASE", case, CASES)
     if out is not None and out.suffix != ".json":
         raise ValueError(f"--out: expected a .json file; got {out}.")
+    _check_parent(out)
     if threads is not None:
         check_positive("--threads", threads, integer=True)
         torch.set_num_threads(threads)

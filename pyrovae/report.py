@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pyrovae.checkpoint import write_text
+from pyrovae.checks import count
 from pyrovae.compare.folder import read_comparison
 from pyrovae.compare.tables import head, to_rows
 from pyrovae.evaluate import evaluate
@@ -226,8 +227,8 @@ def _facts(
         "loss": " ".join(
             [config.loss or type(pair.default_loss()).__name__, *map(_option, config.loss_options.items())]
         ),
-        "training": f"{f'{len(history)} of' if history else 'up to'} {fit.get('epochs')} epochs, batches of "
-        f"{fit.get('batch_size')}, Adam from learning rate {fit.get('lr')}, {fit.get('schedule')} schedule",
+        "training": f"{f'{len(history)} of' if history else 'up to'} {count(fit.get('epochs', 0), 'epoch')}, batches "
+        f"of {fit.get('batch_size')}, Adam from learning rate {fit.get('lr')}, {fit.get('schedule')} schedule",
         "time": "" if seconds is None else f"{seconds:.1f} s",
         "seed": str(config.seed),
     }

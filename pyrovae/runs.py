@@ -167,6 +167,8 @@ def parse_options(pair_class: type[Pair], settings: list[str]) -> dict[str, Any]
         except (ValueError, SyntaxError):
             value = {"true": True, "false": False}.get(text.lower(), text)
         options[name] = _nested_like(known[name].default, value)
+        if _is_of(int, known[name].default) and isinstance(value, str):
+            raise ValueError(f"--set: {name}: expected whole numbers with commas, as in 200,200; got {value!r}.")
     return options
 
 
@@ -179,6 +181,13 @@ def _nested_like(default: Any, value: Any) -> Any:
     if default and isinstance(default[0], tuple | list) and not any(isinstance(v, tuple | list) for v in value):
         value = (value,)
     return value
+
+
+def _is_of(kind: type, value: Any) -> bool:
+    """A sequence, nested or not, whose values are all of this kind."""
+    return (
+        isinstance(value, tuple | list) and bool(value) and all(isinstance(v, kind) or _is_of(kind, v) for v in value)
+    )
 
 
 def build_pair(pair_class: type[Pair], options: dict[str, Any], data_dim: int, seed: int) -> Pair:
@@ -223,13 +232,18 @@ def default_data(spec: str) -> str:
 def load_data(name: str, binarize: str) -> DataSet:
     """A data set by name, or a user's file. ``static`` draws its pixels as 0 or 1 here, once."""
     check_choice("--binarize", binarize, ("auto", "dynamic", "static", "none"))
+    files = f"{', '.join(DATA_FILES[:-1])} or {DATA_FILES[-1]}"
     if name.lower().endswith(DATA_FILES):
         if binarize == "static":
             raise ValueError("--binarize: expected dynamic or none for a file; static is for image sets by name.")
         return datasets.load_file(name)
     if name not in datasets.names() and (Path(name).suffix or Path(name).exists()):
-        raise ValueError(f"--data: expected a name from `pyrovae list`, or a .csv or .npy file; got {name!r}.")
-    check_choice("--data", name, datasets.names())
+        raise ValueError(f"--data: expected a name from `pyrovae list`, or a {files} file; got {name!r}.")
+    try:
+        check_choice("--data", name, datasets.names())
+    except ValueError as error:
+        error.add_note(f"A {files} file of rows will do too.")
+        raise
     return datasets.load(name, binarize=binarize == "static")
 
 

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from pyrovae.checkpoint import load_state, save_state
-from pyrovae.checks import check_choice, check_data, check_positive, not_a_pair, pick_device
+from pyrovae.checks import check_choice, check_data, check_positive, count, not_a_pair, pick_device
 from pyrovae.checks_pair import check_pair, first_nonfinite_site
 from pyrovae.infer import LOSSES, SVI
 from pyrovae.infer.log_weights import same_random_state
@@ -77,7 +77,8 @@ class FitResult:
 
     def __repr__(self) -> str:
         last = self.history[-1]
-        parts = [f"{int(last['epoch'])} epochs, {self.steps} steps in {self.seconds:.1f} s on {self.device}"]
+        done = f"{count(int(last['epoch']), 'epoch')}, {count(self.steps, 'step')}"
+        parts = [f"{done} in {self.seconds:.1f} s on {self.device}"]
         parts += [
             f"{name.removesuffix('_bound')} bound {last[name]:.3f} nats per datum"
             for name in ("train_bound", "validation_bound")
@@ -514,9 +515,14 @@ class _Run:
             raise ValueError("resume: the checkpoint holds no training state of fit.")
         for name, now in self.options.items():
             if (then := state["options"].get(name)) != now:
+                longer = (
+                    " To train longer, let it end as it was started; then start a new fit from its weights, with "
+                    "initialize=False and another checkpoint."
+                )
                 raise ValueError(
                     f"resume: the checkpoint is of a run with {name} {then}, and these options make it {now}. "
                     "Resume with everything that the run was started with."
+                    f"{longer if name == 'epochs' and now > (then or 0) else ''}"
                 )
         try:
             self.pair.load_state_dict(state["pair"])

@@ -49,6 +49,7 @@ def test_every_case_is_named_by_list(capsys):
         (["--repeats", "0"], "--repeats: .*got 0"),
         (["--threads", "0"], "--threads: .*got 0"),
         (["--out", "figures.csv"], "--out: expected a .json file"),
+        (["--out", "no/figures.json"], "--out: expected a folder that exists; found none at no"),
     ],
 )
 def test_mistakes(arguments, message, capsys):

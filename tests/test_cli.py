@@ -90,6 +90,12 @@ def test_no_arguments_show_help(capsys):
     assert "Commands:" in said.out + said.err
 
 
+def test_what_resume_takes(capsys):
+    for command, expected in (("fit", "RUN"), ("compare", "FOLDER")):
+        assert call(command, "--help") == 0
+        assert re.search(rf"--resume {expected} ", capsys.readouterr().out)
+
+
 def test_version(capsys):
     assert call("--version") == 0
     assert capsys.readouterr().out.strip() == pyrovae.__version__
@@ -122,10 +128,12 @@ def test_every_command_is_tested():
 
 # Refusals
 
+COMMAS = r"--set: hidden_dims: expected whole numbers with commas, as in 200,200; got "
 TABLE = {
     "pair": (["fit", "vea"], r"PAIR: expected one of gmm.*got 'vea'. Did you mean 'vae'"),
     "no pair": (["fit"], r"PAIR: expected a name.*--resume RUN; got none"),
     "data": (["fit", "vae", "--data", "digit"], r"--data: .*got 'digit'. Did you mean 'digits'"),
+    "no data": (["fit", "vae", "--data", "nope"], r"--data: .*got 'nope'.*A \.csv or \.npy file of rows will do too"),
     "data file type": (["fit", "vae", "--data", "my.txt"], r"--data: .*\.csv or \.npy file; got 'my.txt'"),
     "data file missing": (["fit", "vae", "--data", "no.csv"], r"data: .*none at no.csv"),
     "loss": (["fit", "vae", "--loss", "Trace_ELB"], r"--loss: .*got 'Trace_ELB'. Did you mean 'Trace_ELBO'"),
@@ -146,6 +154,7 @@ TABLE = {
     "samples": (["evaluate", "nothing", "--num-samples", "0"], r"--num-samples: expected a whole number.*got 0"),
     "number of draws": (["sample", "nothing", "-n", "0"], r"--num: expected a whole number, 1 or more; got 0"),
     "sample file": (["sample", "nothing", "-o", "x.pdf"], r"--out: expected a .csv, .npy or .png file; got x.pdf"),
+    "sample folder": (["sample", "nothing", "-o", "no/x.csv"], r"--out: expected a folder that exists; .*none at no"),
     "evaluate also": (["evaluate", "nothing", "--also", "colapse"], r"--also: .*'colapse'. Did you mean 'collapse'"),
     "report nothing": (["report"], r"RUN: expected the folder of a run, or --compare .*; got neither"),
     "report no run": (["report", "nothing"], r"RUN: expected a folder that `pyrovae fit` wrote; nothing has no"),
@@ -164,7 +173,11 @@ TABLE = {
     "negative seed": (["fit", "vae", "--seed", "-1"], r"--seed: expected a whole number from 0 to .*; got -1"),
     "large seed": (["sample", "no", "--seed", str(2**63)], r"--seed: expected .*; got 9223372036854775808"),
     "command": (["nosuch"], r"No such command 'nosuch'"),
-    "number": (["fit", "vae", "--epochs", "many"], r"'--epochs'"),
+    "number": (["fit", "vae", "--epochs", "many"], r"'--epochs': expected a whole number; got 'many'"),
+    "decimal": (["fit", "vae", "--lr", "fast"], r"'--lr': expected a number; got 'fast'"),
+    "whole number": (["sample", "nothing", "-n", "2.5"], r"'--num'.*: expected a whole number; got '2.5'"),
+    "numbers with commas": (["fit", "vae", "--set", "hidden_dims=200,x"], COMMAS + "'200,x'"),
+    "nested numbers": (["fit", "iwae", "--set", "hidden_dims=(200,x)"], COMMAS + r"'\(200,x\)'"),
 }  # fmt: skip
 
 
@@ -220,6 +233,15 @@ def test_set(pair, text, value):
     assert list(parse_options(find_pair(pair), [text]).values()) == [value]
 
 
+def test_set_leaves_sequences_of_words_alone():
+    class Own(pyrovae.Pair):
+        def __init__(self, data_dim, names=("a", "b"), anything=(), numbers=(0.5, 1)):
+            super().__init__()
+
+    for text, value in (("names=c", "c"), ("anything=c", "c"), ("numbers=c", "c")):
+        assert list(parse_options(Own, [text]).values()) == [(value,)]
+
+
 def test_the_last_set_wins():
     assert parse_options(find_pair("vae"), ["latent_dim=2", "latent_dim=3"]) == {"latent_dim": 3}
 
@@ -236,6 +258,8 @@ def test_fit_prints_what_it_does(capsys, folder, table):
     assert re.search(r"vae: [\d,]+ parameters, on (cpu|cuda)", shown)
     assert "log evidence" in shown
     assert f"Writing to {run}" in shown
+    files = "config.json, weights.safetensors, checkpoint.safetensors, history.csv, scores.json and pictures"
+    assert f"In {run}: {files}\n" in shown
     for picture in (run / "pictures").iterdir():
         assert str(picture) in shown
     assert str(folder) not in shown

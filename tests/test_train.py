@@ -208,6 +208,11 @@ def test_history_columns_and_units(x):
     assert not result.stopped_early
 
 
+def test_one_is_singular(x):
+    assert str(fit(Location(), x, epochs=1, batch_size=100)).startswith("1 epoch, 1 step in ")
+    assert str(fit(Location(), x, epochs=2, batch_size=100)).startswith("2 epochs, 2 steps in ")
+
+
 def test_no_validation_no_column(x):
     assert "validation_bound" not in fit(Location(), x, epochs=1).history[0]
 
@@ -538,6 +543,18 @@ def test_resume_with_other_options_is_refused(tmp_path, x, other):
         fit(pair, checkpoint=file, resume=True, **options)
     assert_same(before, weights(pair))
     assert file.read_bytes() == written
+
+
+def test_resume_with_more_epochs_says_how_to_train_longer(tmp_path, x):
+    file, pair = tmp_path / "checkpoint", new(Latent)
+    fit(pair, x, epochs=2, checkpoint=file)
+    longer = "start a new fit from its weights, with initialize=False and another checkpoint"
+    with pytest.raises(
+        ValueError, match=rf"^resume: .*epochs 2, and these options make it 3\..*To train longer, .*{longer}"
+    ):
+        fit(new(Latent), x, epochs=3, checkpoint=file, resume=True)
+    with pytest.raises(ValueError, match=r"make it 1\. Resume with everything that the run was started with\.$"):
+        fit(new(Latent), x, epochs=1, checkpoint=file, resume=True)
 
 
 class WideLatent(Latent):
