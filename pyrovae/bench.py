@@ -57,11 +57,12 @@ class Result:
         for name, ratio in self.ratios().items():
             lines.append(f"  {ratio:6.2f} of {name} ({self.milliseconds[name]:.3f} ms)")
         if self.missing:
-            lines.append(f"  not installed: {', '.join(self.missing)}")
+            lines.append(f"  not installed: {', '.join(self.missing)} ({HOW_TO_INSTALL})")
         return "\n".join(lines)
 
 
 OWN = "pyrovae"
+HOW_TO_INSTALL = "pip install -c constraints.txt '.[bench]'"
 
 
 def run_cases(

@@ -64,6 +64,9 @@ def test_a_missing_peer_is_named(monkeypatch):
     tiny = {"num_particles": 1, "batch": 2, "latent_dims": (2,), "hidden_dims": ((3,),)}
     runs, missing = bench._autoencoder(torch.device("cpu"), **tiny)
     assert missing == ("NumPyro",)
+    shown = str(bench.Result("tiny", tiny, {"pyrovae": 1.0, "stock Pyro": 2.0}, missing=missing))
+    assert shown.endswith("  not installed: NumPyro (pip install -c constraints.txt '.[bench]')")
+    assert "not installed" not in str(bench.Result("tiny", tiny, {"pyrovae": 1.0}))
     assert {"pyrovae", "stock Pyro", "PyTorch by hand, eager", "floor: matrix products alone"} <= set(runs)
     for run in runs.values():
         run(2)
