@@ -50,23 +50,7 @@ def _check_seed(seed: int) -> int:
     return seed
 
 
-def _integer(text: Any) -> int:
-    try:
-        return int(text)
-    except ValueError:  # typer's own message does not show what came
-        raise typer.BadParameter(f"expected a whole number; got {text!r}.") from None
-
-
-def _float(text: Any) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise typer.BadParameter(f"expected a number; got {text!r}.") from None
-
-
-INTEGER: Any = {"parser": _integer, "metavar": "INTEGER"}
-FLOAT: Any = {"parser": _float, "metavar": "FLOAT"}
-SeedOption = Annotated[int, typer.Option(help="Seed of everything random.", callback=_check_seed, **INTEGER)]
+SeedOption = Annotated[int, typer.Option(help="Seed of everything random.", callback=_check_seed)]
 BinarizeOption = Annotated[
     str,
     typer.Option(
@@ -83,9 +67,7 @@ AlsoOption = Annotated[
     ),
 ]
 EverythingOption = Annotated[bool, typer.Option("--all", help="Measure all that applies. It may take minutes.")]
-SamplesOption = Annotated[
-    int, typer.Option("--num-samples", help="Importance samples for each datum's log evidence.", **INTEGER)
-]
+SamplesOption = Annotated[int, typer.Option("--num-samples", help="Importance samples for each datum's log evidence.")]
 
 
 @app.callback()
@@ -139,26 +121,20 @@ def fit(
     settings: SetOption = None,
     loss: Annotated[str | None, typer.Option(help="A loss from `pyrovae list`; by default, the pair's own.")] = None,
     num_particles: Annotated[
-        int | None, typer.Option(help="For --loss: samples of the latents for each datum.", **INTEGER)
+        int | None, typer.Option(help="For --loss: samples of the latents for each datum.")
     ] = None,
-    alpha: Annotated[
-        float | None, typer.Option(help="For --loss RenyiELBO: its order; 0 is the IWAE bound.", **FLOAT)
-    ] = None,
-    epochs: Annotated[int | None, typer.Option(help=EPOCHS_HELP, **INTEGER)] = None,
-    batch_size: Annotated[int, typer.Option(help="Data a step.", **INTEGER)] = 128,
-    lr: Annotated[float | None, typer.Option(help=LR_HELP, **FLOAT)] = None,
+    alpha: Annotated[float | None, typer.Option(help="For --loss RenyiELBO: its order; 0 is the IWAE bound.")] = None,
+    epochs: Annotated[int | None, typer.Option(help=EPOCHS_HELP)] = None,
+    batch_size: Annotated[int, typer.Option(help="Data a step.")] = 128,
+    lr: Annotated[float | None, typer.Option(help=LR_HELP)] = None,
     schedule: Annotated[str, typer.Option(help="Of the learning rate: constant, cosine or burda.")] = "cosine",
     validation: Annotated[
         float | None,
-        typer.Option(
-            help="Held-out share (below 1) or count. By default a tenth of the data, at most 400; 0: none.", **FLOAT
-        ),
+        typer.Option(help="Held-out share (below 1) or count. By default a tenth of the data, at most 400; 0: none."),
     ] = None,
     patience: Annotated[
         int | None,
-        typer.Option(
-            help="Stop after this many epochs without a better held-out bound; keep the best weights.", **INTEGER
-        ),
+        typer.Option(help="Stop after this many epochs without a better held-out bound; keep the best weights."),
     ] = None,
     binarize: BinarizeOption = "auto",
     num_samples: SamplesOption = 5000,
@@ -400,9 +376,7 @@ def evaluate(
     run: RunArgument,
     num_samples: Annotated[
         int | None,
-        typer.Option(
-            help="Importance samples for each datum's log evidence; by default, as many as the run took.", **INTEGER
-        ),
+        typer.Option(help="Importance samples for each datum's log evidence; by default, as many as the run took."),
     ] = None,
     also: AlsoOption = None,
     everything: EverythingOption = False,
@@ -443,12 +417,10 @@ def report(
     compare: Annotated[
         Path | None, typer.Option("--compare", metavar="FOLDER", help="A folder that `pyrovae compare` wrote.")
     ] = None,
-    num_data: Annotated[
-        int, typer.Option(help="Rows to measure on, drawn at random where there are more.", **INTEGER)
-    ] = 500,
+    num_data: Annotated[int, typer.Option(help="Rows to measure on, drawn at random where there are more.")] = 500,
     num_samples: Annotated[
         int | None,
-        typer.Option(help="Importance samples for each datum; by default, as many as the run took.", **INTEGER),
+        typer.Option(help="Importance samples for each datum; by default, as many as the run took."),
     ] = None,
     also: AlsoOption = None,
     everything: EverythingOption = False,
@@ -504,7 +476,7 @@ def report(
 @app.command()
 def sample(
     run: RunArgument,
-    num: Annotated[int, typer.Option("--num", "-n", help="How many data to draw.", **INTEGER)] = 100,
+    num: Annotated[int, typer.Option("--num", "-n", help="How many data to draw.")] = 100,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="A .csv, .npy or .png file; by default, rows are printed.")
     ] = None,
@@ -571,21 +543,17 @@ def compare(
             "repeating. By default, what each pair has."
         ),
     ] = None,
-    seeds: Annotated[
-        int, typer.Option(help="How many: the table has means and standard errors over them.", **INTEGER)
-    ] = 1,
-    epochs: Annotated[int | None, typer.Option(help=f"By SVI. {EPOCHS_HELP}", **INTEGER)] = None,
-    batch_size: Annotated[int, typer.Option(help="Data a step of SVI.", **INTEGER)] = 128,
-    lr: Annotated[float | None, typer.Option(help=f"By SVI. {LR_HELP}", **FLOAT)] = None,
+    seeds: Annotated[int, typer.Option(help="How many: the table has means and standard errors over them.")] = 1,
+    epochs: Annotated[int | None, typer.Option(help=f"By SVI. {EPOCHS_HELP}")] = None,
+    batch_size: Annotated[int, typer.Option(help="Data a step of SVI.")] = 128,
+    lr: Annotated[float | None, typer.Option(help=f"By SVI. {LR_HELP}")] = None,
     num_samples: SamplesOption = 1000,
     gaps: Annotated[
         bool, typer.Option("--gaps", help="Split each gap into approximation and amortization. Takes its time.")
     ] = False,
     binarize: BinarizeOption = "auto",
     device: DeviceOption = "auto",
-    seed: Annotated[
-        int, typer.Option(help="The first seed; the others follow it.", callback=_check_seed, **INTEGER)
-    ] = 0,
+    seed: Annotated[int, typer.Option(help="The first seed; the others follow it.", callback=_check_seed)] = 0,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="A folder. By default runs/compare-PAIR-DATA, numbered.")
     ] = None,
@@ -677,12 +645,8 @@ def bench(
         typer.Argument(metavar="CASE", help="Which; every case by default. Names: pyrovae bench --list."),
     ] = None,
     list_cases: Annotated[bool, typer.Option("--list", help="Show the names of the cases.")] = False,
-    repeats: Annotated[
-        int, typer.Option(help="Times that each contender is timed, in turn with the others.", **INTEGER)
-    ] = 7,
-    threads: Annotated[
-        int | None, typer.Option(help="Threads of torch; by default, its own choice.", **INTEGER)
-    ] = None,
+    repeats: Annotated[int, typer.Option(help="Times that each contender is timed, in turn with the others.")] = 7,
+    threads: Annotated[int | None, typer.Option(help="Threads of torch; by default, its own choice.")] = None,
     device: Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu or cuda.")] = "auto",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="A .json file for the figures.")] = None,
 ) -> None:
