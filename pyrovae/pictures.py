@@ -103,11 +103,11 @@ def pictures_of_scores(pair: Pair, data: DataSet, rows: Tensor, scores: Scores) 
                 "The other dimensions stay at the posterior mean of the first datum.",
             )
     if scores.guide is not None and not scores.guide.is_joint:
-        k = scores.guide.k
+        k, limit = scores.guide.k, f"{scores.guide.threshold:.2g}"
         found["pareto_k"] = Picture(
-            partial(score_plots.plot_pareto_k, k),
-            f"Histogram of Pareto k-hat over {len(k)} data; {int((k > 0.7).sum())} lie above 0.7.",
-            "Above 0.7 importance sampling from the guide is unreliable for that datum.",
+            partial(score_plots.plot_pareto_k, k, threshold=scores.guide.threshold),
+            f"Histogram of Pareto k-hat over {len(k)} data; {scores.guide.num_bad} lie above {limit}.",
+            f"Above {limit}, with so many samples, importance sampling from the guide is unreliable for that datum.",
         )
     if (gaps := scores.also.get("inference_gaps")) is not None:
         found["gaps"] = Picture(

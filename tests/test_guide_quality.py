@@ -13,7 +13,7 @@ import torch
 
 import pyrovae as pv
 from pyrovae.evaluate.guide_quality import guide_quality
-from pyrovae.evaluate.pareto import EQUAL, guide_quality_of, summarise
+from pyrovae.evaluate.pareto import EQUAL, WeightQuality, guide_quality_of, k_threshold, summarise
 from pyrovae.evaluate.prepare import NotApplicable
 from pyrovae.evaluate.traces import FLOATS_PER_CHUNK
 
@@ -86,7 +86,37 @@ def test_a_narrow_guide_is_unreliable_and_a_good_one_is_not():
     assert bad.num_bad > 50
     assert bad.k_quantiles[0.5] > 0.7
     assert good.num_good == 60
-    assert good.num_bad == good.num_ok == good.num_above_threshold == 0
+    assert good.num_bad == good.num_ok == 0
+
+
+@pytest.mark.parametrize(("count", "threshold"), [(25, 0.2847), (100, 0.5), (1000, 2 / 3), (2154, 0.7), (10**6, 0.7)])
+def test_threshold_of_a_number_of_samples(count, threshold):
+    """min(1 − 1/log10 S, 0.7): with fewer samples a lighter tail is asked for."""
+    assert k_threshold(count) == pytest.approx(threshold, abs=1e-4)
+
+
+def test_what_is_counted_and_printed_goes_by_the_threshold():
+    k = torch.tensor([-math.inf, 0.1, 0.45, 0.55, 0.6, 0.68, 0.72, 0.9, math.inf], dtype=torch.float64)
+    whole = WeightQuality(k, torch.ones_like(k), torch.zeros_like(k))
+    few, some, many = (summarise([whole], 9, count) for count in (50, 1000, 5000))
+    assert [(q.num_good, q.num_ok, q.num_bad) for q in (few, some, many)] == [(2, 0, 7), (3, 2, 4), (3, 3, 3)]
+    lines = [[" ".join(line.split()[:-1]) for line in repr(q).splitlines()[1:6]] for q in (few, some, many)]
+    assert lines[0][:4] == ["good, k up to 0.41 2", "no tail at all 1", "unreliable, k > 0.41 7", "of these, k > 0.7 3"]
+    assert lines[1] == [
+        "good, k < 0.5 3",
+        "no tail at all 1",
+        "ok, k 0.5 to 0.67 2",
+        "unreliable, k > 0.67 4",
+        "of these, k > 0.7 3",
+    ]
+    assert lines[2][2:4] == ["ok, k 0.5 to 0.7 3", "unreliable, k > 0.7 3"]
+    assert "of these" not in repr(many)
+
+
+def test_scores_say_which_threshold():
+    x = torch.zeros(20, 1)
+    scores = pv.evaluate(Narrow(0.6), x, num_samples=100)
+    assert ("k̂ above 0.5", str(scores.guide.num_bad)) in [row[:2] for row in scores.rows()]
 
 
 def test_effective_sample_size_is_the_known_one():

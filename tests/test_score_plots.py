@@ -78,6 +78,8 @@ def test_khat_histogram_counts_every_finite_one():
     assert "2 of them: no fit" in axes.get_title()
     assert sorted(line.get_xdata()[0] for line in axes.lines) == [0.5, 0.7]
     assert texts([axes.get_legend()]) == ["0.5", "0.7: unreliable above"]
+    few = drawn(plot_pareto_k(k, threshold=0.5 + 1 / 6)).axes[0]  # of a thousand samples
+    assert texts([few.get_legend()]) == ["0.5", "0.67: unreliable above"]
     low, high = axes.get_xlim()
     assert low < -0.9
     assert high > 1.4

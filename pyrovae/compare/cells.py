@@ -232,8 +232,9 @@ def _score(pair: Pair, job: Job, settings: Settings) -> dict[str, Any]:
         found |= _gaps(scored, rows, settings, job.seed)
     notes = list(scores.notes)
     if not exact and scores.guide is not None and scores.guide.num_bad > len(scores.guide.k) / 100:
+        guide = scores.guide
         notes.append(
-            f"k̂ above 0.7 for {scores.guide.num_bad} of {len(scores.guide.k)} data, Monte Carlo error "
+            f"k̂ above {guide.threshold:.2g} for {guide.num_bad} of {len(guide.k)} data, Monte Carlo error "
             f"{scores.log_evidence_stderr:.4f} and more: its evidence may be too low; raise num_samples"
         )
     return {**found, "exact": exact, "note": "; ".join(notes)}

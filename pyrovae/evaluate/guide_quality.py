@@ -29,8 +29,8 @@ def guide_quality(
     """Pareto-k̂ and effective sample size of the guide's importance weights, datum by datum.
 
     The largest weights w = p(x, z) / q(z | x) are fitted with a generalised Pareto distribution of shape k. Below 0.5
-    importance sampling from q works as it should; above 0.7 its estimates, and so the evidence, cannot be relied on,
-    and q is a poor picture of the posterior (most of all, a too narrow one).
+    importance sampling from q works as it should; above min(1 − 1/log10 K, 0.7) its estimates, and so the evidence,
+    cannot be relied on, and q is a poor picture of the posterior (most of all, a too narrow one).
 
     Args:
         pair: the model and guide. It is left as it was.
@@ -46,7 +46,7 @@ def guide_quality(
         TypeError, ValueError: bad data or options, before work starts; weights that are NaN or infinite.
 
     References:
-        Vehtari, Simpson, Gelman, Yao and Gabry (2024), Pareto smoothed importance sampling.
+        Vehtari, Simpson, Gelman, Yao and Gabry (2024), Pareto smoothed importance sampling, JMLR 25(72).
         Yao, Vehtari, Simpson and Gelman (2018), Yes, but did it work?: Evaluating variational inference.
     """
     check_positive("num_samples", num_samples, integer=True)

@@ -12,12 +12,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["FEWEST_SAMPLES", "GuideQuality", "WeightQuality", "check_count", "guide_quality_of", "summarise"]
+__all__ = [
+    "BAD_K",
+    "FEWEST_SAMPLES",
+    "GuideQuality",
+    "WeightQuality",
+    "check_count",
+    "guide_quality_of",
+    "k_threshold",
+    "summarise",
+]
 
 GOOD_K, BAD_K = 0.5, 0.7  # Vehtari et al. 2024, Yao et al. 2018
 EQUAL = 1e-3  # nats: log-weights no further apart differ by rounding
 FEWEST_SAMPLES = 25  # five in the tail, the fewest that it can be fitted to
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+def k_threshold(num_samples: int) -> float:
+    """min(1 − 1/log10 S, 0.7): the k̂ up to which S samples suffice; 0.7 from 2,155 samples on, 0.5 with 100.
+
+    Vehtari, Simpson, Gelman, Yao and Gabry (2024), Pareto smoothed importance sampling, JMLR 25(72).
+    """
+    return min(1 - 1 / math.log10(num_samples), BAD_K)
 
 
 class WeightQuality(NamedTuple):
@@ -51,14 +68,13 @@ class GuideQuality:
     num_no_tail: int
     """k̂ = −inf: no weight stands out, as where the guide is the posterior."""
     num_good: int
-    """k̂ < 0.5, those without a tail among them."""
+    """k̂ < 0.5 and not above ``threshold``, those without a tail among them."""
     num_ok: int
-    """0.5 ≤ k̂ ≤ 0.7."""
+    """0.5 ≤ k̂ ≤ ``threshold``."""
     num_bad: int
-    """k̂ > 0.7: the guide's importance-sampling estimates are unreliable."""
+    """k̂ > ``threshold``: the guide's importance-sampling estimates are unreliable."""
     threshold: float
-    """min(1 − 1/log10 K, 0.7): the k̂ up to which ``num_samples`` samples suffice (Vehtari et al. 2024)."""
-    num_above_threshold: int
+    """The k̂ up to which ``num_samples`` samples suffice: :func:`k_threshold`."""
     k_quantiles: dict[float, float]
     ess_quantiles: dict[float, float]
     notes: list[str] = field(default_factory=list)
@@ -74,13 +90,16 @@ class GuideQuality:
         count = len(self.k)
         what = "one weight for all data (a global latent)" if self.is_joint else f"{self.num_data} data"
         lines = [f"{what}, {self.num_samples} samples each"]
-        for label, number in (
-            ("good, k < 0.5", self.num_good),
+        limit = f"{self.threshold:.2g}"
+        rows = [
+            (f"good, k < {GOOD_K}" if self.threshold > GOOD_K else f"good, k up to {limit}", self.num_good),
             ("  no tail at all", self.num_no_tail),
-            ("ok, k 0.5 to 0.7", self.num_ok),
-            ("unreliable, k > 0.7", self.num_bad),
-            (f"too few samples, k > {self.threshold:.2f}", self.num_above_threshold),
-        ):
+            *([(f"ok, k {GOOD_K} to {limit}", self.num_ok)] if self.threshold > GOOD_K else []),
+            (f"unreliable, k > {limit}", self.num_bad),
+        ]
+        if self.threshold < BAD_K:
+            rows.append((f"  of these, k > {BAD_K}", int((self.k > BAD_K).sum())))
+        for label, number in rows:
             lines.append(f"{label:<26}{number:>8d}  {number / count:6.1%}")
         lines.append(f"{'quantiles':<22}" + "".join(f"{q:>10.0%}" for q in QUANTILES))
         lines.append(f"{'Pareto k':<22}" + "".join(f"{self.k_quantiles[q]:>10.2f}" for q in QUANTILES))
@@ -140,7 +159,8 @@ def summarise(parts: Sequence[WeightQuality], num_data: int, num_samples: int) -
     One weight for more than one datum is that of a global latent.
     """
     of = WeightQuality(*map(torch.cat, zip(*parts, strict=True)))
-    threshold = min(1 - 1 / math.log10(num_samples), BAD_K)
+    threshold = k_threshold(num_samples)
+    bad = of.k > threshold
     at = torch.tensor(QUANTILES, dtype=torch.float64)
     # Infinities have an order and no mean: of k̂ the quantiles are data, not points between two.
     of_k = torch.quantile(of.k, at, interpolation="nearest")
@@ -155,11 +175,10 @@ def summarise(parts: Sequence[WeightQuality], num_data: int, num_samples: int) -
         log_evidence=float(of.log_evidence.sum()) / num_data,
         is_joint=len(of.k) == 1 < num_data,
         num_no_tail=int((of.k == -math.inf).sum()),
-        num_good=int((of.k < GOOD_K).sum()),
-        num_ok=int(((of.k >= GOOD_K) & (of.k <= BAD_K)).sum()),
-        num_bad=int((of.k > BAD_K).sum()),
+        num_good=int(((of.k < GOOD_K) & ~bad).sum()),
+        num_ok=int(((of.k >= GOOD_K) & ~bad).sum()),
+        num_bad=int(bad.sum()),
         threshold=threshold,
-        num_above_threshold=int((of.k > threshold).sum()),
         k_quantiles=dict(zip(QUANTILES, of_k.tolist(), strict=True)),
         ess_quantiles=dict(zip(QUANTILES, torch.quantile(of.ess, at).tolist(), strict=True)),
         notes=notes,

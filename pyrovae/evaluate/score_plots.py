@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyrovae.evaluate.collapse import USED_NATS
+from pyrovae.evaluate.pareto import BAD_K
 from pyrovae.evaluate.plots import DATA, MODEL, new_figure, plot_images
 from pyrovae.evaluate.predict import decode, latents, local_latents, mean_or_value
 from pyrovae.infer.log_weights import same_random_state
@@ -61,8 +62,8 @@ def plot_kl(kl_per_dimension: Mapping[str, Sequence[float]]) -> Figure:
     return figure
 
 
-def plot_pareto_k(pareto_k: Tensor) -> Figure:
-    """A histogram of k̂ over data, with the thresholds 0.5 and 0.7 (Vehtari et al. 2024).
+def plot_pareto_k(pareto_k: Tensor, *, threshold: float = BAD_K) -> Figure:
+    """A histogram of k̂ over data, with 0.5 and the ``threshold`` of its number of samples (Vehtari et al. 2024).
 
     Infinite ones are counted in the title: −inf is a datum whose weights have no tail, +inf one that cannot be fitted.
     """
@@ -76,8 +77,8 @@ def plot_pareto_k(pareto_k: Tensor) -> Figure:
     low, high = (min(-0.25, float(k.min())), max(1.0, float(k.max()))) if len(k) else (-0.25, 1.0)
     edges = np.linspace(low, high, 41).tolist()
     axes.hist(k, bins=edges, color=DATA)
-    for threshold, color, text in ((0.5, GAP, "0.5"), (0.7, MODEL, "0.7: unreliable above")):
-        axes.axvline(threshold, color=color, linestyle="--", linewidth=1.2, label=text)
+    for limit, color, text in ((0.5, GAP, "0.5"), (threshold, MODEL, f"{threshold:.2g}: unreliable above")):
+        axes.axvline(limit, color=color, linestyle="--", linewidth=1.2, label=text)
     axes.set(xlabel="Pareto k̂ of the importance weights", ylabel="data", title=title, ylim=None if len(k) else (0, 1))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)

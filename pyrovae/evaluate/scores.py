@@ -100,7 +100,7 @@ class Scores:
             table.append(("active units", str(self.active_units), f"of {sum(self.units_per_latent.values())}{detail}"))
         if self.guide is not None:
             bad, count = self.guide.num_bad, len(self.guide.k)
-            table.append(("k̂ above 0.7", str(bad), f"of {count}: {_trust(bad / count)}"))
+            table.append((f"k̂ above {self.guide.threshold:.2g}", str(bad), f"of {count}: {_trust(bad / count)}"))
         return table
 
     def __repr__(self) -> str:
@@ -139,7 +139,7 @@ def _finite(value: Any) -> Any:
 
 
 def _trust(bad: float) -> str:
-    """In words, what a share of data with k̂ above 0.7 means."""
+    """In words, what a share of data with k̂ above the threshold means."""
     if bad <= 0.01:
         return "the guide is a good importance sampler"
     if bad <= 0.1:
