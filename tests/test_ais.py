@@ -280,6 +280,8 @@ def test_weights_are_unbiased_in_both_directions(num_temperatures):
     exact = pair.log_prob(ais._simulate(pair, num_data, None, seed=4)[1]).detach()
     assert found.log_likelihood == pytest.approx(exact.mean().item(), abs=1e-5)  # these are the data
     assert found.lower_stderr is None  # unknown from one chain
+    assert found.guide_stderr is None
+    assert "1 sample each" in repr(found)
     for difference in (found.lower_per_datum - exact, exact - found.upper_per_datum):
         ratio = difference.exp()
         assert abs(ratio.mean().item() - 1) < NUM_SE * ratio.std().item() / math.sqrt(num_data)

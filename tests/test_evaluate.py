@@ -169,9 +169,24 @@ def test_more_samples_tighten_the_evidence_toward_the_truth():
     x = draw(pair, 300)
     one, many = evaluate(pair, x, num_samples=1), evaluate(pair, x, num_samples=300)
     assert one.log_evidence == pytest.approx(one.elbo)
-    assert one.log_evidence_stderr == 0  # unknown from one sample
+    assert one.log_evidence_stderr is None  # unknown from one sample
+    assert one.to_dict()["log_evidence_stderr"] is None
+    assert "one sample: Monte Carlo error unknown, ± " in repr(one)
+    assert "± 0.000" not in repr(one)
     gap = (pair.evidence(x) - many.log_evidence, pair.evidence(x) - one.log_evidence)
     assert abs(gap[0]) < gap[1]
+
+
+@pytest.mark.parametrize(("count", "missing"), [(1, True), (24, True), (25, False)])
+def test_a_table_without_k_says_so(count, missing):
+    pair = LinearGaussian()
+    for x in (draw(pair, 10), draw(pair, 1)):
+        found = evaluate(pair, x, num_samples=count)
+        assert (found.guide is None) == found.too_few_for_k == missing
+        assert (("k̂", "–", "needs 25 samples each, or more") in found.rows()) == missing
+    silent = evaluate(pv.models.GMM(3, 2), torch.randn(10, 2), num_samples=count)  # nothing is sampled: no tail
+    assert "k̂" not in repr(silent)
+    assert silent.log_evidence_stderr == 0
 
 
 def test_stated_error_covers_the_truth():

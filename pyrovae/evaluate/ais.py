@@ -111,8 +111,8 @@ class BidirectionalEvidence(_Annealing):
     """(N,), float64. Below ``lower_per_datum`` here and there, by chance."""
     guide: float
     """The same data's log evidence by importance sampling from the guide. Below ``lower``: the guide misses mass."""
-    guide_stderr: float
-    """Its Monte Carlo standard error. A guide that misses mass does not know of it."""
+    guide_stderr: float | None
+    """Its Monte Carlo standard error; None with one sample. A guide that misses mass does not know of it."""
     num_guide_samples: int
     log_likelihood: float | None
     """Exact log p(x), where the pair has ``log_prob``."""
@@ -126,7 +126,7 @@ class BidirectionalEvidence(_Annealing):
         rows += [
             ("log evidence, lower", self.lower, f"{_errors(self.lower_stderr, None)}; in expectation".lstrip("; ")),
             ("gap", self.gap, _errors(None, self.gap_stderr)),
-            ("log evidence, guide", self.guide, f"{_errors(self.guide_stderr, None)}, {samples}"),
+            ("log evidence, guide", self.guide, f"{_errors(self.guide_stderr, None)}, {samples}".lstrip(", ")),
         ]
         return self._table("simulated data", rows)
 

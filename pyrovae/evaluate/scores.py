@@ -38,8 +38,9 @@ class Scores:
     """Importance samples a datum; 0 where all latents are summed out, and nothing is sampled."""
     log_evidence: float
     """mean_n log 1/K Σ_k w_kn: in expectation below log p(x), by about Var(w)/(2K p(x)²) (Burda et al. 2016)."""
-    log_evidence_stderr: float
-    """Monte Carlo standard error of ``log_evidence`` for these very data, by the delta method."""
+    log_evidence_stderr: float | None
+    """Monte Carlo standard error of ``log_evidence`` for these very data, by the delta method; 0 where nothing is
+    sampled, None with one sample, which has no error to tell."""
     log_evidence_stderr_data: float | None
     """Standard error of ``log_evidence`` as an estimate for the population that the data were drawn from."""
     elbo: float
@@ -64,6 +65,8 @@ class Scores:
     """(N,), float64, on the CPU; None with a global latent."""
     guide: GuideQuality | None = field(default=None, compare=False)
     """Pareto-k̂ and effective sample size of the weights behind ``log_evidence``, datum by datum."""
+    too_few_for_k: bool = False
+    """The weights have a tail, and the samples are too few to fit it to: hence no ``guide``."""
     also: dict[str, Any] = field(default_factory=dict, compare=False)
     """What else was asked for, by the name of its function."""
     left_out: dict[str, str] = field(default_factory=dict)
@@ -80,7 +83,9 @@ class Scores:
     def rows(self) -> list[tuple[str, str, str]]:
         """The table: quantity, value, remark."""
         over_data = self.log_evidence_stderr_data
-        errors = [f"± {self.log_evidence_stderr:.3f} Monte Carlo"] if self.num_samples else []
+        monte_carlo = self.log_evidence_stderr
+        error = "one sample: Monte Carlo error unknown" if monte_carlo is None else f"± {monte_carlo:.3f} Monte Carlo"
+        errors = [error] if self.num_samples else []
         errors += [] if over_data is None else [f"± {over_data:.3f} over data"]
         # With nothing sampled, evidence, exact likelihood and ELBO are one number.
         rows = [("log evidence" if self.num_samples else "log evidence, exact", self.log_evidence, ", ".join(errors))]
@@ -101,6 +106,8 @@ class Scores:
         if self.guide is not None:
             bad, count = self.guide.num_bad, len(self.guide.k)
             table.append((f"k̂ above {self.guide.threshold:.2g}", str(bad), f"of {count}: {_trust(bad / count)}"))
+        elif self.too_few_for_k:
+            table.append(("k̂", "–", f"needs {FEWEST_SAMPLES} samples each, or more"))
         return table
 
     def __repr__(self) -> str:
@@ -182,7 +189,8 @@ def scores_of(pair: Pair, x: Tensor, num_samples: int, progress: bool | None) ->
     summarise_full = _compiled(summarise, pair, chunks[0], particle_chunk, calls=rounds * len(chunks))
     sites: Any = probe.guide_trace.nodes
     has_tails = any(not sites[name]["fn"].support.is_discrete for name in probe.guide)
-    parts = _Parts(fits_tails=has_tails and num_samples >= FEWEST_SAMPLES)
+    enough = num_samples >= FEWEST_SAMPLES
+    parts = _Parts(fits_tails=has_tails and enough)
     for rows in progress_bar("evaluate", progress, chunks):
         parts.start()
         for _ in range(rounds):
@@ -194,7 +202,13 @@ def scores_of(pair: Pair, x: Tensor, num_samples: int, progress: bool | None) ->
     if pair.log_prob is not None:
         exact = float(sum(pair.log_prob(rows).double().sum() for rows in chunks)) / len(x)
     return parts.scores(
-        x, num_samples, exact, sampled=bool(probe.guide), split=not structure.enumerated, notes=_notes(probe)
+        x,
+        num_samples,
+        exact,
+        sampled=bool(probe.guide),
+        split=not structure.enumerated,
+        too_few_for_k=has_tails and not enough,
+        notes=_notes(probe),
     )
 
 
@@ -297,7 +311,15 @@ class _Parts:
             self.quality.append(guide_quality_of(log_w))
 
     def scores(
-        self, x: Tensor, num_samples: int, exact: float | None, *, sampled: bool, split: bool, notes: list[str]
+        self,
+        x: Tensor,
+        num_samples: int,
+        exact: float | None,
+        *,
+        sampled: bool,
+        split: bool,
+        too_few_for_k: bool,
+        notes: list[str],
     ) -> Scores:
         evidence, relative_variance = torch.cat(self.evidence), torch.cat(self.relative_variance)
         num_data, total = len(x), len(x) * num_samples
@@ -323,7 +345,9 @@ class _Parts:
             num_data=num_data,
             num_samples=num_samples if sampled else 0,
             log_evidence=log_evidence,
-            log_evidence_stderr=float(relative_variance.sum().sqrt()) * per_datum,
+            log_evidence_stderr=float(relative_variance.sum().sqrt()) * per_datum
+            if num_samples > 1 or not sampled
+            else None,
             log_evidence_stderr_data=float(evidence.std()) / math.sqrt(num_data)
             if len(evidence) == num_data > 1
             else None,
@@ -339,5 +363,6 @@ class _Parts:
             bits_per_dim=-log_evidence / (x.shape[1] * math.log(2)),
             log_evidence_per_datum=evidence.cpu() if len(evidence) == num_data else None,
             guide=summarise(self.quality, num_data, num_samples) if self._fits_tails else None,
+            too_few_for_k=too_few_for_k,
             notes=notes,
         )
