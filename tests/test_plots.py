@@ -228,6 +228,89 @@ def test_latents(labelled):
     assert not figure.legends[0].get_window_extent().overlaps(axes.get_window_extent())
 
 
+@pytest.mark.parametrize(
+    "make", [torch.Tensor.tolist, torch.Tensor.numpy, torch.clone], ids=["list", "array", "tensor"]
+)
+def test_latents_take_labels_of_any_kind(make):
+    pair, x = pv.models.VAE(6, 2, hidden_dims=(4,)), torch.bernoulli(torch.full((9, 6), 0.5))
+    figure = p.plot_latents(pair, x, "z", labels=make(torch.arange(9) % 3))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["0", "1", "2"]
+    named = p.plot_latents(pair, x.numpy(), "z", labels=["a", "b", "a"] * 3)
+    assert [text.get_text() for text in named.legends[0].get_texts()] == ["a", "b"]
+
+
+def test_latents_of_more_dimensions_say_which_are_shown():
+    pair, x = pv.models.VAE(6, 4, hidden_dims=(4,)), torch.bernoulli(torch.full((9, 6), 0.5))
+    axes = saved(p.plot_latents(pair, x, "z")).axes[0]
+    assert axes.get_title() == "Posterior means of the data (guide), dimensions 1 and 2 of 4"
+    torch.testing.assert_close(points(axes.collections[0]).float(), latents(pair, x, mean=True)["z"][:, :2])
+
+
+def test_images_are_taken_as_arrays_of_any_kind():
+    images = torch.rand(7, 6)
+    for same in (images.numpy(), images.tolist(), images.reshape(7, *SHAPE)):
+        found = cells(p.plot_images(same, list(SHAPE)), 7)
+        torch.testing.assert_close(found[:7].float(), images)
+
+
+VAE1, VAE2, VAE4 = (pv.models.VAE(6, size, hidden_dims=(4,)) for size in (1, 2, 4))
+LAYERS = pv.models.IWAE(6, (3, 2), hidden_dims=((4,), (4,)))
+X = torch.ones(9, 6)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: p.plot_latents(VAE2, X, "w"), ValueError, "name: expected one of z; got 'w'"),
+        (lambda: p.plot_latents(LAYERS, X, "z3"), ValueError, "name: expected one of z1, z2; got 'z3'. Did you mean"),
+        (lambda: p.plot_latents(VAE1, X, "z"), ValueError, "name: expected a latent of 2 dimensions or more; 'z' of"),
+        (
+            lambda: p.plot_latents(VAE2, X, "z", labels=[1, 2]),
+            ValueError,
+            r"labels: expected shape \(9,\).* got \(2,\)",
+        ),
+        (lambda: p.plot_latents(VAE2, X, "z", labels=[0.5] * 9), TypeError, "labels: expected whole numbers or names"),
+        (lambda: p.plot_latents(VAE2, X[:, :5], "z"), ValueError, "x: expected 6 features"),
+        (lambda: p.plot_manifold(VAE2, "w", SHAPE), ValueError, "name: expected one of z; got 'w'"),
+        (lambda: p.plot_manifold(VAE2, "x", SHAPE), ValueError, "name: expected one of z; got 'x'"),
+        (lambda: p.plot_manifold(VAE4, "z", SHAPE), ValueError, "name: expected a latent of 2 dimensions; .* has 4"),
+        (lambda: p.plot_manifold(LAYERS, "z1", SHAPE), ValueError, "name: expected a latent of 2 dimensions; .* has 3"),
+        (lambda: p.plot_manifold(VAE2, "z", (4, 2)), ValueError, "image_shape: expected .* product is 6"),
+        (lambda: p.plot_manifold(VAE2, "z", SHAPE, size=0), ValueError, "size: expected a whole number, 1 or more"),
+        (lambda: p.plot_images(X, (2, 4)), ValueError, r"image_shape: .* product is 6, .* got \(2, 4\), which makes 8"),
+        (lambda: p.plot_images(X, 6), TypeError, r"image_shape: expected \(height, width\), such as .* got 6"),
+        (lambda: p.plot_images(X, (1.5, 4)), TypeError, "image_shape: expected a whole number"),
+        (
+            lambda: p.plot_images(X[0], SHAPE),
+            ValueError,
+            r"images: expected shape \(N, 6\), one image a row; got \(6,\)",
+        ),
+        (lambda: p.plot_images(X[:0], SHAPE), ValueError, r"images: expected shape .* got \(0, 6\)"),
+        (lambda: p.plot_images("X", SHAPE), TypeError, "images: expected an array .* got str"),
+        (lambda: p.plot_images(X, SHAPE, columns=0), ValueError, "columns: expected a whole number, 1 or more"),
+        (lambda: p.plot_samples(VAE2, X, image_shape=(4, 4)), ValueError, "image_shape: expected .* product is 6"),
+    ],
+)
+def test_errors_are_for_a_person(call, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        call()
+
+
+def test_a_discrete_latent_is_not_drawn():
+    class Amortized(pv.Pair):
+        data_dim = 2
+
+        def guide(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("c", pyro.distributions.Categorical(x.new_ones(3)))
+            pyro.sample("mu", pyro.distributions.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match=r"^name: expected a real latent of 2 dimensions or more; 'c' of the guide"):
+        p.plot_latents(Amortized(), torch.randn(4, 2), "c")
+    with pytest.raises(ValueError, match=r"^name: expected one of c; got 'mu'\."):  # one value for all data
+        p.plot_latents(Amortized(), torch.randn(4, 2), "mu")
+
+
 def test_same_seed_same_picture_and_caller_s_state_stays():
     pair, x = pv.models.VAE(2, 2, hidden_dims=(4,), likelihood="normal"), torch.randn(20, 2)
     before, validation = torch.get_rng_state(), pyro.poutine.util.is_validation_enabled()

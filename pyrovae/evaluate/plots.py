@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyro
@@ -16,8 +17,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from pyrovae.checks import check_choice, check_positive
 from pyrovae.checks_pair import observed_support
-from pyrovae.evaluate.predict import decode, latents, reconstruct, sample
+from pyrovae.evaluate.mixtures import check_labels
+from pyrovae.evaluate.predict import decode, latents, local_latents, model_latents, reconstruct, sample
 from pyrovae.infer import log_weights
 from pyrovae.infer.log_weights import same_random_state
 from pyrovae.pair import Pair
@@ -98,14 +101,21 @@ def plot_history(history: Sequence[dict[str, float]]) -> Figure:
     return figure
 
 
-def plot_images(images: Tensor, image_shape: tuple[int, int], *, columns: int = 10, title: str = "") -> Figure:
-    """Images (N, height · width), with values in [0, 1], as one grid, dark on light."""
-    height, width = image_shape
+def plot_images(images: Any, image_shape: tuple[int, int], *, columns: int = 10, title: str = "") -> Figure:
+    """Images (N, height · width), with values in [0, 1], as one grid, dark on light.
+
+    Raises:
+        TypeError: ``images`` is no array of numbers, or ``image_shape`` no two whole numbers.
+        ValueError: an image has not height · width values, or there is none.
+    """
+    check_positive("columns", columns, integer=True)
+    height, width = _check_image_shape(image_shape)
+    images = _check_images(images, height, width)
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
     grid = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1), 0.15)  # light lines between
     cells = torch.zeros(rows * columns, height, width)  # the last row may have empty ones
-    cells[: len(images)] = images.detach().cpu().reshape(-1, height, width)
+    cells[: len(images)] = images.reshape(-1, height, width)
     for index, image in enumerate(cells.numpy()):
         top, left = (index // columns) * (height + 1), (index % columns) * (width + 1)
         grid[top : top + height, left : left + width] = image
@@ -116,6 +126,31 @@ def plot_images(images: Tensor, image_shape: tuple[int, int], *, columns: int = 
     axes.set_axis_off()
     axes.set_title(title)
     return figure
+
+
+def _check_image_shape(image_shape: Any) -> tuple[int, int]:
+    if not isinstance(image_shape, Sequence) or len(image_shape) != 2:
+        raise TypeError(f"image_shape: expected (height, width), such as (28, 28); got {image_shape!r}.")
+    for size in image_shape:
+        check_positive("image_shape", size, integer=True)
+    height, width = image_shape
+    return height, width
+
+
+def _check_images(images: Any, height: int, width: int) -> Tensor:
+    """As a tensor (N, height · width), on the CPU."""
+    try:
+        found = torch.as_tensor(images).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"images: expected an array (N, height · width); got {type(images).__name__}.") from error
+    if found.dim() < 2 or found.numel() == 0:
+        raise ValueError(f"images: expected shape (N, {height * width}), one image a row; got {tuple(found.shape)}.")
+    if (size := found[0].numel()) != height * width:
+        raise ValueError(
+            f"image_shape: expected a height and a width whose product is {size}, the values of each image; got "
+            f"{(height, width)}, which makes {height * width}."
+        )
+    return found.reshape(len(found), -1)
 
 
 def plot_samples(
@@ -271,7 +306,14 @@ def _draw_density(axes: Axes, pair: Pair, x: Tensor, num_samples: int = 100, res
 def plot_manifold(
     pair: Pair, name: str, image_shape: tuple[int, int], *, size: int = 20, data_dim: int | None = None
 ) -> Figure:
-    """Images decoded over a 2-D latent, at quantiles of its N(0, I) prior (Kingma and Welling 2014, fig. 4)."""
+    """Images decoded over a 2-D latent, at quantiles of its N(0, I) prior (Kingma and Welling 2014, fig. 4).
+
+    Raises:
+        TypeError, ValueError: the model has no such latent, or it is not 2-D; another bad option.
+    """
+    check_positive("size", size, integer=True)
+    _check_image_shape(image_shape)
+    _check_latent(name, model_latents(pair, data_dim), "model", wants_two=True)
     ticks = torch.distributions.Normal(0.0, 1.0).icdf(torch.linspace(0.02, 0.98, size))
     parameter = next(pair.parameters())
     grid = torch.cartesian_prod(ticks.flip(0), ticks).flip(1).to(parameter.device, parameter.dtype)
@@ -284,18 +326,50 @@ def plot_manifold(
     return figure
 
 
-def plot_latents(pair: Pair, x: Tensor, name: str, *, labels: Tensor | None = None, seed: int = 0) -> Figure:
-    """The guide's means of a 2-D latent, coloured by label where there are labels."""
-    means = latents(pair, x, mean=True, seed=seed)[name].cpu().numpy()
+def plot_latents(
+    pair: Pair,
+    x: Tensor,  # (N, D)
+    name: str,
+    *,
+    labels: Any = None,  # (N,)
+    seed: int = 0,
+) -> Figure:
+    """The guide's means of a latent, in its first two dimensions, coloured by label where there are labels.
+
+    Raises:
+        TypeError, ValueError: the guide has no such latent, or it is not real with two dimensions or more; bad data
+            or labels.
+    """
+    found = latents(pair, x, mean=True, seed=seed)
+    _check_latent(name, {local: found[local] for local in local_latents(pair, x[:2])}, "guide")
+    means = found[name].cpu().numpy()
+    title, dimensions = "Posterior means of the data (guide)", means.shape[1]
+    if dimensions > 2:
+        title += f", dimensions 1 and 2 of {dimensions}"
     figure = new_figure(6, 5)
     axes = figure.subplots()
     if labels is None:
         axes.scatter(means[:, 0], means[:, 1], s=12, alpha=0.7, linewidth=0, color=DATA)
     else:
-        found = labels.cpu().numpy()
-        for index, label in enumerate(np.unique(found)):
-            rows = means[found == label]
+        known = check_labels(labels, len(means))
+        for index, label in enumerate(np.unique(known)):
+            rows = means[known == label]
             axes.scatter(rows[:, 0], rows[:, 1], s=12, alpha=0.7, linewidth=0, color=f"C{index % 10}", label=str(label))
         figure.legend(title="label", loc="outside right upper", markerscale=2)
-    axes.set(xlabel=f"{name}, first", ylabel=f"{name}, second", title="Posterior means of the data (guide)")
+    axes.set(xlabel=f"{name}, first", ylabel=f"{name}, second", title=title)
     return figure
+
+
+def _check_latent(name: str, values: dict[str, Tensor], program: str, *, wants_two: bool = False) -> None:
+    """``values`` by name, each (data, ...): the one to be shown must be real, of two dimensions or more (just two)."""
+    check_choice("name", name, values)
+    value = values[name]
+    wanted = "2 dimensions" if wants_two else "2 dimensions or more"
+    if not value.is_floating_point():
+        raise ValueError(f"name: expected a real latent of {wanted}; {name!r} of the {program} is discrete.")
+    if value.dim() != 2 or value.shape[1] < 2 or (wants_two and value.shape[1] > 2):
+        shape = value.shape[1] if value.dim() == 2 else tuple(value.shape[1:])
+        raise ValueError(
+            f"name: expected a latent of {wanted}; {name!r} of the {program} has {shape}. Choose another, or build "
+            "the pair with one of 2 dimensions."
+        )

@@ -74,6 +74,12 @@ def local_latents(pair: Pair, x: Tensor) -> tuple[str, ...]:
     return _local(_guide_sites(pair, x, seed=0))
 
 
+def model_latents(pair: Pair, data_dim: int | None = None) -> dict[str, Tensor]:
+    """By name, a draw from the model of each latent that has a value for each datum, for two data: (2, ...)."""
+    sites = _model_sites(pair, blank_data(pair, 2, data_dim))
+    return {name: sites[name]["value"] for name in _local(sites) if not sites[name]["infer"].get("was_observed")}
+
+
 def _guide_sites(pair: Pair, x: Tensor, seed: int | None) -> dict[str, Any]:
     x = check_data(x, data_dim=getattr(pair, "data_dim", None))
     x = _placed(x, next(pair.parameters(), x))
