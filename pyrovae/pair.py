@@ -117,15 +117,23 @@ class Pair(PyroModule):
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is damaged, or holds another pair's weights.
+            ValueError: the file is damaged, is a checkpoint of training, or holds another pair's weights.
         """
-        from safetensors import SafetensorError
+        from safetensors import SafetensorError, safe_open
         from safetensors.torch import load_file
 
         if not Path(path).is_file():
             raise FileNotFoundError(f"path: expected a .safetensors file, found none at {path}")
         before = {name: value.clone() for name, value in self.state_dict().items()}
         try:
+            with safe_open(path, framework="pt") as file:
+                is_checkpoint = "pyrovae_state" in (file.metadata() or {})
+            if is_checkpoint:
+                raise ValueError(
+                    f"path: expected weights that Pair.save wrote; {path} is a training checkpoint. Pass it to fit, "
+                    "with the pair and the data of its run: "
+                    f"pyrovae.fit(pair, x, checkpoint={str(path)!r}, resume=True)."
+                )
             self.load_state_dict(load_file(path))
         except SafetensorError as error:
             raise ValueError(f"path: {path} is not a readable .safetensors file ({error}).") from error

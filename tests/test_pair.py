@@ -16,7 +16,7 @@ from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyrovae import FunctionPair, Pair, log_weights
+from pyrovae import FunctionPair, Pair, fit, log_weights
 from pyrovae.infer import SVI, RenyiELBO, Trace_ELBO, log_weight_terms
 from pyrovae.models import VAE
 from pyrovae.networks import (
@@ -415,6 +415,20 @@ def test_function_pairs_refuse_the_files_of_others(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not hold the weights"):
         pair.load(path)
     assert sorted(pair.params) == ["decoder/loc", "noise", "scale", "slope"]
+
+
+def test_a_training_checkpoint_is_named_as_such(tmp_path: Path) -> None:
+    path, x = tmp_path / "c.safetensors", data()
+    pair, other = VAE(DIM, 2, hidden_dims=(4,), likelihood="normal"), VAE(DIM, 2, hidden_dims=(4,), likelihood="normal")
+    fit(pair, x, epochs=1, checkpoint=path, progress=False)
+    before = values(other)
+    with pytest.raises(
+        ValueError, match=r"^path: .* is a training checkpoint\. .*fit\(.*checkpoint='.*', resume=True\)"
+    ):
+        other.load(path)
+    assert_equal(values(other), before)
+    fit(other, x, epochs=1, checkpoint=path, resume=True, progress=False)  # as the message says
+    assert_equal(values(other), values(pair))
 
 
 @pytest.mark.parametrize("write", [pickle.dump, torch.save], ids=["pickle", "torch.save"])
