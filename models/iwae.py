@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -16,6 +17,8 @@ from pyrovae.networks import BernoulliNetwork, NormalNetwork
 from pyrovae.pair import Pair
 
 __all__ = ["IWAE"]
+
+DEFAULT_WIDTHS = (200, 200)
 
 
 class IWAE(Pair):
@@ -30,34 +33,34 @@ class IWAE(Pair):
 
     Args:
         data_dim: features D of a datum, each in {0, 1}.
-        latent_dims: size of each stochastic layer, from the data up.
-        hidden_dims: for each stochastic layer, the widths of the hidden layers between it and what lies below.
+        latent_dims: size of each stochastic layer, from the data up; a number for one layer.
+        hidden_dims: for each stochastic layer, the widths of the hidden layers between it and what lies below. With one
+            layer its widths alone will do. The default is (200, 200) for every layer.
         num_particles: K of the default loss, ``RenyiELBO(alpha=0, num_particles=K)``.
     """
 
     def __init__(
         self,
         data_dim: int,
-        latent_dims: Sequence[int] = (50,),
+        latent_dims: int | Sequence[int] = (50,),
         *,
-        hidden_dims: Sequence[Sequence[int]] = ((200, 200),),
+        hidden_dims: int | Sequence[int] | Sequence[Sequence[int]] = (DEFAULT_WIDTHS,),
         num_particles: int = 5,
     ) -> None:
         super().__init__()
         check_positive("data_dim", data_dim, integer=True)
         check_positive("num_particles", num_particles, integer=True)
-        if not latent_dims or len(latent_dims) != len(hidden_dims):
-            raise ValueError(
-                "hidden_dims: expected one group of widths for each of the stochastic layers in "
-                f"latent_dims={tuple(latent_dims)}; got {tuple(hidden_dims)}."
-            )
-        for width in [*latent_dims, *(width for group in hidden_dims for width in group)]:
-            check_positive("latent_dims and hidden_dims", width, integer=True)
-        self.data_dim, self.latent_dims, self.num_particles = data_dim, tuple(latent_dims), num_particles
-        steps = list(zip(pairwise((data_dim, *latent_dims)), hidden_dims, strict=True))
+        latent_dims = tuple(latent_dims) if isinstance(latent_dims, Sequence) else (latent_dims,)
+        if not latent_dims:
+            raise ValueError("latent_dims: expected the size of one stochastic layer or more; got none.")
+        for size in latent_dims:
+            check_positive("latent_dims", size, integer=True)
+        groups = _groups(hidden_dims, latent_dims)
+        self.data_dim, self.latent_dims, self.num_particles = data_dim, latent_dims, num_particles
+        steps = list(zip(pairwise((data_dim, *latent_dims)), groups, strict=True))
         self.encoders = nn.ModuleList(NormalNetwork(low, hidden, high) for (low, high), hidden in steps)
         self.decoders = nn.ModuleList(NormalNetwork(high, hidden[::-1], low) for (low, high), hidden in steps[1:])
-        self.likelihood = BernoulliNetwork(latent_dims[0], hidden_dims[0][::-1], data_dim)
+        self.likelihood = BernoulliNetwork(latent_dims[0], groups[0][::-1], data_dim)
 
     def model(self, x: Tensor) -> None:  # x: (batch, data_dim)
         top = len(self.latent_dims)
@@ -79,3 +82,23 @@ class IWAE(Pair):
 
     def default_loss(self) -> ELBO:
         return RenyiELBO(alpha=0, num_particles=self.num_particles)
+
+
+def _groups(hidden_dims: Any, latent_dims: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """The widths of the hidden layers, one group for each stochastic layer."""
+    groups = hidden_dims if isinstance(hidden_dims, Sequence) else (hidden_dims,)
+    if not any(isinstance(group, Sequence) for group in groups):
+        groups = (groups,)
+    groups = tuple(tuple(group) if isinstance(group, Sequence) else group for group in groups)
+    if groups == (DEFAULT_WIDTHS,):
+        groups *= len(latent_dims)
+    if len(groups) != len(latent_dims) or not all(isinstance(group, tuple) for group in groups):
+        example = tuple((2 * size,) for size in latent_dims)
+        raise ValueError(
+            f"hidden_dims: expected one group of widths for each of the {len(latent_dims)} stochastic layers in "
+            f"latent_dims={latent_dims}; got {hidden_dims!r}. Write hidden_dims={example}; on the command line, --set "
+            f"'hidden_dims={str(example).replace(' ', '')}'."
+        )
+    for width in (width for group in groups for width in group):
+        check_positive("hidden_dims", width, integer=True)
+    return groups

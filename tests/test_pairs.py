@@ -12,7 +12,7 @@ import pytest
 import torch
 from pyro.infer import Trace_ELBO as PyroTraceELBO
 from pyro.infer import TraceEnum_ELBO as PyroTraceEnumELBO
-from torch import Tensor
+from torch import Tensor, nn
 
 import pyrovae as pv
 from pyrovae.infer import RenyiELBO, TraceEnum_ELBO
@@ -216,6 +216,46 @@ def test_what_the_guide_leaves_out_is_enumerated(case: str) -> None:
     pair, x = build(case)
     enumerated = Structure.of(pair.model, pair.guide, (x,), {}).enumerated
     assert enumerated == (("z",) if case.startswith("gmm") and case != "gmm-amortized" else ())
+
+
+@pytest.mark.parametrize(
+    ("options", "latent_dims", "widths"),
+    [
+        ({}, (50,), [[200, 200]]),
+        ({"latent_dims": 5}, (5,), [[200, 200]]),
+        ({"latent_dims": [5, 3]}, (5, 3), [[200, 200]] * 2),
+        ({"latent_dims": (5, 3), "hidden_dims": [[200, 200]]}, (5, 3), [[200, 200]] * 2),  # as a run folder has it
+        ({"latent_dims": 5, "hidden_dims": 8}, (5,), [[8]]),
+        ({"latent_dims": 5, "hidden_dims": (8, 7)}, (5,), [[8, 7]]),
+        ({"latent_dims": 5, "hidden_dims": ()}, (5,), [[]]),
+        ({"latent_dims": (5, 3), "hidden_dims": ((8,), [7, 6])}, (5, 3), [[8], [7, 6]]),
+    ],
+)
+def test_iwae_layers(options: dict, latent_dims: tuple, widths: list) -> None:
+    pair = pv.models.IWAE(6, **options)
+    assert pair.latent_dims == latent_dims
+    assert [[m.out_features for m in e.network if isinstance(m, nn.Linear)][:-1] for e in pair.encoders] == widths
+    pv.evaluate(pair, torch.ones(3, 6), num_samples=1)
+
+
+WRITE = r"Write hidden_dims=\(\(10,\), \(6,\)\); on the command line, --set 'hidden_dims=\(\(10,\),\(6,\)\)'"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"latent_dims": ()}, ValueError, "latent_dims: expected the size of one stochastic layer or more; got none"),
+        ({"latent_dims": 2.5}, TypeError, r"latent_dims: expected a whole number, 1 or more; got 2\.5"),
+        ({"latent_dims": (5, 0)}, ValueError, "latent_dims: expected a whole number, 1 or more; got 0"),
+        ({"latent_dims": (5, 3), "hidden_dims": ((8,),)}, ValueError, f"hidden_dims: expected one group .* {WRITE}"),
+        ({"latent_dims": (5, 3), "hidden_dims": (8, 8)}, ValueError, f"hidden_dims: .* 2 stochastic layers .* {WRITE}"),
+        ({"latent_dims": (5, 3), "hidden_dims": ((8,), 8)}, ValueError, f"hidden_dims: expected one group .* {WRITE}"),
+        ({"latent_dims": 5, "hidden_dims": ((8, 0),)}, ValueError, "hidden_dims: expected a whole number, 1 or more"),
+    ],
+)
+def test_iwae_says_how_layers_are_written(options: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^{message}"):
+        pv.models.IWAE(6, **options)
 
 
 @pytest.mark.cuda
