@@ -5,6 +5,7 @@ from pyrovae.compare import Comparison, compare
 from pyrovae.evaluate import Scores, evaluate, to_arviz
 from pyrovae.infer import EMResult, fit_em, log_weights
 from pyrovae.pair import FunctionPair, Pair
+from pyrovae.runs import load_run
 from pyrovae.train import FitResult, TrainingDiverged, fit
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "fit",
     "fit_em",
     "infer",
+    "load_run",
     "log_weights",
     "models",
     "to_arviz",

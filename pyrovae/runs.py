@@ -39,6 +39,7 @@ __all__ = [
     "file_digest",
     "find_pair",
     "load_data",
+    "load_run",
     "parse_options",
     "resolve_binarize",
 ]
@@ -274,9 +275,22 @@ def resolve_binarize(binarize: str, pair: Pair, data: DataSet) -> str:
 RUN_FILES = ("weights.safetensors", "checkpoint.safetensors", "history.csv", "scores.json", "report.html")
 
 
+def load_run(path: str | Path) -> tuple[Config, Pair, DataSet]:
+    """Open a run folder that ``pyrovae fit`` wrote: ``config, pair, data = pyrovae.load_run("runs/vae-digits")``.
+
+    ``pair`` has the weights of the run and ``data`` are those it was trained on; ``config`` says how. A user's files
+    are read only if they are the very ones of the run.
+
+    Raises:
+        FileNotFoundError: something is missing.
+        ValueError: something is damaged, foreign or has changed.
+    """
+    return RunFolder(path).load()
+
+
 class RunFolder:
     """``config.json``, ``weights.safetensors``, ``checkpoint.safetensors``, ``history.csv``, ``scores.json`` and
-    ``pictures/``."""
+    ``pictures/``. From Python, :func:`load_run` opens one."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)

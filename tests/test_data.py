@@ -446,6 +446,13 @@ def test_a_file_that_is_not_the_expected_idx(small_mnist, monkeypatch, stem, con
 
 BAD_INPUT = [
     (lambda: data.load("minst"), ValueError, r"name: expected one of .*'minst'\. Did you mean 'mnist'"),
+    (
+        lambda: data.load("h.csv"),
+        ValueError,
+        r"name: expected one of .* got 'h\.csv'.*pyrovae\.data\.load_file\('h\.csv'\)",
+    ),
+    (lambda: data.load(Path("a/b.npy")), ValueError, r"name: expected one of .*pyrovae\.data\.load_file\('a/b\.npy'\)"),
+    (lambda: data.load(Path("mnist")), ValueError, "name: expected one of .*'mnist'"),
     (lambda: data.load("synthetic"), ValueError, "Did you mean 'synthetic-"),
     (lambda: data.load(3), ValueError, "name: expected one of .* got 3"),
     (lambda: data.load("iris", binarize=True), ValueError, r"'iris' holds no images.*digits, mnist"),

@@ -171,6 +171,16 @@ def test_the_folder_is_enough_to_rebuild(finished, folder):
         assert torch.equal(pair.state_dict()[name], value)
 
 
+def test_python_opens_it_by_a_public_name(finished, folder):
+    config, pair, data = pyrovae.load_run(str(finished / "run"))
+    same = RunFolder(finished / "run").load()
+    assert (config, data.name) == (same[0], same[2].name)
+    for name, value in same[1].state_dict().items():
+        assert torch.equal(pair.state_dict()[name], value)
+    with pytest.raises(FileNotFoundError, match=r"expected a folder that `pyrovae fit` wrote; .* has no config\.json"):
+        pyrovae.load_run(folder)
+
+
 def test_evaluate_keeps_the_seconds_of_training(run):
     before = json.loads((run / "scores.json").read_text())["training_seconds"]
     assert call("evaluate", run) == 0

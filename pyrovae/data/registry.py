@@ -22,7 +22,7 @@ __all__ = ["describe", "load", "names"]
 
 
 def load(name: str, *, binarize: bool | None = None, seed: int = 0, root: str | Path | None = None) -> DataSet:
-    """Return a data set, on the CPU. Its ``convention`` says how it was split and treated.
+    """Return a data set, on the CPU. Its ``convention`` says how it was split and treated. Files: :func:`load_file`.
 
     Args:
         name: one of :func:`names`.
@@ -42,6 +42,11 @@ def load(name: str, *, binarize: bool | None = None, seed: int = 0, root: str | 
         FileNotFoundError: ``root`` or ``PYROVAE_DATA`` names no folder.
         ConnectionError: MNIST is not on this machine and no mirror answers.
     """
+    if isinstance(name, str | Path) and name not in _ENTRIES and (Path(name).suffix or Path(name).is_file()):
+        raise ValueError(
+            f"name: expected one of {', '.join(names())}; got {str(name)!r}. For a .csv or .npy file: "
+            f"pyrovae.data.load_file({str(name)!r})."
+        )
     check_choice("name", name, names())
     entry = _ENTRIES[name]
     _check_binarize(binarize, name)
