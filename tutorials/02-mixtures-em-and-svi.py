@@ -14,7 +14,7 @@
 # # Mixtures: EM against SVI
 #
 # One inequality, Jensen's, lies under both expectation maximisation (EM) and stochastic variational inference (SVI).
-# We look at it in a mixture of Gaussians, fit Old Faithful in four ways, and meet local optima.
+# We look at it in a mixture of Gaussians, fit Old Faithful in three ways, and meet local optima.
 
 # %%
 import copy
