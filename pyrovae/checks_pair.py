@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pyro
@@ -27,6 +29,7 @@ def check_pair(pair: Pair, x: Tensor, argument: str = "x", *, binarize: bool = F
         ValueError: the guide misses a site; what follows the batch is not inside the plate ``data``; a parameter lives
             in Pyro's global store; ``x`` lies outside the support of its likelihood; or whatever Pyro's own validation
             finds.
+        Exception: whatever the guide or the model raises, with a note that says on which rows it ran.
     """
     parameter = next(pair.parameters(), None)
     few = x[:2] if parameter is None else x[:2].to(parameter.device, parameter.dtype)
@@ -37,7 +40,7 @@ def check_pair(pair: Pair, x: Tensor, argument: str = "x", *, binarize: bool = F
                 "Divide pixels of 0..255 by 255, or leave binarize out."
             )
         few = few.round()
-    guide_trace, model_trace = _traces(pair, few)
+    guide_trace, model_trace = _traces(pair, few, argument)
     own = {id(p) for p in pair.parameters()}
     site: Any
     for trace in (guide_trace, model_trace):
@@ -48,26 +51,39 @@ def check_pair(pair: Pair, x: Tensor, argument: str = "x", *, binarize: bool = F
                     "state_dict would hold it. Make it an nn.Parameter or a PyroParam, or wrap the functions in "
                     "FunctionPair."
                 )
-    _check_plates(pair, few, guide_trace, model_trace)
+    _check_plates(pair, few, argument, guide_trace, model_trace)
     if not binarize:
         for name, site in model_trace.nodes.items():
             if site["type"] == "sample" and site["is_observed"] and site["value"] is few:
                 _check_support(x, few, argument, name, site["fn"].support)
-    with pyro.validation_enabled(True):
+    with pyro.validation_enabled(True), _noting("guide and the model", few, argument):
         Structure.of(pair.model, pair.guide, (few,), {})
 
 
-def _traces(pair: Pair, few: Tensor) -> tuple[Any, Any]:
+def _traces(pair: Pair, few: Tensor, argument: str) -> tuple[Any, Any]:
     with torch.random.fork_rng([]), torch.no_grad(), pyro.validation_enabled(False):
-        guide_trace = poutine.trace(pair.guide).get_trace(few)
-        return guide_trace, poutine.trace(poutine.replay(pair.model, trace=guide_trace)).get_trace(few)
+        with _noting("guide", few, argument):
+            guide_trace = poutine.trace(pair.guide).get_trace(few)
+        with _noting("model", few, argument):
+            return guide_trace, poutine.trace(poutine.replay(pair.model, trace=guide_trace)).get_trace(few)
 
 
-def _check_plates(pair: Pair, few: Tensor, guide_trace: Any, model_trace: Any) -> None:
+@contextmanager
+def _noting(program: str, few: Tensor, argument: str) -> Iterator[None]:
+    """A batch that the caller never passed would puzzle in an error of torch's: say where it comes from."""
+    try:
+        yield
+    except Exception as error:
+        rows = f"{len(few)} row{'s' * (len(few) > 1)} of {argument}"
+        error.add_note(f"while running the {program} on {rows}, shape {tuple(few.shape)}, as a first look at the pair")
+        raise
+
+
+def _check_plates(pair: Pair, few: Tensor, argument: str, guide_trace: Any, model_trace: Any) -> None:
     """Objectives weigh mini-batches by the plate ``data``, so all that follows the batch belongs inside it."""
     batch = len(few)
     if suspects := _plates(guide_trace, batch) | _plates(model_trace, batch):  # or of that size by chance
-        longer = _traces(pair, torch.cat([few, few[:1]]))
+        longer = _traces(pair, torch.cat([few, few[:1]]), argument)
         names = suspects & (_plates(longer[0], batch + 1) | _plates(longer[1], batch + 1))
         if names:
             raise ValueError(

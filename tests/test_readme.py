@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 
 import pyrovae
@@ -60,6 +61,14 @@ def test_python_runs(monkeypatch, tmp_path, capsys, number):
 
 def test_there_is_python_and_a_pair_of_ones_own():
     assert any("class MyPair(pv.Pair)" in block for block in PYTHON)
+
+
+def test_the_pair_of_ones_own_knows_its_features():
+    (block,) = (block for block in PYTHON if "class MyPair" in block)
+    names = {"__name__": "readme"}
+    exec(block.partition("data = ")[0], names)
+    with pytest.raises(ValueError, match="expected 64 features, as the pair was built with data_dim=64; got 60"):
+        pyrovae.fit(names["MyPair"](data_dim=64), torch.ones(5, 60), epochs=1)
 
 
 def test_every_command_is_shown():

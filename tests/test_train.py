@@ -991,6 +991,45 @@ class Plates(pv.Pair):
         return pyro.plate(name, len(x), dim=-1) if name else nullcontext()
 
 
+class Layers(pv.Pair):
+    """Linear maps of any sizes, right or wrong."""
+
+    def __init__(self, features=6, latent=2, drawn=6):
+        super().__init__()
+        self.encoder, self.decoder = torch.nn.Linear(features, 2), torch.nn.Linear(latent, drawn)
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.encoder(x), 1.0).to_event(1))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "error", "program"),
+    [
+        ({"features": 5}, RuntimeError, "guide"),
+        ({"latent": 3}, RuntimeError, "model"),
+        ({"drawn": 5}, ValueError, "guide and the model"),  # that x and its distribution differ shows in log_prob
+    ],
+)
+def test_an_error_of_the_first_look_says_what_was_run_on_which_rows(sizes, error, program):
+    """Nobody passed two rows: without the note, a shape that begins with 2 would puzzle."""
+    x = torch.randn(9, 6)
+    fit(Layers(), x, epochs=1)
+    for call in (fit, pv.evaluate):
+        with pytest.raises(error) as caught:
+            call(Layers(**sizes), x)
+        note = f"while running the {program} on 2 rows of x, shape (2, 6), as a first look at the pair"
+        assert caught.value.__notes__ == [note]
+    with pytest.raises(error) as caught:
+        pv.evaluate(Layers(**sizes), x[:1])
+    assert "on 1 row of x, shape (1, 6)" in caught.value.__notes__[0]
+
+
 def test_what_follows_the_batch_is_inside_the_plate_data(x):
     """Objectives weigh mini-batches by it; an objective that is not the pair's would be trained without a word."""
     fit(Plates(), x, epochs=1)
