@@ -515,6 +515,10 @@ def test_predictive_check_reads_as_a_table_and_as_json():
     text = repr(found)
     assert text.startswith("25 data, 99 replicates: new data from the model\nstatistic ")
     assert f"mean, most of all: feature {found.statistics[0].feature}" in text
+    remarks = [line.partition("  p of the worst of ")[2] for line in text.splitlines()[2:-1]]
+    assert remarks == [
+        str(pair.data_dim) if s.feature is not None else "" for s in found.statistics
+    ]  # not of one feature
     assert json.loads(json.dumps(found.to_dict()))["statistics"][0]["name"] == "mean"
     assert "made from it" in repr(
         posterior_predictive_check(pair, sample(pair, 5, seed=0), replicates="posterior", num_replicates=3)

@@ -30,6 +30,8 @@ class StatisticCheck:
     """Over replicates."""
     standard_deviation: float
     p_value: float
+    """Of all values together where there are several: of the largest deviation among them, and not of ``feature``'s."""
+    num_values: int = 1
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,7 +61,8 @@ class PredictiveCheck:
         ]
         for name, s in zip(names, self.statistics, strict=True):
             values = f"{s.observed:>12.5g}{s.mean:>14.5g}{s.standard_deviation:>12.3g}{s.p_value:>9.3g}"
-            lines.append(f"{name:<{width}}{values}")
+            remark = f"  p of the worst of {s.num_values}" if s.num_values > 1 else ""
+            lines.append(f"{name:<{width}}{values}{remark}")
         why = {
             "prior": "where the model was fitted to these data",
             "posterior": "as each datum is compared with replicates made from it",
@@ -224,4 +227,5 @@ def _check(name: str, values: Tensor) -> StatisticCheck:
         float(replicated.mean()),
         float(replicated.std()) if len(replicated) > 1 else 0.0,
         p_value,
+        values.shape[1],
     )
