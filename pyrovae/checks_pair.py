@@ -121,7 +121,7 @@ def _is_per_datum(site: Any) -> bool:
 
 def observed_support(pair: Pair, few: Tensor) -> constraints.Constraint | None:
     """The support of one feature at the site that observes ``few``; None where no site does."""
-    with torch.random.fork_rng([]), torch.no_grad(), pyro.validation_enabled(False):
+    with torch.random.fork_rng([]), torch.no_grad(), pyro.validation_enabled(False), _noting("model", few, "the data"):
         trace = poutine.trace(pair.model).get_trace(few)
     site: Any
     for site in trace.nodes.values():

@@ -710,7 +710,8 @@ def _explain(error: Exception) -> str:
     """The message, and the line of the user's own file that it came from."""
     meant = isinstance(error, ValueError | TypeError | NotImplementedError | OSError | FloatingPointError)
     text = str(error) if meant else f"{type(error).__name__}: {error}"
-    text = " ".join([text, *getattr(error, "__notes__", [])])
+    space = "\n" if "\n" in text else " "  # Pyro adds a table of shapes
+    text = space.join([text, *getattr(error, "__notes__", [])])
     frames: list[str] = []
     cause: BaseException | None = error
     while cause is not None:
@@ -719,7 +720,7 @@ def _explain(error: Exception) -> str:
                 frames.append(f"{frame.f_code.co_filename}, line {line}")
         cause = cause.__cause__
     if frames:
-        return f"{text} ({frames[-1]})"
+        return f"{text}{space}({frames[-1]})"
     return text if meant else f"{text} (PYROVAE_TRACEBACK=1 shows where)"
 
 

@@ -475,10 +475,16 @@ def test_ctrl_c_counts_where_python_drops_it(tmp_path, x, monkeypatch):
             self.steps += 1
             if self.steps == self.at:
                 thing = type("Thing", (), {})()
-                reference = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGINT))
+                reference = weakref.ref(thing, self.press)
                 del thing, reference
                 assert dropped == [KeyboardInterrupt]
             return Trace_ELBO.loss_and_grads(self, model, guide, x)
+
+        @staticmethod
+        def press(_):
+            signal.raise_signal(signal.SIGINT)
+            for _ in range(100_000):  # Python may come to handle it a little later
+                pass
 
     dropped = []
     monkeypatch.setattr("sys.unraisablehook", lambda event: dropped.append(event.exc_type))
