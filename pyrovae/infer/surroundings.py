@@ -45,6 +45,10 @@ from pyrovae.infer.untraceable import Untraceable
 __all__ = ["Surroundings"]
 
 
+_SPACES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+"""Of a module, whose entries are watched one by one."""
+
+
 class State(NamedTuple):
     """What is watched, as it was at one moment."""
 
@@ -237,14 +241,14 @@ class Surroundings:
         split = [place for each, places in entries if id(each) not in is_whole for place in places]
         single = [place for place in (*reads.named, *split) if self._counts(place.key())]
         attributes = [
-            (space, [name for name in space if self._is_watched(owner, space, name)])
+            (space, [name for name in space if name not in BOOKKEEPING and self._is_watched(owner, space, name)])
             for owner, space in reads.namespaces
         ]
         return _View(reads, single, whole, attributes, self.stand_ins.state())
 
     def _is_watched(self, owner: Any, space: dict, name: str) -> bool:
-        """What is set up at the first use may come to lie in a module's own ``_modules``, and stays."""
-        return name not in BOOKKEEPING and self._counts((id(space), name)) and not is_made_anew(owner, name)
+        """What is set up at the first use may come to lie in a module's own spaces, and stays."""
+        return name not in _SPACES and self._counts((id(space), name)) and not is_made_anew(owner, name)
 
     def _counts(self, key: Key) -> bool:
         return key not in self.stand_ins and key not in self._ignored

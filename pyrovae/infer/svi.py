@@ -294,7 +294,8 @@ class SVI:
             return None
         arguments = self._with_tensors(fixed)
         signature = self._signature(state, params, arguments)
-        if signature not in self._programs:
+        recorded: Any = self._programs.get(signature, ...)  # one look: to hash it takes microseconds
+        if recorded is ...:
             if len(self._programs) == MAX_PROGRAMS:
                 why = self._fixed_floats.get(fixed.call(), "")
                 self._unsaid = why or f"its arguments' shapes or values keep changing; {MAX_PROGRAMS} were looked at"
@@ -316,9 +317,7 @@ class SVI:
             if recorded is not None:
                 others = [x for x in recorded.program.outside if all(x is not p for p in params)]
                 self._others[signature[0], arguments.key()] = others
-            signature = self._signature(state, params, arguments)
-            self._programs[signature] = recorded
-        recorded = self._programs[signature]
+            self._programs[self._signature(state, params, arguments)] = recorded
         return None if recorded is None else partial(recorded, *arguments.tensors)
 
     def _signature(self, state: int, params: list[Tensor], arguments: Arguments) -> tuple:
