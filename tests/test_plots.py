@@ -242,7 +242,7 @@ def test_latents_take_labels_of_any_kind(make):
 def test_latents_of_more_dimensions_say_which_are_shown():
     pair, x = pv.models.VAE(6, 4, hidden_dims=(4,)), torch.bernoulli(torch.full((9, 6), 0.5))
     axes = saved(p.plot_latents(pair, x, "z")).axes[0]
-    assert axes.get_title() == "Posterior means of the data (guide), dimensions 1 and 2 of 4"
+    assert axes.get_title() == "Posterior means of the data (guide)\ndimensions 1 and 2 of 4"
     torch.testing.assert_close(points(axes.collections[0]).float(), latents(pair, x, mean=True)["z"][:, :2])
 
 

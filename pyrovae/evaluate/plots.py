@@ -345,7 +345,7 @@ def plot_latents(
     means = found[name].cpu().numpy()
     title, dimensions = "Posterior means of the data (guide)", means.shape[1]
     if dimensions > 2:
-        title += f", dimensions 1 and 2 of {dimensions}"
+        title += f"\ndimensions 1 and 2 of {dimensions}"
     figure = new_figure(6, 5)
     axes = figure.subplots()
     if labels is None:
