@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pyrovae import FunctionPair, Pair
 from pyrovae.infer import program as program_module
 from pyrovae.infer.program import Program, Untraceable, or_eagerly, say_once
+from pyrovae.infer.rewrite import rewritten
 from pyrovae.infer.snapshot import Writes
 from pyrovae.infer.surroundings import Surroundings
 
@@ -284,6 +285,15 @@ def test_lines_of_no_file_are_named(file: str) -> None:
     exec(compile("def read(x):\n    return x * float(x.sum())", file, "exec"), space)  # as a prompt does
     with pytest.raises(Untraceable, match=rf"reads the value of a tensor.*, at {file}:2$"):
         Program(space["read"], (torch.ones(2),))
+
+
+def test_one_hot_of_many_classes_takes_no_more_than_its_result() -> None:
+    """No table of every class by every other."""
+    words = torch.tensor([0, 99_999])
+    program = Program(lambda x: nn.functional.one_hot(x, 100_000).float(), (words,))
+    sizes = [node.meta["val"].numel() for node in rewritten(program.graph, [words]).graph.nodes if "val" in node.meta]
+    assert max(sizes) == 2 * 100_000
+    assert torch.equal(program(words).nonzero(), torch.tensor([[0, 0], [1, 99_999]]))
 
 
 def test_a_long_compilation_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:

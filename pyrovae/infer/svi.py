@@ -403,6 +403,9 @@ class SVI:
             self._unsaid = f"{type(self.loss).__module__}.{type(self.loss).__name__} reads tensors; use pyrovae.infer's"
             return None
         wanted = [p for p in params if p.requires_grad]
+        if not wanted:
+            self._unsaid = "no parameter wants a gradient"
+            return None
         if any(p._post_accumulate_grad_hooks for p in wanted):
             self._unsaid = "hooks that run after a gradient was accumulated are not recorded"
             return None

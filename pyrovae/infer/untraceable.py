@@ -138,7 +138,8 @@ def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
     """On CPU torch's reads the least and the largest class, to check them; an embedding checks them too."""
     if not tensor.is_cpu or num_classes < 1 or tensor.dtype is not torch.int64 or tensor.numel() == 0:
         return one_hot(tensor, num_classes)
-    return embedding(tensor, torch.eye(num_classes, dtype=torch.int64))
+    classes = torch.arange(num_classes)
+    return (embedding(tensor, classes.unsqueeze(-1)) == classes).to(torch.int64)
 
 
 def _is_split_at_a_tensor(_: Tensor, at: Any = None, *args: Any, **kwargs: Any) -> bool:
