@@ -1530,6 +1530,29 @@ def test_what_no_step_reads_may_change_together_with_a_switch(calls: list) -> No
 
 
 @pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize("start", [1, 1.0])
+def test_what_makes_no_difference_in_one_state_may_in_another(start: float, calls: list) -> None:
+    """A schedule that is picked by its name: no code names its entries."""
+
+    def losses(backend: str) -> list[Tensor]:
+        pair, schedule = Arguments(), {"scale": 1.0, "warm": start, "late": start}
+        options = SimpleNamespace(phase="warm")
+        model = lambda x: pair.model(x, schedule["scale"] * schedule[options.phase])  # noqa: E731
+        svi = SVI(model, pair.guide, sgd(pair), Trace_ELBO(), backend=backend)
+        found = []
+        for step, x in enumerate([*batches(), *batches(), *batches()]):
+            if step in (5, 12, 15):
+                schedule["late"] += 1  # nothing reads it at first
+            if step == 9:
+                options.phase = "late"
+            found.append(svi.step(x))
+        return found
+
+    torch.testing.assert_close(losses("compiled"), losses("eager"))
+    assert len(calls) >= 14
+
+
+@pytest.mark.usefixtures("recorded")
 def test_what_no_step_read_may_come_to_be_read(calls: list) -> None:
     def losses(backend: str) -> list[Tensor]:
         pair, options = Arguments(), SimpleNamespace(beta=1.0, weight=lambda: 1.0)

@@ -57,16 +57,21 @@ class State(NamedTuple):
     values: dict[Any, Any]
     """What lay there."""
     stand_ins: tuple
+    ignored: frozenset[Any]
+    """Keys of places that make no difference; they may in another state, where other code runs."""
 
     def has_places_of(self, other: State) -> bool:
         """In the same order. Keys of dicts may be tensors, which are not to be compared."""
-        order = {key: index for index, key in enumerate(other.places)}
-        return self.stand_ins == other.stand_ins and list(map(order.get, self.places)) == list(range(len(order)))
+        ignored = self.ignored | other.ignored
+        order = {key: index for index, key in enumerate(key for key in other.places if key not in ignored)}
+        ours = [order.get(key) for key in self.places if key not in ignored]
+        return self.stand_ins == other.stand_ins and ours == list(range(len(order)))
 
     def different(self, other: State) -> dict[Any, Place]:
         """Where there is something else, or something in one of them only."""
         places, a, b = {**self.places, **other.places}, self.values, other.values
-        return {k: place for k, place in places.items() if (k in a) != (k in b) or not is_equal(a.get(k), b.get(k))}
+        differ = [key for key in places if (key in a) != (key in b) or not is_equal(a.get(key), b.get(key))]
+        return {key: places[key] for key in differ if key not in self.ignored | other.ignored}
 
 
 class Surroundings:
@@ -81,7 +86,7 @@ class Surroundings:
         """Those that have been met."""
         self._state = 0  # which of them is the last
         self._views: dict[int, _View] = {}  # of the states; none where it is to be looked at again
-        self._ignored: set[Key] = set()
+        self._ignored: frozenset[Any] = frozenset()  # in this state
         self.stand_ins = StandIns()
         self._view = self._look()
 
@@ -100,19 +105,24 @@ class Surroundings:
         moving = self.stand_ins.state()
         for state, view in reversed(self._views.items()):
             if view.moving == moving and view.holds():
-                self._state, self._view = state, view
+                self._state, self._view, self._ignored = state, view, self.states[state].ignored
                 return
+        self._ignored = frozenset()
         self._view = self._look()
         now = self.now()
         same = (i for i, known in enumerate(self.states) if known.has_places_of(now) and not known.different(now))
         self._state = next(same, len(self.states))
+        if self._state < len(self.states) and self.states[self._state].ignored:
+            self._ignored = self.states[self._state].ignored
+            self._view = self._look()
+            now = self.now()
         self.states[self._state : self._state + 1] = [now]
         self._views[self._state] = self._view
 
     def now(self) -> State:
         """As it is now, in the places that were found when it was last asked for its number."""
-        places = self._places()
-        return State(places, {key: place.reader()() for key, place in places.items()}, self.stand_ins.state())
+        places, moving = self._places(), self.stand_ins.state()
+        return State(places, {key: place.reader()() for key, place in places.items()}, moving, self._ignored)
 
     def idle(self, before: int, after: int) -> set[Any]:
         """Where two states differ, if it is only in what no code names; else nothing."""
@@ -128,12 +138,10 @@ class Surroundings:
             return False
         return place.name not in self._view.reads.names and place.name != "training"
 
-    def ignore(self, keys: set[Any]) -> None:
-        """What lies there makes no difference: it counts no more, in the states that are known either."""
-        for state in self.states:
-            for key in keys & state.values.keys():
-                del state.places[key], state.values[key]
-        self._ignored |= keys
+    def ignore(self, keys: set[Any], state: int) -> None:
+        """What lies there makes no difference in this state: it counts no more."""
+        known = self.states[state]
+        self.states[state] = known._replace(ignored=known.ignored | keys)
         self._views.clear()
 
     def difference(self, before: State, after: State) -> str:
@@ -230,8 +238,6 @@ class Surroundings:
     def _look(self) -> _View:
         """Find what there is to watch; a module may have come in another's place."""
         reads = Reads(self._functions)
-        named = {place.key() for place in reads.named} - reads.unnamed
-        self._ignored -= named | {(id(space), name) for _, space in reads.namespaces for name in reads.names}
         entries = [(each, _entries(each)) for each in reads.containers]
         keys = {(id(space), name) for _, space in reads.namespaces for name in space}
         self.stand_ins.keep(keys | {place.key() for place in chain(reads.named, *(places for _, places in entries))})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -284,10 +284,10 @@ class SVI:
                 self._named.setdefault((state, self._call), named)
             like = next((known for known in idle if self._holds(known, fixed)), None)
             if like is not None:
-                surroundings.ignore(idle[like])
+                surroundings.ignore(idle[like], like)
                 state = surroundings.state()
                 self._states += [] if state in self._states else [state]
-            elif not self._meets(surroundings, state) and (self._gave_up or not idle or any(self._programs.values())):
+            elif not self._meets(surroundings, state) and (self._gave_up or not idle or self._has_program(idle)):
                 return None
         params = self._trained(state)
         if params is None:
@@ -325,6 +325,9 @@ class SVI:
         setting, key = (state, self.dataset_size, *_torchs_settings()), arguments.key()
         spec, kinds, *rest = key
         return (setting, _layouts(params), spec, kinds, _layouts(self._others.get((setting, key), [])), *rest)
+
+    def _has_program(self, states: Container[int]) -> bool:
+        return any(program is not None and key[0][0] in states for key, program in self._programs.items())
 
     def _with_tensors(self, arguments: Arguments) -> Arguments:
         """Tensors stand for floats, where they can."""
