@@ -710,8 +710,6 @@ def _explain(error: Exception) -> str:
     """The message, and the line of the user's own file that it came from."""
     meant = isinstance(error, ValueError | TypeError | NotImplementedError | OSError | FloatingPointError)
     text = str(error) if meant else f"{type(error).__name__}: {error}"
-    space = "\n" if "\n" in text else " "  # Pyro adds a table of shapes
-    text = space.join([text, *getattr(error, "__notes__", [])])
     frames: list[str] = []
     cause: BaseException | None = error
     while cause is not None:
@@ -719,9 +717,9 @@ def _explain(error: Exception) -> str:
             if frame.f_globals.get("__name__", "").startswith("pyrovae_user_"):
                 frames.append(f"{frame.f_code.co_filename}, line {line}")
         cause = cause.__cause__
-    if frames:
-        return f"{text}{space}({frames[-1]})"
-    return text if meant else f"{text} (PYROVAE_TRACEBACK=1 shows where)"
+    where = [] if meant and not frames else [f"({frames[-1] if frames else 'PYROVAE_TRACEBACK=1 shows where'})"]
+    space = "\n" if "\n" in text else " "  # Pyro adds a table of shapes
+    return space.join([text, *where, *getattr(error, "__notes__", [])])
 
 
 if __name__ == "__main__":
