@@ -1,10 +1,5 @@
 """Latent-variable models as Pyro model/guide pairs: mixtures, PPCA, VAEs and IWAEs, by SVI and exact EM."""
 
-from pathlib import Path
-
-if not Path(__file__).with_name("models").is_dir():  # in a clone it lies beside this folder
-    __path__.append(str(Path(__file__).parents[1]))
-
 from pyrovae import data, infer, models
 from pyrovae.compare import Comparison, compare
 from pyrovae.evaluate import Scores, evaluate, to_arviz
