@@ -23,7 +23,7 @@ from pyrovae.pair import Pair
 
 __all__ = ["VAE"]
 
-DECODERS = {
+DECODERS: dict[str, type[BernoulliNetwork] | type[NormalSharedScaleNetwork]] = {
     "bernoulli": BernoulliNetwork,
     "normal": NormalSharedScaleNetwork,
     "continuous-bernoulli": ContinuousBernoulliNetwork,

@@ -1,12 +1,12 @@
 """Latent-variable models as Pyro model/guide pairs: mixtures, PPCA, VAEs and IWAEs, by SVI and exact EM."""
 
 from pyrovae import data, infer, models
-from pyrovae.compare import Comparison, compare
-from pyrovae.evaluate import Scores, evaluate, to_arviz
+from pyrovae.cli.runs import load_run
+from pyrovae.comparison import Comparison, compare
+from pyrovae.evaluation import Scores, evaluate, to_arviz
 from pyrovae.infer import EMResult, fit_em, log_weights
 from pyrovae.pair import FunctionPair, Pair
-from pyrovae.runs import load_run
-from pyrovae.train import FitResult, TrainingDiverged, fit
+from pyrovae.training import FitResult, TrainingDiverged, fit
 
 __version__ = "0.1.0"
 

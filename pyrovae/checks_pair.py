@@ -13,7 +13,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyrovae.infer.log_weights import Structure
+from pyrovae.infer.weights import Structure
 from pyrovae.pair import Pair
 
 if TYPE_CHECKING:

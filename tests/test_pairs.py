@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import pyrovae as pv
 from pyrovae.infer import RenyiELBO, TraceEnum_ELBO
-from pyrovae.infer.log_weights import Structure
+from pyrovae.infer.weights import Structure
 from pyrovae.models import REGISTRY
 
 N, D = 24, 6

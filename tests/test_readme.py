@@ -12,10 +12,10 @@ import typer
 
 import pyrovae
 from pyrovae import data
-from pyrovae.cli import app
+from pyrovae.cli.main import app
+from pyrovae.cli.runs import RUN_FILES
 from pyrovae.infer import LOSSES
 from pyrovae.models import REGISTRY
-from pyrovae.runs import RUN_FILES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 import pyrovae as pv
-from pyrovae.evaluate import guide_quality, simulation_based_calibration
+from pyrovae.evaluation import guide_quality, simulation_based_calibration
 
 # %% [markdown]
 # ## The model and its guide

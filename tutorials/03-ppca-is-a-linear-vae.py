@@ -25,7 +25,7 @@ from torch import nn
 from torch.distributions import kl_divergence
 
 import pyrovae as pv
-from pyrovae.evaluate import latents
+from pyrovae.evaluation import latents
 from pyrovae.infer import Trace_ELBO
 
 data = pv.data.load("iris")

@@ -30,7 +30,7 @@ from sklearn.datasets import load_breast_cancer
 from torch.utils.data import DataLoader, Dataset
 
 import pyrovae as pv
-from pyrovae.evaluate import latents
+from pyrovae.evaluation import latents
 from pyrovae.infer import SVI, Trace_ELBO
 
 temporary = tempfile.TemporaryDirectory()

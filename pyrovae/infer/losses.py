@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from pyrovae.checks import check_positive
 from pyrovae.infer.arguments import kind_of_call
-from pyrovae.infer.log_weights import (
+from pyrovae.infer.weights import (
     LogWeightTerms,
     Structure,
     enumerated_bound,

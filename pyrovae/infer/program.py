@@ -26,7 +26,6 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.overrides import TorchFunctionMode
 
-from pyrovae.infer.log_weights import same_random_state
 from pyrovae.infer.machine import with_tried_instructions
 from pyrovae.infer.rewrite import rewritten
 from pyrovae.infer.snapshot import Writes
@@ -45,6 +44,7 @@ from pyrovae.infer.untraceable import (
     tensors_in,
     where,
 )
+from pyrovae.infer.weights import same_random_state
 
 __all__ = ["Program", "Untraceable", "or_eagerly", "say_once"]
 

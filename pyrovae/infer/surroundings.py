@@ -15,7 +15,6 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pyrovae.infer.log_weights import same_random_state
 from pyrovae.infer.reads import (
     BOOKKEEPING,
     CONTAINERS,
@@ -41,6 +40,7 @@ from pyrovae.infer.snapshot import (
 )
 from pyrovae.infer.stand_ins import Key, Place, StandIns, is_real, kind_of_dict
 from pyrovae.infer.untraceable import Untraceable
+from pyrovae.infer.weights import same_random_state
 
 __all__ = ["Surroundings"]
 

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peers import machine
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 import pyrovae as pv
-from pyrovae.bench import machine
-from pyrovae.evaluate import ALSO
+from pyrovae.evaluation import ALSO
 
 NUM_DATA, NUM_SAMPLES = 1000, 5000
 

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from pyrovae.bench import machine
+from peers import machine
 
 ONE_STEP = """
 import pyrovae as pv

@@ -1,0 +1,6 @@
+"""``python -m pyrovae``: the ``pyrovae`` command."""
+
+from pyrovae.cli.main import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The ``pyrovae`` command: its subcommands, run folders and reports."""

@@ -1,0 +1,239 @@
+"""One self-contained HTML page about a run, a comparison or both. It needs no scripts and no other file."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pyrovae.checkpoint import write_text
+from pyrovae.checks import count
+from pyrovae.comparison.folder import read_comparison
+from pyrovae.comparison.tables import head, to_rows
+from pyrovae.evaluation import evaluate
+from pyrovae.evaluation.prepare import prepared
+from pyrovae.evaluation.scores import title_of
+from pyrovae.plots.run_pictures import Picture, pictures_of_run, pictures_of_scores
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from pyrovae.cli.runs import Config, RunFolder
+    from pyrovae.data import DataSet
+    from pyrovae.evaluation import Scores
+    from pyrovae.pair import Pair
+
+__all__ = ["Page", "Section", "report_comparison", "report_run"]
+
+DPI = 110
+TEMPLATE = Path(__file__).with_name("report.html")
+
+
+@dataclass
+class Image:
+    """A picture inside the page."""
+
+    png: str  # base64
+    width: int
+    height: int
+    alt: str
+    caption: str = ""
+
+    @staticmethod
+    def of(png: bytes, alt: str, caption: str = "") -> Image:
+        width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))  # where every PNG has them
+        return Image(base64.b64encode(png).decode(), width, height, alt, caption)
+
+
+@dataclass
+class Block:
+    """What a result prints: its first line, a table in plain text, and its notes."""
+
+    title: str
+    lead: str
+    table: str
+    notes: list[str]
+
+    @staticmethod
+    def of(name: str, result: Any) -> Block:
+        lead, *lines = repr(result).splitlines()
+        notes = [line.removeprefix("NOTE: ").rstrip(".") for line in lines if line.startswith("NOTE: ")]
+        table = "\n".join(line for line in lines if not line.startswith("NOTE: "))
+        return Block(title_of(name), f"{lead}.", table, notes)
+
+
+@dataclass
+class Section:
+    """A heading, and any of: paragraphs, notices, a table, pictures, blocks."""
+
+    title: str
+    texts: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    head: list[str] = field(default_factory=list)
+    rows: list[list[str]] = field(default_factory=list)
+    numbers: int = 0
+    """Columns after the first that hold numbers."""
+    pictures: list[Image] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
+
+    @property
+    def is_empty(self) -> bool:
+        return not any((self.texts, self.notices, self.rows, self.blocks, self.pictures))
+
+    def draw(self, pictures: Iterable[Picture]) -> Section:
+        """Add pictures. One that cannot be drawn is named on the page."""
+        for picture in pictures:
+            try:
+                self.pictures.append(Image.of(_png(picture.draw()), picture.alt, picture.caption))
+            except Exception as error:  # the page is worth having without it
+                self.notices.append(f"Not drawn ({picture.alt}): {type(error).__name__}: {error}")
+        return self
+
+    def add_files(self, alts: Mapping[Path, str]) -> Section:
+        """Add PNG files that are there already, with what they show."""
+        self.pictures += [Image.of(path.read_bytes(), alt) for path, alt in alts.items()]
+        return self
+
+
+@dataclass
+class Page:
+    title: str
+    lead: str
+    sections: list[Section]
+
+    @staticmethod
+    def joined(pages: Sequence[Page]) -> Page:
+        """One page with the sections of all; those of the second and later begin with their page's title."""
+        first, *rest = pages
+        sections = list(first.sections)
+        for page in rest:
+            sections += [Section(page.title, texts=[page.lead]), *page.sections]
+        return Page(first.title, first.lead, sections)
+
+    def write(self, path: Path) -> None:
+        """Write the page in one step: no half of it is ever there."""
+        from jinja2 import Environment
+
+        environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+        versions = ", ".join(f"{name} {version(name)}" for name in ("pyrovae", "torch", "pyro-ppl"))
+        html = template.render(title=self.title, lead=self.lead, sections=self.sections, footer=f"Made by {versions}.")
+        write_text(path, html)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    return buffer.getvalue()
+
+
+def report_run(folder: RunFolder, *, num_data: int, num_samples: int | None, also: Sequence[str], device: str) -> Page:
+    """What was fitted on what, the scores, the training, what the model makes, and how far the guide is right.
+
+    The pair is measured anew: on the rows that its run was scored on, or ``num_data`` of them drawn at random.
+    """
+    config, pair, data = folder.load()
+    history, seconds = folder.read_history(), folder.read_scores().get("training_seconds")
+    which, rows, labels = data.scored
+    num_rows = len(rows)
+    generator = torch.Generator().manual_seed(config.seed)
+    if len(rows) > num_data:
+        chosen = torch.randperm(len(rows), generator=generator)[:num_data]
+        rows, labels = rows[chosen], None if labels is None else labels[chosen]
+    anew = config.binarize == "dynamic"
+    scores = evaluate(
+        pair,
+        rows,
+        num_samples=num_samples or config.num_samples,
+        also=also,
+        labels=labels,
+        binarize=anew,
+        device=device,
+        seed=config.seed,
+    )
+    with prepared(pair, rows, binarize=anew, device=device, seed=config.seed) as placed:  # the very pixels scored
+        rows = placed.cpu()
+    fitted = Section("What was fitted", texts=[_first_line(pair)], rows=_facts(config, pair, data, history, seconds))
+    if (notice := folder.unfinished()) is not None:
+        fitted.notices.append(f"{notice[0].upper()}{notice[1:]}.")
+    table = Section(
+        "Scores",
+        texts=[_what_was_measured(scores, which, num_rows)],
+        head=["quantity", "value", "remark"],
+        rows=[[name.strip(), value, note] for name, value, note in scores.rows()],
+        numbers=1,
+        notices=scores.notes,
+    )
+    pictures = pictures_of_run(pair, data, rows, labels, history)
+    training = Section("Training").draw([pictures.pop("training")] if "training" in pictures else [])
+    model = Section("The model and its latents").draw(pictures.values())
+    measured = Section("The guide and the latents, measured")
+    measured.draw(pictures_of_scores(pair, data, rows, scores).values())
+    measured.blocks = [Block.of(name, result) for name, result in scores.also.items()]
+    if scores.left_out:
+        measured.texts = [f"Does not apply to this pair: {', '.join(map(title_of, scores.left_out))}."]
+    sections = [section for section in (fitted, table, training, model, measured) if not section.is_empty]
+    lead = f"Log evidence {scores.log_evidence:.3f} nats per datum, on {which} rows."
+    return Page(f"{type(pair).__name__} on {Path(config.data).name}", lead, sections)
+
+
+def report_comparison(folder: Path) -> Page:
+    """The table and the pictures of a comparison."""
+    comparison = read_comparison(folder)
+    header, *rows = [[cell.replace("± ", "±\N{NO-BREAK SPACE}") for cell in row] for row in to_rows(comparison)]
+    table = Section("Methods", head=header, rows=rows, numbers=len(header) - 1, texts=comparison.notes)
+    methods = ", ".join(dict.fromkeys(row.method for row in comparison.table))
+    alts = {
+        "comparison.png": f"Curves of the log evidence against seconds and against passes over the data: {methods}.",
+        "gaps.png": f"Stacked bars of what each method misses, in nats per datum: {methods}.",
+        "responsibilities.png": "The data, coloured by the component that each method finds most probable.",
+        "densities.png": "The data over contours of the density that each method fitted.",
+    }
+    files = {folder / name: alt for name, alt in alts.items() if (folder / name).is_file()}
+    pictures = Section("Pictures").add_files(files)
+    lead = " ".join(head(comparison)).removeprefix(f"{comparison.title}: ")
+    return Page(comparison.title, lead, [section for section in (table, pictures) if not section.is_empty])
+
+
+def _what_was_measured(scores: Scores, which: str, num_rows: int) -> str:
+    some = f" of {num_rows}" if scores.num_data < num_rows else ""
+    drawn = ", drawn at random" if some else ""
+    how = f"{scores.num_samples} importance samples each" if scores.num_samples else "exact: nothing is sampled"
+    return f"{scores.num_data}{some} {which} rows{drawn}; {how}. Nats per datum."
+
+
+def _first_line(pair: Pair) -> str:
+    return (type(pair).__doc__ or type(pair).__name__).strip().splitlines()[0]
+
+
+def _facts(
+    config: Config, pair: Pair, data: DataSet, history: list[dict[str, float]], seconds: float | None
+) -> list[list[str]]:
+    fit = config.fit
+    facts = {
+        "pair": type(pair).__name__,
+        "options": ", ".join(f"{k} = {v}" for k, v in config.options.items()) or "the defaults",
+        "parameters": f"{sum(p.numel() for p in pair.parameters()):,}",
+        "data": repr(data),
+        "convention": data.convention
+        + {"dynamic": " Pixels drawn as 0 or 1 anew at every use."}.get(config.binarize, ""),
+        "source": data.source,
+        "loss": " ".join(
+            [config.loss or type(pair.default_loss()).__name__, *map(_option, config.loss_options.items())]
+        ),
+        "training": f"{f'{len(history)} of' if history else 'up to'} {count(fit.get('epochs', 0), 'epoch')}, batches "
+        f"of {fit.get('batch_size')}, Adam from learning rate {fit.get('lr')}, {fit.get('schedule')} schedule",
+        "time": "" if seconds is None else f"{seconds:.1f} s",
+        "seed": str(config.seed),
+    }
+    return [[name, value] for name, value in facts.items() if value]
+
+
+def _option(item: tuple[str, Any]) -> str:
+    return f"{item[0]}={item[1]}"

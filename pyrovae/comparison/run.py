@@ -1,0 +1,245 @@
+"""Comparisons from the first check to the last cell."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pyrovae.checks import check_data, check_positive, pick_device
+from pyrovae.comparison import tables
+from pyrovae.comparison.cells import ROWS_OF_GAPS, Job, Maker, Settings, run_cell, started
+from pyrovae.comparison.folder import ComparisonFolder
+from pyrovae.comparison.methods import CLOSED_FORM, Method, find_methods, parse_method, takes_amortized
+from pyrovae.comparison.result import Cell, Comparison
+from pyrovae.data import DataSet
+from pyrovae.pair import Pair
+from pyrovae.training.loop import default_epochs
+
+__all__ = ["compare"]
+
+
+def compare(
+    pairs: Maker | Mapping[str, Maker],
+    x: Tensor | DataSet,
+    *,
+    test: Tensor | None = None,
+    methods: Sequence[str] = (),
+    seeds: int = 1,
+    epochs: int | None = None,
+    batch_size: int = 128,
+    lr: float | None = None,
+    num_samples: int = 1000,
+    gaps: bool = False,
+    binarize: bool = False,
+    device: str | torch.device = "auto",
+    seed: int = 0,
+    title: str | None = None,
+    folder: str | Path | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    config: dict[str, Any] | None = None,
+    progress: bool | None = None,
+    report: Callable[[str], object] | None = None,
+) -> Comparison:
+    """Train pairs by every method they have, from the same start and with the same budget, and score them alike.
+
+    Each seed makes the pair anew and initialises it; all methods of that pair and seed start with the same parameters
+    of the model. SVI methods share the number of passes over the data and the order of the batches; EM runs until it
+    converges; the closed form, which no seed changes, runs once. A method that diverges is named under the table, and
+    the others go on.
+
+    ::
+
+        compare(lambda **options: GMM(2, 2, **options), x, seeds=5)
+        compare({"vae": lambda: VAE(64, 8), "iwae": lambda: IWAE(64, (8,))}, data, methods=["RenyiELBO:K=50"])
+
+    Args:
+        pairs: a function that makes the pair, or several by name. One that takes ``amortized=`` is compared with its
+            guide and without.
+        x: training data (N, D), or a data set: its test rows are then scored, where it has them.
+        test: rows to score; by default, of a tensor, the training rows.
+        methods: ``"closed-form"``, ``"EM"``, ``"default-loss"`` or losses with options, ``"RenyiELBO:K=50,alpha=0.5"``;
+            each trains every pair that it applies to. Empty: what each pair has of the closed form; EM; enumeration;
+            with a discrete guide its enumeration, the score function and VIMCO; with a continuous one ``Trace_ELBO``,
+            ``TraceMeanField_ELBO`` and ``RenyiELBO:K=5``, or where there is an exact method only the pair's own loss.
+        seeds: how many: ``seed``, ``seed + 1``, ...
+        epochs: passes over the data of SVI. None: 50, or as many as make 2,000 steps.
+        batch_size: data a step of SVI.
+        lr: the first learning rate of SVI. None: each pair's own.
+        num_samples: importance samples for each scored datum.
+        gaps: split the gap into approximation and amortization, on at most 500 rows, where that applies. Slow.
+        binarize: draw pixels in [0, 1] as 0 or 1: anew at every use in SVI, once for EM and for the scores.
+        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``.
+        seed: the first seed. The caller's random state is left as it was.
+        title: heads the table.
+        folder: where to write tables, pictures and, as each is done, the cells. None: nowhere.
+        overwrite: replace the comparison that is in ``folder``.
+        resume: go on with the comparison in ``folder``: what is done stays, a half-done training run goes on.
+        config: kept in the folder's ``comparison.json`` for the caller.
+        progress: show a bar; None shows it on a terminal.
+        report: called with a line when the work begins and when each cell is done.
+
+    Returns:
+        A :class:`Comparison`: prints as a table; ``to_markdown()``, ``to_latex()``, ``to_csv()``, ``plot()``; its
+        ``pairs`` are the trained ones of the first seed.
+
+    Raises:
+        TypeError, ValueError: bad data or options, or a method that no pair has, before work starts.
+        FileExistsError: there is something in ``folder``.
+    """
+    for name, value, integer in (
+        ("seeds", seeds, True),
+        ("batch_size", batch_size, True),
+        ("num_samples", num_samples, True),
+        *([("epochs", epochs, True)] if epochs is not None else []),
+        *([("lr", lr, False)] if lr is not None else []),
+    ):
+        check_positive(name, value, integer=integer)
+    pick_device(device)
+    if isinstance(methods, str):
+        raise TypeError(f"methods: expected a list of names; got {methods!r}. Write [{methods!r}].")
+    specs = list(dict.fromkeys(parse_method(spec) for spec in methods))
+    data_name, feature_names = "data", None
+    if isinstance(x, DataSet):
+        data_name, feature_names, test = x.name, x.feature_names, x.test if test is None else test
+        x = x.train
+    x = check_data(x, at_least=2)
+    settings = Settings(
+        x=x,
+        rows=x if test is None else check_data(test, "test", data_dim=x.shape[1]),
+        epochs=default_epochs(math.ceil(len(x) / batch_size)) if epochs is None else epochs,
+        batch_size=batch_size,
+        lr=lr,
+        num_samples=num_samples,
+        gaps=gaps,
+        binarize=binarize,
+        device=device,
+    )
+    jobs = _plan(pairs, settings, specs, range(seed, seed + seeds))
+    described = settings.described() | {"plan": [[job.pair, job.method.name, job.seed] for job in jobs]}
+    store = None
+    if folder is not None:
+        store = ComparisonFolder(folder, jobs)
+        if resume:
+            store.check_same(described)
+        else:
+            store.check_free(overwrite)
+            store.create(described, config)
+    elif resume:
+        raise ValueError("resume: expected folder= to name the comparison to go on with; got None.")
+
+    report = report or (lambda line: None)
+    done = 0 if store is None else sum(store.read_cell(job) is not None for job in jobs)
+    found = f", {done} of them done" if done else ""
+    report(f"{len(jobs)} cells of pair, method and seed{found}{f', in {folder}' if folder is not None else ''}")
+    cells, trained = _run(jobs, settings, store, progress, report)
+    comparison = Comparison(
+        title=title or f"{', '.join(dict.fromkeys(job.pair for job in jobs))} on {data_name}",
+        rows_scored="training" if test is None else "test",
+        num_data=len(settings.rows),
+        num_train=len(x),
+        epochs=settings.epochs,
+        num_samples=num_samples,
+        seeds=list(range(seed, seed + seeds)),
+        cells=cells,
+        notes=_notes(cells, len(settings.rows)),
+    )
+    comparison.pairs.update({comparison.label(c): pair for c, pair in zip(cells, trained, strict=False)})
+    if store is not None:
+        store.write(comparison, x, feature_names)
+    return comparison
+
+
+def _plan(pairs: Maker | Mapping[str, Maker], settings: Settings, specs: list[str], seeds: range) -> list[Job]:
+    """Every cell, seed by seed.
+
+    Raises:
+        TypeError, ValueError: something that makes no pair; a method that trains no pair; a pair that none trains.
+    """
+    plans: list[tuple[str, Maker, dict[str, Any], list[Method]]] = []
+    refusals: list[dict[str, str]] = []
+    for name, make in (pairs if isinstance(pairs, Mapping) else {"": pairs}).items():
+        if isinstance(make, Pair) or not callable(make):
+            raise TypeError(
+                "pairs: expected functions that make a pair, as each seed needs a new one; got "
+                f"{type(make).__name__}. Write lambda: GMM(num_components=2, data_dim=2), say."
+            )
+        first = started(make, {}, settings, seeds[0])
+        options: list[dict[str, Any]] = [{}]
+        if takes_amortized(make, first):
+            options = [{"amortized": False}, {"amortized": True}]
+        variants = [(o, started(make, o, settings, seeds[0]) if o else first) for o in options]
+        methods, refused = find_methods(variants, settings.few, specs)
+        plans.append((name or type(first).__name__.lower(), make, options[0], methods))
+        refusals.append({spec: f"{plans[-1][0]}: {reason}" for spec, reason in refused.items()})
+    if not plans:
+        raise ValueError("pairs: expected one or more; got none.")
+    for spec in set.intersection(*map(set, refusals)):
+        raise ValueError(f"methods (--losses): {spec} trains no pair here. {refusals[0][spec]}.")
+    for (name, _, _, methods), refused in zip(plans, refusals, strict=True):
+        if not methods:
+            raise ValueError(f"methods (--losses): expected one that trains {name} too. {'; '.join(refused.values())}.")
+    return [
+        Job(name, make, start, method, seed)
+        for seed in seeds
+        for name, make, start, methods in plans
+        for method in methods
+        if method.spec != CLOSED_FORM or seed == seeds[0]
+    ]
+
+
+def _run(
+    jobs: list[Job],
+    settings: Settings,
+    store: ComparisonFolder | None,
+    progress: bool | None,
+    report: Callable[[str], object],
+) -> tuple[list[Cell], list[Pair]]:
+    """Fill the cells that ``store`` does not have. Returns all of them, and the pairs of the first seed."""
+    cells: list[Cell] = []
+    pairs: list[Pair] = []
+    bar = tqdm(total=len(jobs), unit="cell", disable=None if progress is None else not progress, leave=False)
+    with bar:
+        for number, job in enumerate(jobs, start=1):
+            bar.set_description(f"{job.pair}, {job.method.name}, seed {job.seed}")
+            cell = store.read_cell(job) if store is not None else None
+            first = job.seed == jobs[0].seed
+            if cell is None or store is None:
+                cell, pair = run_cell(job, settings, store.checkpoint(job) if store is not None else None)
+                if store is not None:
+                    store.write_cell(job, cell, pair)
+                report(f"{number}/{len(jobs)}  {tables.describe(cell)}")
+            elif first:
+                pair = started(job.make, job.method.pair_options, settings, job.seed)
+                store.load_weights(job, pair)
+            if first:
+                pairs.append(pair)
+            cells.append(cell)
+            bar.update()
+    return cells, pairs
+
+
+def _notes(cells: list[Cell], num_data: int) -> list[str]:
+    noted: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells:
+        if cell.note is not None:
+            noted.setdefault((cell.pair, cell.method), []).append(cell)
+    notes = []
+    for first, *others in noted.values():
+        more = f" (and of {len(others)} more seed{'s' * (len(others) > 1)})" if others else ""
+        notes.append(f"{first.pair}, {first.method}, seed {first.seed}{more}: {first.note}")
+    if any(cell.gap == 0 for cell in cells):
+        notes.append("Where the gap is 0 the latents are summed out exactly: the ELBO is the log evidence.")
+    if any(cell.amortization_gap is not None for cell in cells):
+        rows = f" of the first {ROWS_OF_GAPS} rows," if num_data > ROWS_OF_GAPS else ""
+        notes.append(
+            f"Approximation and amortization gaps are{rows} from draws of their own: their sum is the gap to Monte "
+            "Carlo error."
+        )
+    return notes

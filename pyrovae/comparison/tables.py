@@ -1,0 +1,156 @@
+"""The table of a comparison as text, Markdown, LaTeX and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pyrovae.comparison.result import Cell, Comparison, Row
+
+__all__ = ["describe", "head", "to_csv", "to_latex", "to_markdown", "to_rows", "to_text"]
+
+DECIMALS = {"seconds": 2, "steps": 1}
+MISSING = "–"
+LATEX = {c: rf"\{c}" for c in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "α": r"$\alpha$",
+    "∞": r"$\infty$",
+    "±": r"$\pm$",
+    "−": "$-$",
+    MISSING: "--",
+}
+
+
+def to_text(comparison: Comparison) -> str:
+    """Aligned columns, with what they mean above and what to know below."""
+    rows = to_rows(comparison)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    names = 2 if comparison.num_pairs > 1 else 1
+    lines = [
+        "  ".join(
+            text.ljust(width) if i < names else text.rjust(width)
+            for i, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join([*head(comparison), *lines, *comparison.notes])
+
+
+def to_rows(comparison: Comparison) -> list[list[str]]:
+    """The header, and a row for each pair and method."""
+    return [_header(comparison), *(_cells(comparison, row) for row in comparison.table)]
+
+
+def to_markdown(comparison: Comparison) -> str:
+    header, *rows = ([text.replace("|", r"\|") for text in row] for row in to_rows(comparison))
+    names = 2 if comparison.num_pairs > 1 else 1
+    rule = [":---"] * names + ["---:"] * (len(header) - names)
+    table = [f"| {' | '.join(row)} |" for row in (header, rule, *rows)]
+    notes = ["", *(f"- {note}" for note in comparison.notes)] if comparison.notes else []
+    return "\n".join([" ".join(head(comparison)), "", *table, *notes]) + "\n"
+
+
+def to_latex(comparison: Comparison) -> str:
+    names = 2 if comparison.num_pairs > 1 else 1
+    header = _header(comparison)
+    rows = [_cells(comparison, row) for row in comparison.table]
+    return "\n".join(
+        [
+            *(f"% {line}" for line in (*head(comparison), *comparison.notes)),
+            r"% needs \usepackage{booktabs}",
+            rf"\begin{{tabular}}{{{'l' * names}{'r' * (len(header) - names)}}}",
+            r"\toprule",
+            rf"{' & '.join(map(_escaped, header))} \\",
+            r"\midrule",
+            *(rf"{' & '.join([*map(_escaped, row[:names]), *map(_math, row[names:])])} \\" for row in rows),
+            r"\bottomrule",
+            r"\end{tabular}",
+            "",
+        ]
+    )
+
+
+def to_csv(comparison: Comparison) -> str:
+    """A line for each pair and method; empty: does not apply."""
+    table = comparison.table
+    columns = [f"{name}{suffix}" for name in table[0].mean for suffix in ("", "_stderr")]
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["pair", "method", "loss", "num_seeds", "rows", "num_data", *columns])
+    for row in table:
+        values = [value for name in row.mean for value in (row.mean[name], row.stderr[name])]
+        start = [row.pair, row.method, row.loss, row.num_seeds, comparison.rows_scored, comparison.num_data]
+        writer.writerow([*start, *values])
+    return file.getvalue()
+
+
+def describe(cell: Cell) -> str:
+    """A cell as one line."""
+    numbers = [
+        f"{label} {value:.4f}"
+        for label, value in (("log evidence", cell.log_evidence), ("ELBO", cell.elbo))
+        if value is not None
+    ]
+    numbers += [] if cell.seconds is None else [f"{cell.seconds:.2f} s", f"{cell.steps} step{'s' * (cell.steps != 1)}"]
+    numbers += [] if cell.note is None else [cell.note]
+    return f"{cell.pair}, {cell.method}, seed {cell.seed}: {', '.join(numbers)}"
+
+
+def head(comparison: Comparison) -> list[str]:
+    """What the numbers are."""
+    count = len(comparison.seeds)
+    seeds = f" Mean ± standard error over {count} seeds." if count > 1 else ""
+    exact = [cell.exact for cell in comparison.cells if cell.log_evidence is not None]
+    sampled = f"by importance sampling, {comparison.num_samples} samples"
+    how = "exact" if all(exact) else f"exact where the pair has it, else {sampled}" if any(exact) else sampled
+    return [
+        f"{comparison.title}: {comparison.num_data} {comparison.rows_scored} rows, nats per datum; total: log evidence "
+        f"of all {comparison.num_data}.{seeds}",
+        f"Log evidence: {how}. SVI: {comparison.epochs} passes over the data.",
+    ]
+
+
+def _splits_gap(comparison: Comparison) -> bool:
+    return any(row.mean["amortization_gap"] is not None for row in comparison.table)
+
+
+def _header(comparison: Comparison) -> list[str]:
+    split = ["approximation", "amortization"] if _splits_gap(comparison) else []
+    names = ["pair", "method"] if comparison.num_pairs > 1 else ["method"]
+    return [*names, "log evidence", "ELBO", "gap", *split, "total", "seconds", "steps"]
+
+
+def _cells(comparison: Comparison, row: Row) -> list[str]:
+    names = [row.pair, row.method] if comparison.num_pairs > 1 else [row.method]
+    split = ["approximation_gap", "amortization_gap"] if _splits_gap(comparison) else []
+    return [
+        *names,
+        *(_number(row, name) for name in ("log_evidence", "elbo", "gap", *split)),
+        _number(row, "log_evidence", comparison.num_data),
+        *(_number(row, name) for name in ("seconds", "steps")),
+    ]
+
+
+def _number(row: Row, name: str, factor: int = 1) -> str:
+    value, error = row.mean[name], row.stderr[name]
+    if value is None:
+        return MISSING
+    if name == "steps" and not error:
+        return f"{value:.0f}"
+    decimals = DECIMALS.get(name, 4)
+    text = f"{round(factor * value, decimals) + 0.0:.{decimals}f}"  # no −0
+    if error is None:
+        return text
+    return f"{text} ± {factor * error:.{decimals}f}"
+
+
+def _escaped(text: str) -> str:
+    return "".join(LATEX.get(character, character) for character in text)
+
+
+def _math(number: str) -> str:
+    return "--" if number == MISSING else f"${number.replace('±', chr(92) + 'pm')}$"

@@ -1,0 +1,312 @@
+"""BIC, AIC and ICL of pairs fitted by maximum likelihood; how many components or dimensions the data ask for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyrovae.checks import check_choice, check_data, check_positive, not_a_pair
+from pyrovae.evaluation.mixtures import category_log_probs, num_categories
+from pyrovae.evaluation.prepare import NotApplicable, prepared, progress_bar
+from pyrovae.evaluation.traces import runs_at_a_time
+from pyrovae.infer.em import fit_em
+from pyrovae.infer.weights import same_random_state
+from pyrovae.pair import Pair
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "CRITERIA",
+    "Candidate",
+    "InformationCriteria",
+    "Selection",
+    "information_criteria",
+    "plot_selection",
+    "select_components",
+]
+
+CRITERIA = ("bic", "icl", "aic")
+
+
+@dataclass(frozen=True, repr=False)
+class InformationCriteria:
+    """What :func:`information_criteria` computed. Lower criteria are better, as in scikit-learn."""
+
+    num_data: int
+    num_parameters: int
+    log_likelihood: float
+    """ℓ = Σ_n log p(x_n), the total in nats."""
+    bic: float
+    """−2 ℓ + ν log N, ν the number of free parameters (Schwarz 1978)."""
+    aic: float
+    """−2 ℓ + 2 ν (Akaike 1974)."""
+    icl: float | None
+    """−2 Σ_n log p(x_n, ẑ_n) + ν log N with ẑ_n the most probable component: BIC, and a price for components that
+    overlap (Biernacki, Celeux and Govaert 2000). None without a categorical posterior."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        return asdict(self)
+
+    def __repr__(self) -> str:
+        """A table, for reading."""
+        rows = [("log likelihood", self.log_likelihood), ("BIC", self.bic), ("ICL", self.icl), ("AIC", self.aic)]
+        lines = [f"{name:<16}{value:>14.4f}" for name, value in rows if value is not None]
+        head = f"{self.num_data} data, {self.num_parameters} free parameters; criteria: lower is better"
+        return "\n".join([head, *lines])
+
+
+def information_criteria(
+    pair: Pair,
+    x: Tensor,  # (N, D)
+    *,
+    num_parameters: int | None = None,
+    binarize: bool = False,
+    device: str | torch.device = "auto",
+    seed: int = 0,
+) -> InformationCriteria:
+    """BIC, AIC and ICL of a pair fitted to ``x`` by maximum likelihood.
+
+    Args:
+        pair: a pair with an exact ``log_prob``, at its maximum likelihood on these data.
+        x: the data it was fitted to, (N, D).
+        num_parameters: ν; by default ``pair.num_parameters``.
+        binarize: draw pixels in [0, 1] as 0 or 1 first, once.
+        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``.
+        seed: of ``binarize``.
+
+    Raises:
+        NotApplicable: no ``log_prob``, or nobody says the number of parameters.
+        TypeError, ValueError: bad data.
+    """
+    if num_parameters is not None:
+        check_positive("num_parameters", num_parameters, integer=True)
+    with prepared(pair, x, binarize=binarize, device=device, seed=seed) as x, torch.no_grad():
+        name = type(pair).__name__
+        if pair.log_prob is None:
+            raise NotApplicable(f"information criteria do not apply to {name}: it has no exact log_prob(x).")
+        nu = num_parameters if num_parameters is not None else getattr(pair, "num_parameters", None)
+        if nu is None:
+            raise NotApplicable(
+                f"information criteria do not apply to {name}: it does not say its number of free parameters. Give it "
+                "a property num_parameters, or pass num_parameters=."
+            )
+        try:
+            num_components = num_categories(pair, x[:2], "")
+        except NotApplicable:
+            num_components = 0
+        log_likelihood: Any = 0
+        log_assigned: Any = 0
+        for rows in x.split(runs_at_a_time(x.device, x.shape[1] * (num_components or 1))):
+            log_likelihood += pair.log_prob(rows).double().sum()
+            if num_components:
+                log_assigned += category_log_probs(pair.posterior(rows)).amax(-1).sum()  # type: ignore[misc]
+    total = float(log_likelihood)
+    bic = -2 * total + nu * math.log(len(x))
+    icl = bic - 2 * float(log_assigned) if num_components else None
+    return InformationCriteria(len(x), nu, total, bic, -2 * total + 2 * nu, icl)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One fit of :func:`select_components`."""
+
+    family: str
+    """The name of what made the pair; empty where there is only one."""
+    num_components: int
+    criteria: InformationCriteria
+    converged: bool
+    collapsed: tuple[int, ...]
+    """Components that EM held at the covariance floor: the likelihood then says how low the floor is, not how good
+    the fit is, so this fit is never chosen."""
+    pair: Pair
+    """The fitted pair."""
+
+
+@dataclass(frozen=True, repr=False)
+class Selection:
+    """What :func:`select_components` found. Lower criteria are better."""
+
+    candidates: list[Candidate]
+    """By BIC, the best first; collapsed ones last."""
+
+    def best(self, criterion: str = "bic") -> Candidate:
+        """The candidate with the lowest ``bic``, ``icl`` or ``aic``, among those that have not collapsed.
+
+        Raises:
+            ValueError: an unknown criterion; no candidate is left.
+        """
+        check_choice("criterion", criterion, CRITERIA)
+        found = [c for c in self.candidates if not c.collapsed and getattr(c.criteria, criterion) is not None]
+        if not found:
+            raise ValueError(
+                f"criterion: no fit has a {criterion.upper()} to choose by: all collapsed, or none has a categorical "
+                "posterior. Try fewer components, more restarts, or a covariance with fewer parameters."
+            )
+        return min(found, key=lambda candidate: getattr(candidate.criteria, criterion))
+
+    def winners(self) -> dict[str, Candidate]:
+        """The best candidate by each criterion that any fit can be chosen by."""
+        found = {}
+        for criterion in CRITERIA:
+            try:
+                found[criterion] = self.best(criterion)
+            except ValueError:
+                continue
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+
+        def row(c: Candidate) -> dict[str, Any]:
+            own = {"family": c.family, "num_components": c.num_components, "converged": c.converged}
+            return own | {"collapsed": list(c.collapsed)} | c.criteria.to_dict()
+
+        best = {
+            criterion: {"family": winner.family, "num_components": winner.num_components}
+            for criterion, winner in self.winners().items()
+        }
+        return {"candidates": [row(c) for c in self.candidates], "best": best}
+
+    def __repr__(self) -> str:
+        """A table, for reading; the best of each column is starred."""
+        winners = self.winners()
+        width = max([0, *(len(c.family) + 2 for c in self.candidates if c.family)])
+        shown = [name for name in CRITERIA if any(getattr(c.criteria, name) is not None for c in self.candidates)]
+        lines = [
+            f"{self.candidates[0].criteria.num_data} data; criteria: lower is better, * the best",
+            f"{'':<{width}}components  parameters  log likelihood" + "".join(f"{n.upper():>13} " for n in shown),
+        ]
+        for c in self.candidates:
+            line = f"{c.family:<{width}}{c.num_components:>10}{c.criteria.num_parameters:>12}"
+            line += f"{c.criteria.log_likelihood:>16.4f}"
+            for name in shown:
+                value = getattr(c.criteria, name)
+                line += f"{'–' if value is None else f'{value:.3f}':>13}{'*' if winners.get(name) is c else ' '}"
+            if c.collapsed:
+                line += f"  not chosen: collapsed components {', '.join(map(str, c.collapsed))}"
+            elif not c.converged:
+                line += "  not converged"
+            lines.append(line.rstrip())
+        return "\n".join(lines)
+
+
+def select_components(
+    make: Callable[[int], Pair] | Mapping[str, Callable[[int], Pair]],
+    x: Tensor,  # (N, D)
+    counts: Iterable[int],
+    *,
+    restarts: int = 10,
+    max_iter: int = 1000,
+    tol: float = 1e-10,
+    device: str | torch.device = "auto",
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Selection:
+    """Fit a pair by exact EM for each number of components, and compare BIC, ICL and AIC.
+
+        select_components(lambda k: GMM(k, 2), x, range(1, 7)).best("icl").num_components
+        select_components({c: lambda k, c=c: GMM(k, 2, covariance=c) for c in ("full", "diag")}, x, range(1, 7))
+
+    BIC finds the number of components that describe the density, ICL the number of clusters that lie apart; AIC
+    tends to take too many. Fits with components at the covariance floor are reported, and never chosen.
+
+    Args:
+        make: builds an untrained pair of k components (or k latent dimensions, ...); or several such by name, to be
+            compared with each other. The pair needs EM, ``log_prob`` and ``num_parameters``.
+        x: the data.
+        counts: the k to try.
+        restarts, max_iter, tol: of :func:`pyrovae.fit_em`, which works in float64.
+        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``.
+        seed: of the starts.
+        progress: show a bar; None shows it on a terminal.
+
+    Raises:
+        NotApplicable: a pair without ``log_prob`` or number of parameters.
+        TypeError: ``make`` does not make pairs; a pair without EM.
+        ValueError: bad data or options.
+    """
+    makers = dict(make) if isinstance(make, Mapping) else {"": make}
+    if not makers or not all(callable(maker) and not isinstance(maker, Pair) for maker in makers.values()):
+        raise TypeError(
+            "make: expected a function of the number of components, lambda k: GMM(k, data_dim), or a dictionary of "
+            f"such functions by name; got {make!r}."
+        )
+    x = check_data(x)
+    numbers = _counts(counts, len(x))
+    runs = [(family, k) for family in makers for k in numbers]
+    candidates = []
+    for family, k in progress_bar("components", progress, runs, unit="fit"):
+        with same_random_state():
+            torch.manual_seed(seed)
+            pair = makers[family](k)
+        if not isinstance(pair, Pair):
+            raise TypeError(f"make: {not_a_pair(pair).removeprefix('pair: ')}")
+        dtype = next((p.dtype for p in pair.parameters()), torch.float32)
+        pair.double()
+        result = fit_em(pair, x, restarts=restarts, max_iter=max_iter, tol=tol, seed=seed, device=device)
+        criteria = information_criteria(pair, x, device=device)
+        pair.to(dtype=dtype)
+        collapsed = result.covariance_floor.components if result.covariance_floor is not None else ()
+        candidates.append(Candidate(family, k, criteria, result.converged, collapsed, pair))
+    return Selection(sorted(candidates, key=lambda c: (bool(c.collapsed), c.criteria.bic)))
+
+
+def _counts(counts: Any, num_data: int) -> list[int]:
+    if isinstance(counts, (str, bytes)) or not isinstance(counts, Iterable):
+        raise TypeError(f"counts: expected whole numbers of components, such as range(1, 7); got {counts!r}.")
+    found = list(dict.fromkeys(counts))
+    if not found:
+        raise ValueError("counts: expected at least one number of components; got none.")
+    for k in found:
+        check_positive("counts", k, integer=True)
+    if max(found) > num_data:
+        raise ValueError(f"counts: expected at most as many components as data, {num_data}; got {max(found)}.")
+    return found
+
+
+def plot_selection(selection: Selection) -> Figure:
+    """How far each fit lies above the best by each criterion, against the number of components.
+
+    The best is ringed, collapsed fits are crosses off the line. Linear up to 10, logarithmic beyond.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    from pyrovae.plots.pair_plots import MODEL, new_figure
+
+    winners = selection.winners()
+    shown = [name for name in CRITERIA if any(getattr(c.criteria, name) is not None for c in selection.candidates)]
+    families = sorted({c.family for c in selection.candidates})
+    figure = new_figure(4.2 * len(shown), 3.8)
+    for axes, criterion in zip(np.atleast_1d(figure.subplots(1, len(shown))), shown, strict=True):
+        having = [c for c in selection.candidates if getattr(c.criteria, criterion) is not None]
+        winner = winners.get(criterion)
+        zero = min(getattr(c.criteria, criterion) for c in ([winner] if winner else having))
+        for index, family in enumerate(families):
+            rows = sorted(
+                (c.num_components, getattr(c.criteria, criterion) - zero, bool(c.collapsed))
+                for c in having
+                if c.family == family
+            )
+            sound, held = ([row[:2] for row in rows if row[2] == collapsed] for collapsed in (False, True))
+            axes.plot(*np.reshape(sound, (-1, 2)).T, "o-", ms=4, color=f"C{index}", label=family)
+            axes.plot(*np.reshape(held, (-1, 2)).T, "x", color=f"C{index}")
+        title = criterion.upper()
+        if winner is not None:
+            axes.plot(winner.num_components, 0, "o", ms=13, mfc="none", mec=MODEL, mew=1.5)
+            title += f": best is {winner.num_components} {winner.family}".rstrip()
+        axes.set_title(title, parse_math=False)
+        axes.set_yscale("symlog", linthresh=10)
+        axes.set(xlabel="components", ylabel=f"{criterion.upper()} above the best")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.grid(alpha=0.3)
+        if any(families):
+            axes.legend(fontsize=8)
+    return figure

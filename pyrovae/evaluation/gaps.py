@@ -1,0 +1,292 @@
+"""Where the bound loses: to the guide's family, or to amortization (Cremer, Li and Duvenaud 2018)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrovae.checks import check_positive
+from pyrovae.evaluation.datum_guides import DatumGuides, Offsets
+from pyrovae.evaluation.prepare import prepared, progress_bar
+from pyrovae.evaluation.traces import runs_at_a_time
+from pyrovae.infer.weights import Structure, same_random_state
+from pyrovae.pair import Pair
+
+__all__ = ["InferenceGaps", "inference_gaps"]
+
+EXACT, SAMPLED = "exact", "importance sampling"
+FEW_EFFECTIVE = 100  # samples
+CHECK_PARTICLES = 256  # samples a datum, for the choice of its offsets
+WEIGHTS_PER_CHUNK = 2**23
+
+
+@dataclass(frozen=True, repr=False)
+class InferenceGaps:
+    """What :func:`inference_gaps` measured. Nats per datum; each ``_stderr`` is Monte Carlo error, for these very data.
+
+    ``log_evidence`` = ``elbo`` + ``amortization_gap`` + ``approximation_gap``.
+    """
+
+    num_data: int
+    num_samples: int
+    """Samples a datum, for the bounds and for the evidence; 1 where the guide is discrete and all is summed out."""
+    log_evidence: float
+    log_evidence_stderr: float
+    evidence: str
+    """``exact``, or ``importance sampling``: then on average too low, and with it the approximation gap."""
+    elbo: float
+    """L[q_φ], of the pair's own guide."""
+    elbo_stderr: float
+    elbo_optimal: float
+    """L[q*], of the guide optimised for each datum."""
+    elbo_optimal_stderr: float
+    approximation_gap: float
+    """log p(x) − L[q*]: what no guide of this family can reach."""
+    approximation_gap_stderr: float
+    amortization_gap: float
+    """L[q*] − L[q_φ]: what is lost to one network for all data. Too small where q* is not quite reached."""
+    amortization_gap_stderr: float
+    log_evidence_per_datum: Tensor
+    """(N,), float64, on the CPU, as the next two."""
+    elbo_per_datum: Tensor
+    elbo_optimal_per_datum: Tensor
+    num_steps: int
+    converged: bool
+    """Whether the bound had stopped rising, from the third to the fourth quarter of the steps."""
+    notes: list[str] = field(default_factory=list)
+    """What keeps these numbers from meaning what they usually do."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON; without the values of each datum."""
+        return {name: value for name, value in vars(self).items() if not isinstance(value, Tensor)}
+
+    def __repr__(self) -> str:
+        """A table, for reading."""
+        rows = [
+            ("log evidence", self.log_evidence, self.log_evidence_stderr, self.evidence),
+            ("ELBO, optimal guides", self.elbo_optimal, self.elbo_optimal_stderr, ""),
+            ("ELBO", self.elbo, self.elbo_stderr, ""),
+            ("approximation gap", self.approximation_gap, self.approximation_gap_stderr, ""),
+            ("amortization gap", self.amortization_gap, self.amortization_gap_stderr, ""),
+        ]
+        head = f"{self.num_data} data, {self.num_steps} steps, {self.num_samples} samples each; nats per datum"
+        lines = [f"{name:<24}{value:>12.3f}  ± {error:.3f}  {note}".rstrip() for name, value, error, note in rows]
+        return "\n".join([head, *lines, *(f"NOTE: {note}" for note in self.notes)])
+
+
+def inference_gaps(
+    pair: Pair,
+    x: Tensor,
+    *,
+    num_samples: int = 5000,
+    num_steps: int = 500,
+    num_particles: int = 8,
+    lr: float = 0.1,
+    binarize: bool = False,
+    device: str | torch.device = "auto",
+    seed: int = 0,
+    progress: bool | None = None,
+) -> InferenceGaps:
+    """Split what the bound loses into the part of the guide's family and the part of amortization.
+
+        log p(x) − L[q_φ] = (log p(x) − L[q*]) + (L[q*] − L[q_φ])
+                            approximation gap    amortization gap
+
+    q_φ(z | x) is the pair's guide and q* the best guide of the same family for each datum. To find it, the
+    unconstrained parameters of every guide site get offsets of each datum's own, which start at zero: Adam on the
+    pathwise gradient without its score term (Roeder et al. 2017), its steps averaged over their second half. Each datum
+    keeps the average if its bound is the better for it, and otherwise its own start. Both bounds are then taken on
+    fresh noise, common to the two: what is reported is an unbiased estimate of the bound of guides already chosen.
+
+    For a latent whose guide depends on the data alone, the offsets reach the whole family. Where it depends on a
+    latent sampled before (the second layer of an IWAE), they correct the network for each datum, and so reach a part
+    of what a free conditional could. Discrete latents of the guide are summed over exactly, not sampled; where there is
+    one and nothing else, q* is the exact posterior and needs no search.
+
+    The evidence is exact where the pair has ``log_prob`` or where all is summed out. Otherwise it is importance
+    sampling from q*, which on average falls below log p(x), and makes the approximation gap too small.
+
+    Args:
+        pair: the model and guide. It is left as it was.
+        x: data, shape (N, D).
+        num_samples: samples K a datum, for the bounds and the evidence.
+        num_steps: of Adam.
+        num_particles: samples a datum in each step.
+        lr: Adam's learning rate. Locations move in units of the pair's own guide's scale.
+        binarize: draw pixels in [0, 1] as 0 or 1 first, once.
+        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``.
+        seed: of all samples. The caller's random state is left as it was.
+        progress: show a bar; None shows it on a terminal.
+
+    Raises:
+        NotApplicable: the guide samples nothing; a latent lies outside the data plate; a guide site's distribution is
+            of no known family, or has too many values to sum over.
+        TypeError, ValueError: bad data or options, before work starts.
+
+    References:
+        Cremer, Li and Duvenaud (2018), Inference suboptimality in variational autoencoders.
+        Polyak and Juditsky (1992), Acceleration of stochastic approximation by averaging.
+        Roeder, Wu and Duvenaud (2017), Sticking the landing.
+    """
+    for name, value in (("num_samples", num_samples), ("num_steps", num_steps), ("num_particles", num_particles)):
+        check_positive(name, value, integer=True)
+    check_positive("lr", lr)
+    with prepared(pair, x, binarize=binarize, device=device, seed=seed) as x:
+        structure = Structure.of(pair.model, pair.guide, (x[:2],), {})
+        probe = DatumGuides(pair, x[:2], structure)
+        fitting = runs_at_a_time(x.device, probe.width())
+        if probe.is_discrete:
+            num_samples = num_particles = 1
+        chunk = max(1, min(len(x), fitting // num_particles, WEIGHTS_PER_CHUNK // num_samples))
+        at_once = max(1, fitting // chunk)
+        options = _Options(num_samples, num_steps, num_particles, lr, at_once, seed)
+        chunks = x.split(chunk)
+        with progress_bar("gaps", progress, total=len(chunks) * num_steps, unit="step") as bar:
+            found = [_measure(DatumGuides(pair, rows, structure), options, bar.update) for rows in chunks]
+        parts = {name: torch.cat([part[name] for part in found]).cpu() for name in found[0]}
+        evidence = EXACT if probe.is_discrete else SAMPLED
+        if pair.log_prob is not None:
+            with torch.no_grad():
+                parts["log_evidence"] = torch.cat([pair.log_prob(rows).double() for rows in chunks]).cpu()
+            parts["log_evidence_variance"] = torch.zeros_like(parts["log_evidence"])
+            parts["approximation_gap_variance"] = parts["elbo_optimal_variance"]
+            evidence = EXACT
+        return _result(parts, evidence, num_samples, num_steps)
+
+
+@dataclass(frozen=True)
+class _Options:
+    num_samples: int
+    num_steps: int
+    num_particles: int
+    lr: float
+    at_once: int
+    """Particles in one run without gradients."""
+    seed: int
+
+
+def _measure(guides: DatumGuides, options: _Options, tick: Callable[[], Any]) -> dict[str, Tensor]:
+    """Of each datum, (N,): bounds and log evidence, the variances of these estimates, and the bound at the checks."""
+    start = dict(guides.offsets)
+    checks: dict[str, Tensor] = {}
+    if guides.is_one_category:
+        best = guides.exact_offsets()
+    else:
+        best, checks = _optimise(guides, options, tick)
+    guides.offsets = start
+    with same_random_state():  # the same noise for both
+        own, _ = guides.draw(options.num_samples, options.at_once)
+    guides.offsets = best
+    bound, log_w = guides.draw(options.num_samples, options.at_once)
+    evidence = log_w.logsumexp(0) - math.log(options.num_samples)
+    relative = torch.exp(log_w - evidence)
+    found = {"elbo": own, "elbo_optimal": bound, "amortization_gap": bound - own}
+    variances = found | {"log_evidence": relative, "approximation_gap": relative - bound}  # by the delta method
+    return {
+        **checks,
+        **{name: value.mean(0) for name, value in found.items()},
+        **{f"{name}_variance": _variance_of_mean(value) for name, value in variances.items()},
+        "log_evidence": evidence,
+        "effective_samples": relative.sum(0).square() / relative.square().sum(0),
+    }
+
+
+def _optimise(guides: DatumGuides, options: _Options, tick: Callable[[], Any]) -> tuple[Offsets, dict[str, Tensor]]:
+    """The best offsets of each datum, and the bound, (N,), at three places: ``start``; ``third`` and ``fourth``, the
+    means of the offsets over the third and the fourth quarter of the steps.
+
+    Adam's steps at a fixed rate jitter about the optimum; the mean of many does not (Polyak and Juditsky 1992).
+    """
+    start = dict(guides.offsets)
+    moving = {key: offset.clone().requires_grad_() for key, offset in start.items()}
+    leaves = list(moving.values())
+    # In the offsets' units the bound curves by about 1: eps = lr makes Adam a plain descent of rate 1 near the optimum,
+    # where its own normalisation would blow the last rounding error up to steps of size lr.
+    adam = torch.optim.Adam(leaves, lr=options.lr, eps=options.lr)
+    quarter = max(1, options.num_steps // 4)
+    guides.offsets, means = moving, []
+    for step in range(options.num_steps):
+        bound, _ = guides.bound_and_weight(options.num_particles)
+        for leaf, gradient in zip(leaves, torch.autograd.grad(-bound.mean(0).sum(), leaves), strict=True):
+            leaf.grad = gradient
+        adam.step()
+        tick()
+        left = options.num_steps - step  # 1 at the last
+        if left % quarter == 0 and left <= 2 * quarter:
+            means.append({key: torch.zeros_like(offset) for key, offset in start.items()})
+        for key in means[-1] if means else ():
+            means[-1][key] += moving[key].detach() / quarter
+    third, fourth = means[0], means[-1]
+    both = {key: (third[key] + fourth[key]) / 2 for key in start}
+    places = {"start": start, "third": third, "fourth": fourth, "both": both}
+    bounds = {name: _check(guides, offsets, options) for name, offsets in places.items()}
+    best, best_bound = start, bounds["start"]
+    for name in ("fourth", "both"):
+        best = guides.choose(bounds[name] > best_bound, places[name], best)
+        best_bound = torch.maximum(bounds[name], best_bound)
+    return best, {name: bounds[name] for name in ("start", "third", "fourth")}
+
+
+def _check(guides: DatumGuides, offsets: Offsets, options: _Options) -> Tensor:
+    """The bound of each datum, (N,), with the same noise for all offsets: differences have little noise."""
+    guides.offsets = offsets
+    with same_random_state():
+        torch.manual_seed(options.seed + 1)
+        return guides.draw(CHECK_PARTICLES, options.at_once)[0].mean(0)
+
+
+def _variance_of_mean(draws: Tensor) -> Tensor:
+    return draws.var(0) / len(draws) if len(draws) > 1 else torch.zeros_like(draws[0])
+
+
+def _result(parts: dict[str, Tensor], evidence: str, num_samples: int, num_steps: int) -> InferenceGaps:
+    num_data = len(parts["elbo"])
+    parts["approximation_gap"] = parts["log_evidence"] - parts["elbo_optimal"]
+    numbers = {}
+    for name in ("log_evidence", "elbo", "elbo_optimal", "approximation_gap", "amortization_gap"):
+        numbers[name] = float(parts[name].mean())
+        numbers[f"{name}_stderr"] = float(parts[f"{name}_variance"].sum().sqrt()) / num_data
+    notes = []
+    if rise := _still_rising(parts):
+        notes.append(
+            f"the bound of the optimised guides still rose, by {rise:.3f} between the third and the fourth quarter of "
+            "the steps: the amortization gap is too small and the approximation gap too large. Raise num_steps or lr"
+        )
+    if low := int((parts["effective_samples"] < FEW_EFFECTIVE).sum()) if evidence == SAMPLED else 0:
+        notes.append(
+            f"for {low} of {num_data} data the evidence rests on fewer than {FEW_EFFECTIVE} effective samples: it is "
+            "no more than a lower bound there, its Monte Carlo error too small, and the approximation gap too small"
+        )
+    for name in ("approximation_gap", "amortization_gap"):
+        if numbers[name] < 0:
+            notes.append(
+                f"the {name.replace('_', ' ')} came out below zero, which it cannot be: {numbers[name]:.2g} with a "
+                f"Monte Carlo error of {numbers[f'{name}_stderr']:.2g}"
+            )
+    return InferenceGaps(
+        num_data=num_data,
+        num_samples=num_samples,
+        evidence=evidence,
+        log_evidence_per_datum=parts["log_evidence"],
+        elbo_per_datum=parts["elbo"],
+        elbo_optimal_per_datum=parts["elbo_optimal"],
+        num_steps=num_steps,
+        converged=not rise,
+        notes=notes,
+        **numbers,
+    )
+
+
+def _still_rising(parts: dict[str, Tensor]) -> float:
+    """How much the bound rose from the third to the fourth quarter of the steps; 0, if it is next to nothing."""
+    if "start" not in parts:  # solved, not searched
+        return 0.0
+    rises = parts["fourth"] - parts["third"]
+    rise, total = float(rises.mean()), float((parts["fourth"] - parts["start"]).mean())
+    error = float(rises.std()) / math.sqrt(len(rises)) if len(rises) > 1 else 0.0
+    return 0.0 if rise <= max(3 * error, 0.01 * total, 1e-3) else rise  # NaN has not come to rest

@@ -1,0 +1,193 @@
+"""Mixtures: how sharp and how right their responsibilities are."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import Categorical, OneHotCategorical
+
+from pyrovae.evaluation.prepare import NotApplicable, prepared
+from pyrovae.evaluation.traces import is_local, runs_at_a_time
+from pyrovae.infer.weights import same_random_state, sample_sites
+from pyrovae.pair import Pair
+
+__all__ = ["MixtureScores", "category_log_probs", "mixture_scores", "num_categories"]
+
+
+@dataclass(frozen=True, repr=False)
+class MixtureScores:
+    """What :func:`mixture_scores` measured. None where a quantity does not apply."""
+
+    num_data: int
+    num_components: int
+    entropy: float
+    """mean_n H(p(z | x_n)), nats per datum: 0 where each datum surely belongs to one component, at most log K."""
+    effective_components: float
+    """exp H(mean_n p(z | x_n)): how many equally used components would spread the data as much; 1 to K."""
+    total_variation: float | None
+    """mean_n ½ Σ_k |q(k | x_n) − p(k | x_n)|, of the guide's responsibilities: 0 to 1."""
+    kl: float | None
+    """mean_n KL(q(z | x_n) ‖ p(z | x_n)), nats per datum: what the guide costs the ELBO."""
+    adjusted_rand_index: float | None
+    """1 for the same partition as the labels, 0 in expectation for a random one (Hubert and Arabie 1985)."""
+    normalized_mutual_information: float | None
+    """I / mean of the two entropies: 0 to 1."""
+    accuracy: float | None
+    """Share of data in the right cluster, with clusters matched to labels one to one as well as possible."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        return asdict(self)
+
+    def __repr__(self) -> str:
+        """A table, for reading."""
+        rows = [
+            ("entropy of responsibilities", self.entropy, "nats per datum"),
+            ("effective components", self.effective_components, f"of {self.num_components}"),
+            ("guide: total variation", self.total_variation, "mean distance from the exact responsibilities"),
+            ("guide: KL", self.kl, "nats per datum"),
+            ("adjusted Rand index", self.adjusted_rand_index, ""),
+            ("normalized mutual information", self.normalized_mutual_information, ""),
+            ("accuracy", self.accuracy, "best matching of components and labels"),
+        ]
+        lines = [f"{name:<32}{value:>9.4f}  {note}".rstrip() for name, value, note in rows if value is not None]
+        return "\n".join([f"{self.num_data} data, {self.num_components} components", *lines])
+
+
+def mixture_scores(
+    pair: Pair,
+    x: Tensor,  # (N, D)
+    *,
+    labels: Any = None,  # (N,)
+    binarize: bool = False,
+    device: str | torch.device = "auto",
+    seed: int = 0,
+) -> MixtureScores:
+    """Score the responsibilities p(z | x) of a pair with one categorical latent and an exact posterior.
+
+    Clusters are the most probable components under the exact posterior. Where the guide samples the latent, its
+    responsibilities q(z | x) are compared with the exact ones.
+
+    Args:
+        pair: a pair whose ``posterior(x)`` is a ``Categorical``. It is left as it was.
+        x: data, shape (N, D).
+        labels: known classes, (N,), whole numbers or names, for the clustering scores.
+        binarize: draw pixels in [0, 1] as 0 or 1 first, once.
+        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``.
+        seed: of ``binarize``.
+
+    Raises:
+        NotApplicable: the pair has no such posterior.
+        TypeError, ValueError: bad data or labels.
+    """
+    with prepared(pair, x, binarize=binarize, device=device, seed=seed) as x, torch.no_grad():
+        known = None if labels is None else check_labels(labels, len(x))
+        num_components = num_categories(pair, x[:2], "mixture scores")
+        entropy: Any = 0
+        usage: Any = 0
+        distances: Any = 0
+        clusters = []
+        amortized = False
+        for rows in x.split(runs_at_a_time(x.device, x.shape[1] * num_components)):
+            exact = category_log_probs(pair.posterior(rows))  # type: ignore[misc]
+            entropy += -_sum_p_log(exact, exact).sum()
+            usage += exact.exp().sum(0)
+            clusters.append(exact.argmax(-1))
+            if (guide := _guide_log_probs(pair, rows, num_components)) is not None:
+                amortized = True
+                variation = 0.5 * (guide.exp() - exact.exp()).abs().sum(-1)
+                distances += torch.stack([variation.sum(), _sum_p_log(guide, guide - exact).sum()])
+        usage = usage / len(x)
+        agreement: tuple[float | None, ...] = (None, None, None)
+        if known is not None:
+            agreement = _agreement(known, torch.cat(clusters).cpu().numpy())
+        return MixtureScores(
+            len(x),
+            num_components,
+            float(entropy) / len(x),
+            math.exp(float(-torch.xlogy(usage, usage).sum())),
+            *((distances / len(x)).tolist() if amortized else (None, None)),
+            *agreement,
+        )
+
+
+def check_labels(labels: Any, num_data: int) -> np.ndarray:
+    """Classes of the data as an array (N,), or TypeError or ValueError."""
+    found = np.asarray(labels.detach().cpu() if isinstance(labels, Tensor) else labels)
+    if found.dtype.kind not in "iubUS":
+        raise TypeError(f"labels: expected whole numbers or names, one a datum; got {found.dtype}.")
+    if found.shape != (num_data,):
+        raise ValueError(f"labels: expected shape ({num_data},), one a datum; got {found.shape}.")
+    return found
+
+
+def _agreement(labels: np.ndarray, clusters: np.ndarray) -> tuple[float, float, float]:
+    from scipy.optimize import linear_sum_assignment
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+    from sklearn.metrics.cluster import contingency_matrix
+
+    table = contingency_matrix(labels, clusters)
+    matched = table[linear_sum_assignment(table, maximize=True)].sum()
+    return (
+        float(adjusted_rand_score(labels, clusters)),
+        float(normalized_mutual_info_score(labels, clusters)),
+        float(matched) / len(labels),
+    )
+
+
+def num_categories(pair: Pair, few: Tensor, what: str) -> int:
+    """K of a posterior over one category a datum.
+
+    Raises:
+        NotApplicable: the pair has no such posterior.
+    """
+    if pair.posterior is None:
+        raise NotApplicable(
+            f"{what} do not apply to {type(pair).__name__}: it has no posterior(x). Give it one that returns a "
+            "Categorical over components."
+        )
+    posterior = pair.posterior(few)
+    if not isinstance(posterior, (Categorical, OneHotCategorical)) or posterior.batch_shape != few.shape[:1]:
+        raise NotApplicable(
+            f"{what} do not apply to {type(pair).__name__}: its posterior(x) is a {type(posterior).__name__} of batch "
+            f"shape {tuple(posterior.batch_shape)}, not one Categorical a datum."
+        )
+    return posterior.logits.shape[-1]
+
+
+def category_log_probs(fn: Any) -> Tensor:
+    """(N, K), normalised, float64."""
+    return fn.logits.double().log_softmax(-1)
+
+
+def _sum_p_log(log_p: Tensor, log_ratio: Tensor) -> Tensor:
+    """Σ_k p log r; where p is 0 it adds nothing."""
+    p = log_p.exp()
+    return torch.where(p > 0, p * log_ratio, 0).sum(-1)
+
+
+def _guide_log_probs(pair: Pair, x: Tensor, num_components: int) -> Tensor | None:
+    """log q(z | x), (N, K); None where the guide samples no categorical latent, or several."""
+    with same_random_state():
+        trace = poutine.trace(pair.guide).get_trace(x)
+    categories = [
+        site
+        for site in sample_sites(trace).values()
+        if isinstance(site["fn"], (Categorical, OneHotCategorical)) and is_local(site)
+    ]
+    if len(categories) != 1:
+        return None
+    (site,) = categories
+    log_probs = category_log_probs(site["fn"])
+    if log_probs.shape[-1] != num_components:
+        raise ValueError(
+            f"guide: expected a Categorical over {num_components} components, as posterior(x) has, at site "
+            f"'{site['name']}'; got {log_probs.shape[-1]}."
+        )
+    return log_probs.expand(len(x), -1)

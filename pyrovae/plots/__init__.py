@@ -1,0 +1,1 @@
+"""Pictures: of data and pairs, of scores, of runs and of comparisons."""

@@ -1,0 +1,128 @@
+"""The pictures of a run, with words for those who cannot see them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor
+
+from pyrovae.data import DataSet
+from pyrovae.evaluation.collapse import USED_NATS
+from pyrovae.evaluation.predict import latents, local_latents
+from pyrovae.pair import Pair
+from pyrovae.plots import pair_plots as plots
+from pyrovae.plots import score_plots
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from pyrovae.evaluation import Scores
+
+__all__ = ["Picture", "pictures_of_run", "pictures_of_scores"]
+
+TRAVERSED = 8  # dimensions of a latent that are shown one by one
+
+
+class Picture(NamedTuple):
+    draw: Callable[[], Figure]
+    alt: str
+    """What it shows."""
+    caption: str = ""
+
+
+def pictures_of_run(
+    pair: Pair, data: DataSet, rows: Tensor, labels: Tensor | None, history: list[dict[str, float]]
+) -> dict[str, Picture]:
+    """By name, those that apply to this pair and these data."""
+    shape, names = data.image_shape, data.feature_names
+    found: dict[str, Picture] = {}
+    if len(history) > 1:
+        first, last = history[0]["train_bound"], history[-1]["train_bound"]
+        found["training"] = Picture(
+            lambda: plots.plot_history(history),
+            f"Curve of the bound over {len(history)} epochs: from {first:.2f} to {last:.2f} nats per datum.",
+        )
+    what = "A grid of images drawn from the model." if shape else "Points drawn from the model beside the data."
+    found["samples"] = Picture(
+        lambda: plots.plot_samples(pair, rows, image_shape=shape, feature_names=names),
+        what,
+        "New data: z from the prior, then the mean of p(x | z)." if shape else "New data from the model.",
+    )
+    try:
+        means = latents(pair, rows[:2], mean=True, seed=0)
+        local = local_latents(pair, rows[:2])
+    except (ValueError, NotImplementedError):  # nothing to encode into
+        means, local = {}, ()
+    continuous = {name: means[name] for name in local if means[name].is_floating_point() and means[name].dim() == 2}
+    if continuous:
+        what = "Rows of images, each above its reconstruction." if shape else "Reconstructed against observed features."
+        found["reconstructions"] = Picture(
+            lambda: plots.plot_reconstructions(pair, rows, image_shape=shape),
+            what,
+            "z from the guide, then the mean of p(x | z).",
+        )
+    if rows.shape[1] == 2 and plots.has_density(pair, rows):
+        found["density"] = Picture(
+            lambda: plots.plot_density(pair, rows, feature_names=names), "The data over contours of the fitted density."
+        )
+    for name, z in continuous.items():
+        if z.shape[1] == 2:
+            found["latents"] = Picture(
+                partial(plots.plot_latents, pair, rows, name, labels=labels),
+                f"The data's posterior means in the two dimensions of {name}"
+                + ("." if labels is None else ", coloured by label."),
+            )
+            if shape is not None and len(means) == 1:
+                found["manifold"] = Picture(
+                    partial(plots.plot_manifold, pair, name, shape, data_dim=rows.shape[1]),
+                    f"A grid of images decoded over the two dimensions of {name}.",
+                )
+    return found
+
+
+def pictures_of_scores(pair: Pair, data: DataSet, rows: Tensor, scores: Scores) -> dict[str, Picture]:
+    """By name, those of what was measured."""
+    found: dict[str, Picture] = {}
+    kl = scores.kl_per_dimension
+    if kl:
+        counts = {name: sum(value > USED_NATS for value in values) for name, values in kl.items()}
+        used = ", ".join(f"{count} of {len(kl[name])} in {name}" for name, count in counts.items())
+        unused = any(count < len(kl[name]) for name, count in counts.items())
+        found["kl"] = Picture(
+            lambda: score_plots.plot_kl(kl),
+            f"Bars of the KL of each latent dimension, largest first. Above {USED_NATS:g} nats: {used}.",
+            "Dimensions in grey carry nothing about the data." if unused else "",
+        )
+        shape, name = data.image_shape, max(kl, key=lambda name: sum(kl[name]))
+        if shape is not None and len(kl[name]) > 2 and score_plots.can_traverse(pair, rows, name):
+            top = sorted(range(len(kl[name])), key=lambda d: -kl[name][d])[:TRAVERSED]
+            found["traversal"] = Picture(
+                partial(score_plots.plot_traversal, pair, rows, name, shape, dimensions=top),
+                f"Rows of images: each row changes one of the {len(top)} dimensions of {name} that carry most KL.",
+                "The other dimensions stay at the posterior mean of the first datum.",
+            )
+    if scores.guide is not None and not scores.guide.is_joint:
+        k, limit = scores.guide.k, f"{scores.guide.threshold:.2g}"
+        found["pareto_k"] = Picture(
+            partial(score_plots.plot_pareto_k, k, threshold=scores.guide.threshold),
+            f"Histogram of Pareto k-hat over {len(k)} data; {scores.guide.num_bad} lie above {limit}.",
+            f"Above {limit}, with so many samples, importance sampling from the guide is unreliable for that datum.",
+        )
+    if (gaps := scores.also.get("inference_gaps")) is not None:
+        found["gaps"] = Picture(
+            partial(score_plots.plot_gaps, {type(pair).__name__: gaps}),
+            f"Stacked bar, nats per datum: approximation gap {gaps.approximation_gap:.3f}, amortization gap "
+            f"{gaps.amortization_gap:.3f}.",
+            "What the guide's family cannot reach, and what one network for all data loses on top.",
+        )
+    if (calibration := scores.also.get("simulation_based_calibration")) is not None:
+        from pyrovae.evaluation.calibration import plot_calibration
+
+        found["calibration"] = Picture(
+            partial(plot_calibration, calibration),
+            f"Rank histograms of simulation-based calibration. Verdict: {calibration.verdict}.",
+            "An exact posterior has uniform ranks, inside the grey band.",
+        )
+    return found

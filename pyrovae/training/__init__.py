@@ -1,0 +1,5 @@
+"""Training: mini-batches, learning-rate schedules, validation, checkpoints."""
+
+from pyrovae.training.loop import SCHEDULES, FitResult, TrainingDiverged, fit
+
+__all__ = ["SCHEDULES", "FitResult", "TrainingDiverged", "fit"]
