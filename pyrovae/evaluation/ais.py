@@ -22,8 +22,7 @@ from pyrovae.evaluation.latent_space import Density, Latents
 from pyrovae.evaluation.prepare import NotApplicable, prepared, progress_bar
 from pyrovae.evaluation.scores import importance_scores
 from pyrovae.evaluation.traces import blank_data, drawn_data, runs_at_a_time, unobserve, width
-from pyrovae.infer.program import Program, Untraceable, or_eagerly, say_once
-from pyrovae.infer.surroundings import Surroundings
+from pyrovae.infer.record import recorded_or_itself
 from pyrovae.infer.weights import same_random_state
 from pyrovae.pair import Pair
 
@@ -464,14 +463,8 @@ def _recorded(density: Density, x: Tensor, num_chains: int, *, calls: int) -> tu
         return functions
     with same_random_state():
         args = density.draw(x, num_chains), x, x.new_ones(())
-    programs: list[Callable[..., Any]] = []
-    for function, inputs in zip(functions, (args[:2], args), strict=True):
-        try:
-            program = Program(function, inputs, Surroundings(density.pair.model))
-        except Untraceable as error:
-            say_once(f"pyrovae: annealing runs eagerly: {error}.")
-            return functions
-        if calls >= CALLS_WORTH_COMPILING:
-            program.compile(inputs)
-        programs.append(or_eagerly(program, function))
-    return tuple(programs)
+    compiled = calls >= CALLS_WORTH_COMPILING
+    return tuple(
+        recorded_or_itself(function, inputs, [density.pair], "annealing", compiled=compiled)
+        for function, inputs in zip(functions, (args[:2], args), strict=True)
+    )

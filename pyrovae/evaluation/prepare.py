@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from pyrovae.checks import check_data, not_a_pair, pick_device
 from pyrovae.checks_pair import check_pair
-from pyrovae.infer.machine import keep_memory
+from pyrovae.machine import keep_memory
 from pyrovae.pair import Pair
 
 __all__ = ["NotApplicable", "prepared", "progress_bar"]

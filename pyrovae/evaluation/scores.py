@@ -17,8 +17,7 @@ from pyrovae.evaluation.pareto import FEWEST_SAMPLES, GuideQuality, WeightQualit
 from pyrovae.evaluation.predict import mean_or_value
 from pyrovae.evaluation.prepare import prepared, progress_bar
 from pyrovae.evaluation.traces import chunk_sizes, is_point, log_prob_per_dimension, width
-from pyrovae.infer.program import Program, Untraceable, or_eagerly, say_once
-from pyrovae.infer.surroundings import Surroundings
+from pyrovae.infer.record import recorded_or_itself
 from pyrovae.infer.weights import LogWeightTerms, Structure, log_weight_terms, sample_sites
 from pyrovae.pair import Pair
 
@@ -235,13 +234,7 @@ def _compiled(
         names[:] = summary
         return tuple(summary.values())
 
-    try:
-        program = Program(flat, (rows,), Surroundings(pair.model, pair.guide))
-    except Untraceable as error:
-        say_once(f"pyrovae: evaluate runs eagerly: {error}.")
-        return lambda rows: summarise(rows, particles)
-    program.compile((rows,))
-    run = or_eagerly(program, flat)
+    run = recorded_or_itself(flat, (rows,), [pair], "evaluate", compiled=True)
     return lambda rows: dict(zip(names, run(rows), strict=True))
 
 

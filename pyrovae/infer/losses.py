@@ -25,9 +25,9 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import kl_divergence
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten
 
 from pyrovae.checks import check_positive
-from pyrovae.infer.arguments import kind_of_call
 from pyrovae.infer.weights import (
     LogWeightTerms,
     Structure,
@@ -64,7 +64,7 @@ class _Objective(ELBO):
         if self._pair != (model, guide):
             self._pair = (model, guide)
             self._seen.clear()
-        call = kind_of_call(args, kwargs)
+        call = _kind_of_call(args, kwargs)
         if call not in self._seen:
             structure = Structure.of(model, guide, args, kwargs)
             if self._given_nesting != math.inf:
@@ -129,6 +129,14 @@ class _Objective(ELBO):
                     f"guide: site '{name}' is left to enumeration, and {type(self).__name__} samples every latent. "
                     "Use TraceEnum_ELBO, or sample the site in the guide."
                 )
+
+
+def _kind_of_call(args: tuple, kwargs: dict) -> Any:
+    """Which arguments are tensors or numbers, one standing for the other, which are None, and what switches say."""
+    leaves, spec = tree_flatten((args, kwargs))
+    return spec, tuple(
+        [x if isinstance(x, bool) else Tensor if isinstance(x, Tensor | int | float) else type(x) for x in leaves]
+    )
 
 
 def _runs(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> bool:

@@ -19,7 +19,6 @@ from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from pyro.util import check_site_shape
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode
 
 from pyrovae.checks import check_positive
 
@@ -325,12 +324,10 @@ def _without_plates(scale: float | Tensor, frames: Any) -> float | Tensor:
 
 def _all_equal(scales: list[float | Tensor]) -> bool:
     if any(isinstance(scale, Tensor) for scale in scales):
-        # Reading a tensor waits for the device, so it is done only while validation is on, or a step is recorded: then
-        # twice, with other values, so that a record is made only where scales stay as equal as they are.
-        if not is_validation_enabled() and get_proxy_mode() is None:
+        # Reading a tensor waits for the device, so it is done only while validation is on.
+        if not is_validation_enabled():
             return all(isinstance(scale, Tensor) for scale in scales)
-        with disable_proxy_modes_tracing():
-            scales = [float(scale) for scale in scales]
+        scales = [float(scale) for scale in scales]
     return all(math.isclose(scale, scales[0], rel_tol=1e-6) for scale in scales)
 
 

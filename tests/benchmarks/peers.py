@@ -26,8 +26,7 @@ from torch import Tensor, nn
 
 import pyrovae as pv
 from pyrovae.infer import SVI, RenyiELBO, Trace_ELBO
-from pyrovae.infer.machine import processor
-from pyrovae.infer.products import is_faster_in_onednn, onednn_mm
+from pyrovae.infer.lowering import is_faster_in_onednn, onednn_mm
 from pyrovae.pair import Pair
 
 __all__ = ["CASES", "Result", "run_cases"]
@@ -87,6 +86,14 @@ def run_cases(
         if out is not None:
             record = {"machine": machine(device), "results": [vars(r) | {"ratios": r.ratios()} for r in results]}
             out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def processor() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -1,0 +1,104 @@
+"""Adam as tensor operations, so that a record holds the update too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Adam, AdamW, Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+__all__ = ["AdamOperations", "steps_by_itself"]
+
+
+class AdamOperations:
+    """The update of a ``torch.optim.Adam`` or ``AdamW`` (Kingma and Ba 2015; Loshchilov and Hutter 2019).
+
+    It works on the optimizer's own state tensors, so that ``state_dict`` and checkpoints stay as they are. Betas, ε,
+    weight decay and the like are fixed in a record; learning rates are tensors, which follow the optimizer's.
+    """
+
+    def __init__(self, optimizer: Optimizer, params: Sequence[Tensor]) -> None:
+        self._state, self._params = optimizer.state, list(params)
+        self._decoupled = isinstance(optimizer, AdamW)
+        of_param = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        self._groups = optimizer.param_groups
+        self._group_of = [of_param[id(p)] for p in params]
+        self._rates: list[float | None] = [None] * len(self._groups)
+        self._rate_tensors = [
+            group["lr"]
+            if isinstance(group["lr"], Tensor)
+            else torch.zeros((), dtype=torch.float64, device=self._params[0].device)
+            for group in self._groups
+        ]
+        device = self._params[0].device
+        self._constants = [
+            torch.tensor(
+                [[math.log(max(beta, 1e-300)) for beta in group["betas"]], [1.0, 0.5]], dtype=torch.float64
+            ).to(device)
+            for group in self._groups
+        ]
+        for param, index in zip(self._params, self._group_of, strict=True):
+            if not self._state[param]:
+                self._state[param].update(_new_state(param, self._groups[index]))
+
+    @staticmethod
+    def can_replace(optimizer: Optimizer) -> bool:
+        """Whether the operations do all that the optimizer's own step would."""
+        if type(optimizer) not in (Adam, AdamW) or steps_by_itself(optimizer):
+            return False
+        return not any(group["amsgrad"] or group["differentiable"] for group in optimizer.param_groups)
+
+    def tensors(self) -> list[Tensor]:
+        """Learning rates and constants of each group; (mean, mean of squares, step) of each parameter, as of now."""
+        for index, group in enumerate(self._groups):
+            rate = group["lr"]
+            if isinstance(rate, Tensor):
+                self._rate_tensors[index] = rate
+            elif rate != self._rates[index]:
+                self._rate_tensors[index].fill_(rate)
+                self._rates[index] = rate
+        found = [*self._rate_tensors, *self._constants]
+        for param in self._params:
+            entry = self._state[param]
+            found += (entry["exp_avg"], entry["exp_avg_sq"], entry["step"])
+        return found
+
+    def update(self, params: Sequence[Tensor], gradients: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+        """Move ``params`` in place, and ``tensors``, which are like those of :meth:`tensors`."""
+        number = len(self._groups)
+        moments = iter(tensors[2 * number :])
+        for param, gradient, index in zip(params, gradients, self._group_of, strict=True):
+            rate, constants, group = tensors[index], tensors[number + index], self._groups[index]
+            mean, square, step = next(moments), next(moments), next(moments)
+            beta1, beta2 = group["betas"]
+            gradient = -gradient if group["maximize"] else gradient
+            if group["weight_decay"] and (self._decoupled or group.get("decoupled_weight_decay")):
+                param.mul_((1 - rate * group["weight_decay"]).to(param.dtype))
+            elif group["weight_decay"]:
+                gradient = gradient + group["weight_decay"] * param
+            step.add_(1)
+            mean.lerp_(gradient, 1 - beta1)
+            square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            # 1 / (1 − β₁ⁿ) and 1 / √(1 − β₂ⁿ), as exponentials that are used twice: these the compiler keeps in memory,
+            # where it would compute powers and roots again for each few elements. Float32 would lose four digits.
+            correction = torch.exp(-constants[1] * torch.log1p(-torch.exp(step.double() * constants[0])))
+            size, root = (rate * correction[0]).to(param.dtype), correction[1].to(param.dtype)
+            param.sub_(size * mean / (square.sqrt() * root + group["eps"]))
+
+
+def steps_by_itself(optimizer: Optimizer) -> bool:
+    """Whether the optimizer has hooks, or a step that is not its class's: a scheduler of torch's puts one there."""
+    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    return bool(hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks or "step" in vars(optimizer))
+
+
+def _new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+    """What torch's first step makes, laid out as it does."""
+    on_device = {"device": param.device} if group["fused"] or group["capturable"] else {}
+    kind = torch.float64 if torch.get_default_dtype() is torch.float64 and not group["fused"] else torch.float32
+    moments = {name: torch.zeros_like(param, memory_format=torch.preserve_format) for name in ("exp_avg", "exp_avg_sq")}
+    return {"step": torch.zeros((), dtype=kind, **on_device), **moments}
