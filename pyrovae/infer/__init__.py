@@ -2,8 +2,8 @@
 
 from pyrovae.infer.em import EMResult, fit_em
 from pyrovae.infer.losses import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, renyi_bound
-from pyrovae.infer.svi import SVI, DatasetSize
-from pyrovae.infer.weights import LogWeightTerms, log_weight_terms, log_weights
+from pyrovae.infer.svi import SVI
+from pyrovae.infer.weights import DatasetSize, LogWeightTerms, log_weight_terms, log_weights
 
 LOSSES = {loss.__name__: loss for loss in (Trace_ELBO, TraceMeanField_ELBO, TraceEnum_ELBO, RenyiELBO)}
 """The losses by name."""
