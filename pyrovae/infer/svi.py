@@ -210,15 +210,15 @@ class SVI:
         return torch.as_tensor(loss)
 
     def _make_or_extend_optimizer(self, params: list[Tensor]) -> None:
-        optim = self.optim
-        if isinstance(optim, PyroOptim):
-            is_plain = type(optim) is PyroOptim and isinstance(optim.pt_optim_args, dict) and not optim.pt_clip_args
+        optim: Any = self.optim
+        if type(optim) is PyroOptim:
+            is_plain = isinstance(optim.pt_optim_args, dict) and not optim.pt_clip_args
             has_state = optim.optim_objs or optim._state_waiting_to_be_consumed
             if is_plain and not has_state and self.backend != "eager":
                 self.optim = optim.pt_optim_constructor(params, **optim.pt_optim_args)
-        elif not isinstance(optim, Optimizer):
+        elif not isinstance(optim, Optimizer | PyroOptim):
             self.optim = optim(params)
-        else:
+        elif isinstance(optim, Optimizer):
             held = {id(p) for group in optim.param_groups for p in group["params"]}
             if new := [p for p in params if id(p) not in held]:
                 optim.add_param_group({"params": new})
