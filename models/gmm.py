@@ -298,7 +298,7 @@ class GMM(Pair):
         return variance.mean(-1, keepdim=True) if self.covariance == "spherical" else variance
 
     def _factor(self, covariance: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the ``scale`` of covariances, and which the floor changed. ``variance`` is that of the data, (..., D)."""
+        """Return ``scale`` for covariances and which the floor changed, given the data's ``variance`` (..., D)."""
         variance = self._average(variance).unsqueeze(-2)
         if not self._has_matrices:
             lowest = self.covariance_floor * variance
