@@ -68,7 +68,7 @@ def with_modules(seed: int = 0) -> FunctionPair:
 
 
 class WithPyroParam(Pair):
-    """``PyroParam`` and ``nn.Parameter`` side by side, and a buffer."""
+    """Pair with a ``PyroParam``, an ``nn.Parameter`` and a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class WithPyroParam(Pair):
 
 
 class WithPyroSample(Pair):
-    """A global latent as a random attribute, beside parameters of both kinds."""
+    """Pair with a global latent as a random attribute, beside parameters of both kinds."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class WithPyroSample(Pair):
 
 
 class WithPyroModules(Pair):
-    """Networks that are themselves ``PyroModule``s."""
+    """Pair whose networks are ``PyroModule``s."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -253,7 +253,7 @@ def test_parameters_follow_the_dtype(make: Callable) -> None:
 
 
 def test_function_pair_agrees_with_pyro_param() -> None:
-    """The same numbers as the functions themselves, whose parameters live in Pyro's store; after training too."""
+    """It trains to the same numbers as the functions alone, whose parameters live in Pyro's store."""
     x, pair = data(), FunctionPair(model, guide)
     results = []
     for m, g in ((pair.model, pair.guide), (model, guide)):
@@ -491,7 +491,7 @@ def test_networks_return_distributions(network: nn.Module, in_dim: int, out_dim:
 
 
 def test_weights_start_glorot_uniform_and_biases_at_zero() -> None:
-    """Uniform on ±√(6 / (in + out)): no weight outside, and the variance is the bound squared over three."""
+    """Weights lie within ±√(6 / (in + out)), and their variance is a third of this bound squared."""
     normal = NormalNetwork(300, (200,), 100)
     layers = [
         (layer, math.sqrt(6 / (layer.in_features + layer.out_features)))

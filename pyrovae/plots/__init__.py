@@ -1,6 +1,7 @@
-"""Every picture: of pairs and their data, of scores, of runs and of comparisons. Each function returns a ``Figure``.
+"""Pictures of pairs and their data, of scores, of runs and of comparisons.
 
-None opens a window or changes a setting of matplotlib. ``import pyrovae`` does not load this package, nor matplotlib.
+Each function ``plot_…`` returns a ``Figure``. None opens a window or changes a setting of matplotlib.
+``import pyrovae`` loads neither this package nor matplotlib.
 """
 
 from pyrovae.plots.comparison_plots import plot_method_gaps, plot_method_training

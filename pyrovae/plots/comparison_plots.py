@@ -1,4 +1,4 @@
-"""Pictures of a comparison: its methods' training, and what each method misses."""
+"""Pictures of a comparison: the training of its methods, and the gaps they leave."""
 
 from __future__ import annotations
 

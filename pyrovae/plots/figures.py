@@ -93,7 +93,7 @@ def plane_of(
     x: Tensor,  # (N, D), on the CPU
     feature_names: Sequence[str] | None,
 ) -> tuple[Callable[[Tensor], Tensor], list[str]]:
-    """Return a function that maps rows to what is drawn of them, and the names of the axes.
+    """Return a function that maps rows to the columns that are drawn, and the names of the axes.
 
     Rows of one or two features are drawn as they are, longer ones in the first two principal components of ``x``.
     """

@@ -1,4 +1,4 @@
-"""Speed against peers, side by side: each repeat times every contender in turn, and ratios are of medians.
+"""Compare speed with peers, side by side: each repeat times every contender in turn, and ratios are of medians.
 
 Contenders do the same work: one SVI step (loss, gradient, Adam) of the same network on the same batch, or one EM
 iteration from the same start. Peers that are not installed are left out and named.
@@ -44,7 +44,7 @@ class Result:
     shape: dict[str, Any]
     milliseconds: dict[str, float]
     spread: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Least and greatest repeat."""
+    """Least and greatest time over repeats, by contender."""
     missing: tuple[str, ...] = ()
 
     def ratios(self) -> dict[str, float]:

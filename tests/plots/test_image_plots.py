@@ -36,7 +36,7 @@ def test_images_are_taken_as_arrays_of_any_kind(images_of):
 
 
 def test_manifold_rises_along_its_axes(labelled, images_of):
-    """Left to right the first latent rises, bottom to top the second, at the quantiles of N(0, 1)."""
+    """The first latent rises from left to right, the second from bottom to top, at the quantiles of N(0, 1)."""
     pair = pv.models.VAE(6, 2, hidden_dims=(4,))
     figure = labelled(plot_manifold(pair, "z", SHAPE, size=5))
     assert (figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()) == ("z, first", "z, second")
@@ -83,7 +83,7 @@ def test_errors_name_the_argument_and_the_fix(call, error, message):
 
 
 class Layers(pv.Pair):
-    """top → bottom → x, all linear, and beside them a latent ``side`` that goes into x and one for all the data."""
+    """Linear pair, top → bottom → x. The latent ``side`` also acts on x, and so does ``shift``, one for all data."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ def case():
 
 
 def expected(pair, z, name, dimension):
-    """By hand, (11, H, W): the moved latent, what lies below it at its mean, the others where they were."""
+    """Return the images of a row, (11, H, W), by hand: one dimension moves, latents below it take their mean."""
     z = {site: value.expand(11, -1).clone() if value.dim() == 2 else value for site, value in z.items()}
     z[name][:, dimension] = VALUES
     if name == "top":
