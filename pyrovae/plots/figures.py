@@ -70,10 +70,11 @@ def save_figures(figures: Mapping[str, Callable[[], Figure]], folder: Path) -> l
 
 
 def set_value_range(axes: Axes, values: np.ndarray) -> None:
-    """Limit the y axis to these values and a margin. NaN does not count."""
-    low, high = np.nanmin(values), np.nanmax(values)
-    margin = 0.1 * (high - low) or 1.0
-    axes.set_ylim(low - margin, high + margin)
+    """Limit the y axis to the finite ones of these values, with a margin."""
+    if len(finite := values[np.isfinite(values)]):
+        low, high = finite.min(), finite.max()
+        margin = 0.1 * (high - low) or 1.0
+        axes.set_ylim(low - margin, high + margin)
 
 
 def add_legend_below(figure: Figure, axes: Axes, max_columns: int) -> None:
