@@ -509,7 +509,7 @@ def sample(
         with out.open("w", newline="", encoding="utf-8") as file:
             _write_csv(file, dataset.feature_names, rows.tolist())
     else:
-        from pyrovae.plots import pair_plots as plots
+        from pyrovae import plots
 
         if dataset.image_shape is not None:
             figure = plots.plot_images(rows, dataset.image_shape, title="Drawn from the model")

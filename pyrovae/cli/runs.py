@@ -453,7 +453,7 @@ class RunFolder:
         self, pair: Pair, data: DataSet, rows: Tensor, labels: Tensor | None, history: list[dict[str, float]]
     ) -> list[Path]:
         """The pictures that apply to this pair and these data; one that fails is a line on stderr. Returns files."""
-        from pyrovae.plots.pair_plots import save_figures  # matplotlib loads when first used
+        from pyrovae.plots import save_figures  # matplotlib loads when first used
         from pyrovae.plots.run_pictures import pictures_of_run
 
         pictures = pictures_of_run(pair, data, rows, labels, history)

@@ -134,15 +134,15 @@ class Comparison:
 
     def plot(self) -> Figure:
         """The log evidence on the way, against seconds and against passes over the data."""
-        from pyrovae.plots.comparison_plots import plot_training
+        from pyrovae.plots import plot_method_training
 
-        return plot_training(self)
+        return plot_method_training(self)
 
     def plot_gaps(self) -> Figure:
         """What each method misses, as stacked bars: model, guide family, amortization."""
-        from pyrovae.plots.comparison_plots import plot_gaps
+        from pyrovae.plots import plot_method_gaps
 
-        return plot_gaps(self)
+        return plot_method_gaps(self)
 
 
 def _row(cells: list[Cell]) -> Row:

@@ -1,4 +1,4 @@
-"""Evaluation: scores, diagnostics, new data and pictures of a fitted pair."""
+"""Evaluation: scores, diagnostics and new data of a fitted pair."""
 
 from pyrovae.evaluation.ais import (
     AnnealedEvidence,
@@ -6,13 +6,12 @@ from pyrovae.evaluation.ais import (
     annealed_evidence,
     bidirectional_evidence,
 )
-from pyrovae.evaluation.calibration import Calibration, plot_calibration, simulation_based_calibration
+from pyrovae.evaluation.calibration import Calibration, simulation_based_calibration
 from pyrovae.evaluation.collapse import Collapse, active_units_curve, collapse
 from pyrovae.evaluation.criteria import (
     InformationCriteria,
     Selection,
     information_criteria,
-    plot_selection,
     select_components,
 )
 from pyrovae.evaluation.decomposition import KLDecomposition, kl_decomposition
@@ -55,8 +54,6 @@ __all__ = [
     "kl_decomposition",
     "latents",
     "mixture_scores",
-    "plot_calibration",
-    "plot_selection",
     "posterior_predictive_check",
     "reconstruct",
     "sample",

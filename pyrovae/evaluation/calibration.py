@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,15 +17,10 @@ from pyrovae.evaluation.prepare import NotApplicable, prepared, progress_bar
 from pyrovae.evaluation.simulate import Simulator, two_data
 from pyrovae.pair import Pair
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 __all__ = [
     "LIKELIHOOD",
     "Calibration",
     "RankTest",
-    "plot_calibration",
     "simulation_based_calibration",
 ]
 
@@ -292,71 +287,6 @@ def _verdict(shift: float, shape: float, *, likelihood: bool) -> str:
     if likelihood:
         return "not uniform"
     return "too narrow (∪-shaped)" if shape > 0 else "too wide (∩-shaped)"
-
-
-def plot_calibration(calibration: Calibration, *, kind: str = "histogram", max_panels: int = 12) -> Figure:
-    """Ranks of each dimension, those with the smallest p-values first, with the band that holds 99% under uniformity.
-
-    Args:
-        calibration: what :func:`simulation_based_calibration` found.
-        kind: ``histogram`` (the band holds each bar with 99%) or ``ecdf``: the ranks' cumulative distribution less the
-            uniform one, with a band that holds all of it with 99% (Säilynoja, Bürkner and Vehtari 2022).
-        max_panels: the most dimensions shown.
-    """
-    from pyrovae.plots.pair_plots import new_figure
-
-    check_choice("kind", kind, ("histogram", "ecdf"))
-    check_positive("max_panels", max_panels, integer=True)
-    panels = [(name, test, i) for name, test in calibration.tests.items() for i in range(len(test.p_values))]
-    total = len(panels)
-    panels = sorted(panels, key=lambda panel: panel[1].p_values[panel[2]])[:max_panels]
-    columns = min(4, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    figure = new_figure(max(4.5, 3.2 * columns), 2.6 * rows + 0.5)
-    grid = np.atleast_1d(figure.subplots(rows, columns)).ravel()
-    band = ecdf_band(calibration.num_simulations, calibration.num_draws + 1) if kind == "ecdf" else None
-    for axes, (name, test, i) in zip(grid, panels, strict=False):
-        if band is None:
-            _draw_histogram(axes, test.counts[i], calibration)
-        else:
-            _draw_ecdf(axes, test.ranks[:, i], calibration, band)
-        label = name if len(test.p_values) == 1 else f"{name}[{i}]"
-        axes.set_title(f"{label}: p = {test.adjusted[i]:.2g}\n{test.verdicts[i]}", fontsize=9, parse_math=False)
-        axes.set_xlabel("rank of the truth among the draws", fontsize=8)
-        axes.tick_params(labelsize=8)
-    for axes in grid[len(panels) :]:
-        axes.set_axis_off()
-    shown = f"the worst {len(panels)} of {total} dimensions" if len(panels) < total else "all dimensions"
-    figure.suptitle(f"Calibration of the {calibration.source} ({shown}); grey: 99% if uniform", fontsize=10)
-    return figure
-
-
-def _draw_histogram(axes: Axes, counts: list[int], calibration: Calibration) -> None:
-    from scipy.stats import binom
-
-    from pyrovae.plots.pair_plots import DATA, MODEL
-
-    size, bins = calibration.num_simulations, len(counts)
-    low, high = binom.ppf([LEVEL / 2, 1 - LEVEL / 2], size, 1 / bins)
-    width = (calibration.num_draws + 1) / bins
-    axes.axhspan(low, high, color="0.85", zorder=0)
-    axes.axhline(size / bins, color=MODEL, linewidth=0.8)
-    axes.bar([(i + 0.5) * width - 0.5 for i in range(bins)], counts, width=0.94 * width, color=DATA, alpha=0.8)
-    axes.set_ylim(bottom=0)
-    axes.set_ylabel("simulations", fontsize=8)
-
-
-def _draw_ecdf(axes: Axes, ranks: Tensor, calibration: Calibration, band: tuple[np.ndarray, np.ndarray]) -> None:
-    from pyrovae.plots.pair_plots import DATA, MODEL
-
-    levels, size = calibration.num_draws + 1, calibration.num_simulations
-    uniform = np.arange(1, levels) / levels
-    cumulative = np.bincount(ranks.numpy(), minlength=levels).cumsum()[:-1] / size
-    at = np.arange(levels - 1)
-    axes.fill_between(at, band[0] / size - uniform, band[1] / size - uniform, color="0.85", step="mid")
-    axes.axhline(0, color=MODEL, linewidth=0.8)
-    axes.step(at, cumulative - uniform, color=DATA, where="mid")
-    axes.set_ylabel("ECDF − uniform", fontsize=8)
 
 
 def ecdf_band(size: int, levels: int, *, num_samples: int = 4000) -> tuple[np.ndarray, np.ndarray]:

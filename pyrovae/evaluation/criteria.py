@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,16 +18,12 @@ from pyrovae.infer.em import fit_em
 from pyrovae.infer.weights import same_random_state
 from pyrovae.pair import Pair
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 __all__ = [
     "CRITERIA",
     "Candidate",
     "InformationCriteria",
     "Selection",
     "information_criteria",
-    "plot_selection",
     "select_components",
 ]
 
@@ -270,43 +265,3 @@ def _counts(counts: Any, num_data: int) -> list[int]:
     if max(found) > num_data:
         raise ValueError(f"counts: expected at most as many components as data, {num_data}; got {max(found)}.")
     return found
-
-
-def plot_selection(selection: Selection) -> Figure:
-    """How far each fit lies above the best by each criterion, against the number of components.
-
-    The best is ringed, collapsed fits are crosses off the line. Linear up to 10, logarithmic beyond.
-    """
-    from matplotlib.ticker import MaxNLocator
-
-    from pyrovae.plots.pair_plots import MODEL, new_figure
-
-    winners = selection.winners()
-    shown = [name for name in CRITERIA if any(getattr(c.criteria, name) is not None for c in selection.candidates)]
-    families = sorted({c.family for c in selection.candidates})
-    figure = new_figure(4.2 * len(shown), 3.8)
-    for axes, criterion in zip(np.atleast_1d(figure.subplots(1, len(shown))), shown, strict=True):
-        having = [c for c in selection.candidates if getattr(c.criteria, criterion) is not None]
-        winner = winners.get(criterion)
-        zero = min(getattr(c.criteria, criterion) for c in ([winner] if winner else having))
-        for index, family in enumerate(families):
-            rows = sorted(
-                (c.num_components, getattr(c.criteria, criterion) - zero, bool(c.collapsed))
-                for c in having
-                if c.family == family
-            )
-            sound, held = ([row[:2] for row in rows if row[2] == collapsed] for collapsed in (False, True))
-            axes.plot(*np.reshape(sound, (-1, 2)).T, "o-", ms=4, color=f"C{index}", label=family)
-            axes.plot(*np.reshape(held, (-1, 2)).T, "x", color=f"C{index}")
-        title = criterion.upper()
-        if winner is not None:
-            axes.plot(winner.num_components, 0, "o", ms=13, mfc="none", mec=MODEL, mew=1.5)
-            title += f": best is {winner.num_components} {winner.family}".rstrip()
-        axes.set_title(title, parse_math=False)
-        axes.set_yscale("symlog", linthresh=10)
-        axes.set(xlabel="components", ylabel=f"{criterion.upper()} above the best")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.grid(alpha=0.3)
-        if any(families):
-            axes.legend(fontsize=8)
-    return figure

@@ -17,14 +17,13 @@ import torch
 from matplotlib.figure import Figure
 
 import pyrovae
+from pyrovae import plots
 from pyrovae.cli.main import main
 from pyrovae.cli.runs import find_pair, parse_options
 from pyrovae.data import load_file, names
 from pyrovae.evaluation import ALSO, decode, latents, reconstruct
 from pyrovae.infer import LOSSES
 from pyrovae.models import REGISTRY
-from pyrovae.plots import comparison_plots as compare_plots
-from pyrovae.plots import pair_plots as plots
 
 COMMANDS = ("list", "fit", "evaluate", "report", "sample", "compare", "bench", "new")
 SMALL = ["--set", "latent_dim=2", "--set", "hidden_dims=8", "--epochs", "3", "--num-samples", "20"]
@@ -454,9 +453,8 @@ def test_a_picture_that_fails_is_a_line(capsys, monkeypatch, table):
     def fail(*args, **options):
         raise RuntimeError("no ink")
 
-    monkeypatch.setattr(plots, "plot_samples", fail)
-    monkeypatch.setattr(plots, "plot_densities", fail)
-    monkeypatch.setattr(compare_plots, "plot_responsibilities", fail)
+    for name in ("plot_samples", "plot_density", "plot_responsibilities"):
+        monkeypatch.setattr(plots, name, fail)
     assert call("fit", "gmm", "--data", table, "--epochs", 2, "-o", "run") == 0
     said = capsys.readouterr()
     assert said.out.index("log evidence") < said.out.index("run/pictures/training.png")

@@ -20,12 +20,11 @@ import pytest
 import torch
 from matplotlib.image import imread
 
+from pyrovae import plots
 from pyrovae.cli.main import main
 from pyrovae.cli.runs import RunFolder
 from pyrovae.data import load
 from pyrovae.evaluation import ALSO, everything
-from pyrovae.plots import pair_plots as plots
-from pyrovae.plots import score_plots
 
 SMALL = {
     "collapse": {"num_samples": 2},
@@ -421,7 +420,7 @@ def test_a_picture_that_fails_is_a_notice(monkeypatch, digits, alone):
         raise RuntimeError("no <ink>")
 
     monkeypatch.setattr(plots, "plot_samples", fail)
-    monkeypatch.setattr(score_plots, "plot_kl", fail)
+    monkeypatch.setattr(plots, "plot_kl", fail)
     page = read(digits)
     notices = re.findall(r'<p class="notice">(Not drawn[^<]*)</p>', page.source)
     assert len(notices) == 2

@@ -22,7 +22,7 @@ from pyrovae.comparison import Cell, Comparison, cells, compare
 from pyrovae.comparison.methods import find_methods, parse_method, split_methods
 from pyrovae.infer import LOSSES
 from pyrovae.models import GMM, PPCA, VAE
-from pyrovae.plots.comparison_plots import plot_gaps, plot_responsibilities, responsibilities
+from pyrovae.plots import plot_method_gaps, plot_method_training, plot_responsibilities, responsibilities
 from pyrovae.training.loop import _Run
 
 FAITHFUL = -1130.26396  # full covariances, two components
@@ -126,7 +126,7 @@ def test_gaps_are_split_on_request(faithful):
     assert svi.approximation_gap == pytest.approx(0, abs=1e-4)
     assert svi.amortization_gap == pytest.approx(svi.gap, abs=0.02)
     assert "amortization" in repr(result)
-    legend = plot_gaps(result).legends[0]
+    legend = plot_method_gaps(result).legends[0]
     assert "amortization gap" in [text.get_text() for text in legend.get_texts()]
 
 
@@ -523,7 +523,7 @@ def test_bars_start_at_zero_and_have_no_rounding_below_it(made_up):
 
 
 def test_curves_against_seconds_and_passes(made_up):
-    seconds, passes = made_up.plot().axes
+    seconds, passes = plot_method_training(made_up).axes
     assert (seconds.get_xlabel(), passes.get_xlabel()) == ("seconds", "passes over the data")
     for axes, places in ((seconds, [0.1, 0.2]), (passes, [1, 2])):
         for line in axes.lines:

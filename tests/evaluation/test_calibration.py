@@ -10,14 +10,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from matplotlib.figure import Figure
 from scipy import stats
 from torch import nn
 
 import pyrovae as pv
 from pyrovae.evaluation import calibration as module
 from pyrovae.evaluation import sample
-from pyrovae.evaluation.calibration import LIKELIHOOD, ecdf_band, plot_calibration, simulation_based_calibration
+from pyrovae.evaluation.calibration import LIKELIHOOD, ecdf_band, simulation_based_calibration
 from pyrovae.evaluation.predictive import default_statistics, posterior_predictive_check
 from pyrovae.evaluation.prepare import NotApplicable
 from pyrovae.evaluation.traces import FLOATS_PER_CHUNK
@@ -337,23 +336,6 @@ def test_calibration_reads_as_a_table_and_as_json():
     assert "ranks" not in record["tests"]["z"]
 
 
-def test_pictures(tmp_path):
-    found = simulation_based_calibration(Linear((1.0,) * 20, widen=0.7), num_simulations=200)
-    for kind in ("histogram", "ecdf"):
-        figure = plot_calibration(found, kind=kind)
-        assert isinstance(figure, Figure)
-        figure.savefig(tmp_path / "figure.png")
-        assert len(figure.axes) == 12
-        assert all(axes.get_title() and axes.get_xlabel() and axes.get_ylabel() for axes in figure.axes)
-    assert "the worst 12 of 21 dimensions" in figure.get_suptitle()
-    panels = sorted((p, i) for i, p in enumerate(found.tests["z"].p_values + found.tests[LIKELIHOOD].p_values))
-    label = LIKELIHOOD if panels[0][1] == 20 else f"z[{panels[0][1]}]"
-    assert figure.axes[0].get_title().startswith(f"{label}: p = ")
-    single = plot_calibration(simulation_based_calibration(Switch(), num_simulations=200))
-    heights = [bar.get_height() for bar in single.axes[0].patches if bar.get_height() > 1]
-    assert sum(heights) >= 200  # the bars, and the band
-
-
 def test_ecdf_band_holds_all_of_a_uniform_sample_with_99_percent():
     low, high = ecdf_band(200, 50)
     samples = np.random.default_rng(1).integers(0, 50, (4000, 200))
@@ -545,7 +527,6 @@ def test_predictive_check_reads_as_a_table_and_as_json():
             NotApplicable,
             "latent mu lies outside the data plate",
         ),
-        (lambda: plot_calibration(simulation_based_calibration(Switch()), kind="pie"), ValueError, "kind: .*'pie'"),
         (lambda: posterior_predictive_check(Linear, torch.zeros(4, 3)), TypeError, "pair: expected an instance"),
         (lambda: posterior_predictive_check(Linear(), torch.zeros(4, 2)), ValueError, "x: expected 3 features"),
         (

@@ -10,12 +10,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from matplotlib.figure import Figure
 from sklearn import metrics
 from sklearn.mixture import GaussianMixture
 
 import pyrovae as pv
-from pyrovae.evaluation.criteria import information_criteria, plot_selection, select_components
+from pyrovae.evaluation.criteria import information_criteria, select_components
 from pyrovae.evaluation.mixtures import mixture_scores
 from pyrovae.evaluation.prepare import NotApplicable
 from pyrovae.evaluation.traces import FLOATS_PER_CHUNK
@@ -237,7 +236,6 @@ def test_collapsed_fits_are_flagged_and_never_chosen():
     with pytest.raises(ValueError, match="criterion: no fit has a BIC to choose by"):
         hopeless.best()
     assert hopeless.winners() == {}
-    assert isinstance(plot_selection(hopeless), Figure)
 
 
 @pytest.mark.parametrize("latent_dim", [1, 2, 3, 4])
@@ -273,7 +271,7 @@ def test_same_seed_same_selection_and_the_random_state_stays():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_selection_reads_as_a_table_and_as_json(tmp_path):
+def test_selection_reads_as_a_table_and_as_json():
     x, _ = blobs(90)
     makers = {c: lambda k, c=c: GMM(k, 2, covariance=c) for c in ("spherical", "diag")}
     found = select_components(makers, x, (2, 3, 4), restarts=3)
@@ -284,12 +282,6 @@ def test_selection_reads_as_a_table_and_as_json(tmp_path):
     assert lines[2].startswith(found.best().family)
     record = json.loads(json.dumps(found.to_dict()))
     assert record["best"]["bic"] == {"family": found.best().family, "num_components": 3}
-    figure = plot_selection(found)
-    figure.savefig(tmp_path / "figure.png")
-    assert [axes.get_title().split(":")[0] for axes in figure.axes] == ["BIC", "ICL", "AIC"]
-    assert all(axes.get_xlabel() and axes.get_ylabel() for axes in figure.axes)
-    rings = [line for line in figure.axes[0].lines if line.get_markersize() == 13]
-    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in rings] == [(3, 0)]
 
 
 X = torch.randn(6, 2)
