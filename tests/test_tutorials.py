@@ -191,7 +191,7 @@ def test_names_are_public(name):
         ("from pyrovae.infer import SVI\nimport torch\ntorch.no_such_thing\nSVI.anything", []),
         ("import pyrovae as pv\npv.models.no_such_pair", ["pyrovae.models.no_such_pair"]),
         ("import pyrovae\npyrovae.training.loop.SCHEDULES", ["pyrovae.training.loop"]),
-        ("from pyrovae.training.loop import default_epochs", ["pyrovae.training.loop.default_epochs"]),
+        ("from pyrovae.training.schedules import default_epochs", ["pyrovae.training.schedules.default_epochs"]),
         ("from pyrovae import infer as i\ni.say_once", ["pyrovae.infer.say_once"]),
         ("pair._posterior(x)\nsuper().__init__()", ["_posterior"]),
     ],

@@ -174,7 +174,7 @@ def fit(
         parse_options,
         resolve_binarize,
     )
-    from pyrovae.training.loop import default_epochs
+    from pyrovae.training.schedules import default_epochs
 
     if resume is not None:
         _check_alone(context)

@@ -21,12 +21,12 @@ from torch.distributions import constraints
 from pyrovae import data as datasets
 from pyrovae.checkpoint import load_state, write_text
 from pyrovae.checks import check_choice
-from pyrovae.checks_pair import observed_support
 from pyrovae.data import DataSet
 from pyrovae.infer import LOSSES
 from pyrovae.models import DEFAULT_DATA, DEFAULT_OPTIONS, REGISTRY
 from pyrovae.pair import Pair
-from pyrovae.training.loop import Progress, read_progress
+from pyrovae.training.pair_checks import observed_support
+from pyrovae.training.progress import Progress, read_progress
 
 __all__ = [
     "Config",

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from pyrovae.checks import pick_device
-from pyrovae.checks_pair import check_pair
 from pyrovae.comparison.methods import CLOSED_FORM, EM, Method, samples_latents
 from pyrovae.comparison.result import Cell
 from pyrovae.evaluation import evaluate
@@ -23,7 +22,8 @@ from pyrovae.evaluation.prepare import NotApplicable
 from pyrovae.evaluation.scores import importance_scores
 from pyrovae.infer import fit_em
 from pyrovae.pair import Pair
-from pyrovae.training.loop import TrainingDiverged, fit
+from pyrovae.training import TrainingDiverged, fit
+from pyrovae.training.pair_checks import check_pair
 
 __all__ = ["ROWS_OF_GAPS", "Job", "Maker", "Settings", "run_cell", "started"]
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch.distributions import constraints
 
-from pyrovae.checks_pair import observed_support
 from pyrovae.cli.runs import (
     RunFolder,
     absolute,
@@ -27,6 +26,7 @@ from pyrovae.comparison.cells import Maker
 from pyrovae.comparison.folder import read_record
 from pyrovae.data import DataSet
 from pyrovae.pair import Pair
+from pyrovae.training.pair_checks import observed_support
 
 __all__ = ["Request"]
 

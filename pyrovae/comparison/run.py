@@ -19,7 +19,7 @@ from pyrovae.comparison.methods import CLOSED_FORM, Method, find_methods, parse_
 from pyrovae.comparison.result import Cell, Comparison
 from pyrovae.data import DataSet
 from pyrovae.pair import Pair
-from pyrovae.training.loop import default_epochs
+from pyrovae.training.schedules import default_epochs
 
 __all__ = ["compare"]
 

@@ -18,12 +18,12 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from pyrovae.checks import check_choice, check_positive
-from pyrovae.checks_pair import observed_support
 from pyrovae.evaluation.mixtures import check_labels
 from pyrovae.evaluation.predict import decode, latents, local_latents, model_latents, reconstruct, sample
 from pyrovae.infer import log_weights
 from pyrovae.infer.weights import same_random_state
 from pyrovae.pair import Pair
+from pyrovae.training.pair_checks import observed_support
 
 __all__ = [
     "new_figure",

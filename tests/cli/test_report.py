@@ -442,13 +442,13 @@ def test_nothing_half_written(capsys, monkeypatch, no_pictures, mine, when):
     elif when == "replacing":
         monkeypatch.setattr(os, "replace", fail)
     else:
-        write = Path.write_text
+        write = Path.write_bytes
 
-        def half(self, text, **options):
-            write(self, text[: len(text) // 2], **options)
+        def half(self, content):
+            write(self, content[: len(content) // 2])
             fail()
 
-        monkeypatch.setattr(Path, "write_text", half)
+        monkeypatch.setattr(Path, "write_bytes", half)
     files = sorted(mine.iterdir())
     assert call("report", mine, *FEW, "--also", "collapse", "--overwrite") == 2
     assert "no space left on device" in capsys.readouterr().err

@@ -282,7 +282,7 @@ def test_ctrl_c_before_the_first_step_leaves_the_run_as_it_was(monkeypatch, run,
         raise KeyboardInterrupt
 
     before = tree(run)
-    monkeypatch.setattr("pyrovae.training.loop.check_pair", stop)
+    monkeypatch.setattr("pyrovae.training.batches.check_pair", stop)
     assert call("fit", *options) == 130
     assert tree(run) == before
 

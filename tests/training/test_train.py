@@ -20,7 +20,7 @@ import pyrovae as pv
 from pyrovae.checkpoint import load_state, save_state
 from pyrovae.checks import pick_device
 from pyrovae.infer import LOSSES, Trace_ELBO
-from pyrovae.training.loop import SCHEDULES, TrainingDiverged, fit
+from pyrovae.training import SCHEDULES, TrainingDiverged, fit
 
 NUM_SE = 5  # standard errors allowed in statistical tests
 
@@ -936,7 +936,7 @@ BAD = {
         make_binary,
         {"optimizer": torch.optim.SGD([torch.zeros(1)])},
         TypeError,
-        "optimizer: expected a function that makes one",
+        "optimizer: expected a function that makes a torch.optim",
     ),
     "empty loader": (Latent, {"x": DataLoader(torch.zeros(0, 2))}, ValueError, "x: .*the DataLoader is empty"),
     "loader of words": (Latent, {"x": DataLoader(["a", "b"])}, TypeError, "x: expected the DataLoader to yield"),
