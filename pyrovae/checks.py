@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_choice", "check_data", "check_positive", "count", "not_a_pair", "pick_device"]
+__all__ = ["check_choice", "check_data", "check_free_folder", "check_positive", "count", "not_a_pair", "pick_device"]
 
 
 def count(number: int, thing: str) -> str:
@@ -39,6 +40,29 @@ def check_positive(argument: str, value: Any, *, integer: bool = False, optional
         raise TypeError(f"{argument}: expected {kind}; got {value!r}.")
     if not 0 < float(value) < math.inf:
         raise ValueError(f"{argument}: expected {kind}; got {value}.")
+
+
+def check_free_folder(argument: str, folder: Path, kind: str, *, overwrite: bool, read: Callable[[], object]) -> None:
+    """Raise FileExistsError unless ``folder`` is free for a new ``kind``: a run or a comparison.
+
+    A folder is free where nothing is there, or, with ``overwrite``, where ``read`` finds an earlier ``kind``.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not folder.is_dir():
+        raise FileExistsError(f"{argument}: expected a folder for the {kind}; {folder} is a file. Pass another name.")
+    if not overwrite:
+        raise FileExistsError(
+            f"{argument}: {folder} exists. Pass overwrite=True to replace it, resume=True to go on with it, or another "
+            "folder."
+        )
+    try:
+        read()
+    except (OSError, ValueError) as error:
+        raise FileExistsError(
+            f"{argument}: {folder} exists and holds no pyrovae {kind}, so overwrite=True leaves it alone. Pass another "
+            "folder."
+        ) from error
 
 
 def check_data(x: Any, argument: str = "x", *, data_dim: int | None = None, at_least: int = 1) -> Tensor:

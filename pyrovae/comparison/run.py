@@ -181,10 +181,10 @@ def _plan(pairs: Maker | Mapping[str, Maker], settings: Settings, specs: list[st
     if not plans:
         raise ValueError("pairs: expected one or more; got none.")
     for spec in set.intersection(*map(set, refusals)):
-        raise ValueError(f"methods (--losses): {spec} trains no pair here. {refusals[0][spec]}.")
+        raise ValueError(f"methods: {spec} trains no pair here. {refusals[0][spec]}.")
     for (name, _, _, methods), refused in zip(plans, refusals, strict=True):
         if not methods:
-            raise ValueError(f"methods (--losses): expected one that trains {name} too. {'; '.join(refused.values())}.")
+            raise ValueError(f"methods: expected one that trains {name} too. {'; '.join(refused.values())}.")
     return [
         Job(name, make, start, method, seed)
         for seed in seeds

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import call
 from matplotlib.image import imread
 
-from pyrovae.cli.main import main
 from pyrovae.cli.runs import RunFolder
 from pyrovae.data import load
 from pyrovae.evaluation import ALSO, everything
@@ -53,12 +53,6 @@ def small():
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def call(*arguments):
-    with pytest.raises(SystemExit) as stop:
-        main([str(a) for a in arguments])
-    return stop.value.code or 0
 
 
 @pytest.fixture(scope="module")

@@ -18,21 +18,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import call
 from safetensors.torch import load_file, save_file
 
 import pyrovae
-from pyrovae.cli.main import main
-from pyrovae.cli.runs import RunFolder, build_pair
+from pyrovae.cli.names import build_pair
+from pyrovae.cli.runs import RunFolder
 from pyrovae.evaluation import evaluate
 
 SMALL = ["--set", "latent_dim=2", "--set", "hidden_dims=8", "--set", "likelihood=normal", "--num-samples", "20"]
-
-
-def call(*arguments):
-    """Run the command in this process; its exit code."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(a) for a in arguments])
-    return stop.value.code or 0
 
 
 def fit(*arguments):
@@ -373,7 +367,7 @@ def test_resume_takes_no_other_options(capsys, run, options):
 def test_resume_needs_a_checkpoint(capsys, run):
     (run / "checkpoint.safetensors").unlink()
     assert call("fit", "--resume", run) == 2
-    assert "RUN: " in capsys.readouterr().err
+    assert "--resume: " in capsys.readouterr().err
 
 
 # --out and --overwrite
@@ -414,7 +408,7 @@ def test_overwrite_leaves_other_folders_alone(capsys, folder, config):
         (other / "config.json").write_text(config, encoding="latin-1")
     before = tree(other)
     assert fit("--epochs", 1, "-o", other, "--overwrite") == 2
-    assert "no pyrovae run folder, so --overwrite leaves it alone" in capsys.readouterr().err
+    assert "no pyrovae run, so --overwrite leaves it alone" in capsys.readouterr().err
     assert tree(other) == before
 
 
@@ -444,7 +438,7 @@ BAD = {
     "samples": (["--num-samples", "0"], r"--num-samples: .*got 0"),
     "loss": (["--loss", "Trace_ELB"], r"--loss: .*Did you mean 'Trace_ELBO'"),
     "alpha": (["--loss", "RenyiELBO", "--alpha", "1"], r"alpha"),
-    "particles": (["--loss", "Trace_ELBO", "--num-particles", "0"], r"num_particles: .*got 0"),
+    "particles": (["--loss", "Trace_ELBO", "--num-particles", "0"], r"--num-particles: .*got 0"),
     "option": (["--set", "latent_dim=-2"], r"latent_dim: .*got -2"),
     "not pixels": (["--binarize", "dynamic"], r"binarize: .*\[0, 1\]"),
     "support": (["--set", "likelihood=bernoulli"], r"--data: .*over {0, 1}.*choose --set likelihood=normal"),
@@ -548,7 +542,7 @@ CONFIG = {
     "an option's value": ({"options": {"latent_dim": 0}}, r"RUN: options in .*config.json make no VAE \(latent_dim"),
     "data": ({"data": "mnost"}, r"Did you mean 'mnist'"),
     "seed": ({"seed": "a"}, r"seed: expected int; got 'a'"),
-    "binarize": ({"binarize": "maybe"}, r"--binarize: expected one of"),
+    "binarize": ({"binarize": "maybe"}, r"binarize: expected one of"),
     "other sizes": ({"options": {"latent_dim": 3}}, r"weights"),
 }
 
@@ -631,7 +625,7 @@ def test_an_own_run_works_from_every_folder(own_run, folder, monkeypatch):
 @pytest.mark.parametrize("where", ["own/mypair.py", "own/pictures/../mypair.py", "own/pictures/mypair.py"])
 def test_no_code_in_a_run_folder_is_executed(capsys, own_run, folder, where):
     (folder / where).write_text('open("imported", "w")\n' + (folder / "mypair.py").read_text())
-    from pyrovae.cli.runs import file_digest
+    from pyrovae.cli.names import file_digest
 
     edit_config(own_run, pair=f"{where}:MyPair", pair_sha256=file_digest(f"{where}:MyPair"))
     for command in (["evaluate", own_run], ["sample", own_run], ["fit", "--resume", own_run]):

@@ -15,7 +15,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from test_cli import call, refusal
+from command_line import call, refusal
 
 import pyrovae as pv
 from pyrovae.comparison import Cell, Comparison, cells, compare
@@ -562,7 +562,7 @@ def test_responsibilities_in_more_dimensions():
 def test_a_file_is_no_folder(capsys):
     Path("mine.py").write_text("mine")
     message = refusal(capsys, "compare", "gmm", "--epochs", 1, "-o", "mine.py")
-    assert "--out (folder): mine.py is a file; expected a folder for the comparison" in message
+    assert "--out: expected a folder for the comparison; mine.py is a file" in message
     assert "--overwrite" not in message
 
 
@@ -571,8 +571,8 @@ def test_an_existing_folder(capsys):
     other = Path("out")
     other.mkdir()
     (other / "notes.txt").write_text("mine")
-    assert "--out (folder): out exists. Pass --overwrite" in refusal(capsys, *options)
-    assert "holds no comparison" in refusal(capsys, *options, "--overwrite")
+    assert "--out: out exists. Pass --overwrite" in refusal(capsys, *options)
+    assert "holds no pyrovae comparison" in refusal(capsys, *options, "--overwrite")
     assert [file.name for file in other.iterdir()] == ["notes.txt"]
     (other / "notes.txt").unlink()
     assert call(*options, "--seeds", 2) == 0
@@ -599,11 +599,11 @@ def test_an_existing_folder(capsys):
         (["gmm", "--losses", "EM:K=3"], "--losses: EM takes no options"),
         (["gmm", "--losses", "RenyiELBO:K=many"], "--losses: expected a whole number in 'RenyiELBO:K=many'"),
         (["gmm", "--losses", "RenyiELBO:alpha=1"], "--losses: 'RenyiELBO:alpha=1': alpha: expected any number but 1"),
-        (["gmm", "--losses", "closed-form"], r"methods \(--losses\): closed-form trains no pair here. gmm: it has"),
+        (["gmm", "--losses", "closed-form"], r"--losses: closed-form trains no pair here. gmm: it has"),
         (["gmm", "--losses", "TraceMeanField_ELBO"], "_ELBO trains no pair here. gmm: site 'z'.*pathwise"),
         (
             ["gmm", "vae", "-d", "iris", "--set", "likelihood=normal", "--losses", "EM"],
-            r"methods \(--losses\): expected one that trains vae too. vae: it has no expected_statistics",
+            r"--losses: expected one that trains vae too. vae: it has no expected_statistics",
         ),
         (["gmm", "gmm"], "PAIR: expected pairs of different names; got gmm, gmm"),
         (["vae", "ppca", "-d", "digits"], r"PAIR: expected likelihoods over.*vae over {0, 1}, ppca over reals"),
