@@ -54,7 +54,7 @@ STATE = {
 }
 
 
-def test_round_trip(tmp_path):
+def test_a_state_comes_back_as_it_was(tmp_path):
     file = tmp_path / "state"
     save_state(file, STATE)
     expected = dict(STATE)
@@ -68,8 +68,8 @@ def test_tuples_come_back_as_lists(tmp_path):
     assert load_state(str(tmp_path / "state")) == {"betas": [0.9, 0.999], "nested": [[1], torch.tensor([2.0])]}
 
 
-def test_tensors_that_share_memory(tmp_path):
-    """Safetensors refuses them; a state may well hold them."""
+def test_tensors_that_share_memory_come_back(tmp_path):
+    """A state may hold such tensors, which safetensors itself refuses."""
     whole = torch.arange(6.0)
     save_state(tmp_path / "state", {"whole": whole, "part": whole[2:], "again": whole})
     assert_equal(load_state(tmp_path / "state"), {"whole": whole, "part": whole[2:], "again": whole})
@@ -104,7 +104,7 @@ def test_optimizer_goes_on_as_if_nothing_had_been(tmp_path, make):
         assert torch.equal(one, other)
 
 
-def test_random_state(tmp_path):
+def test_a_random_state_comes_back(tmp_path):
     save_state(tmp_path / "state", {"random": torch.get_rng_state()})
     expected = torch.randn(5)
     torch.set_rng_state(load_state(tmp_path / "state")["random"])
@@ -211,7 +211,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_damaged_and_foreign_files(tmp_path, name):
+def test_damaged_and_foreign_files_are_refused(tmp_path, name):
     file = tmp_path / "state"
     FOREIGN[name](file)
     with pytest.raises(ValueError, match=r"path: .*state is damaged or is no pyrovae checkpoint"):
@@ -228,7 +228,7 @@ def test_pickles_are_never_run(tmp_path, write):
 
 
 @pytest.mark.parametrize("name", ["absent", "folder"])
-def test_no_file(tmp_path, name):
+def test_a_missing_file_is_named(tmp_path, name):
     (tmp_path / "folder").mkdir()
     with pytest.raises(FileNotFoundError, match=f"path: expected a checkpoint, found none at .*{name}"):
         load_state(tmp_path / name)

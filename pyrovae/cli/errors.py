@@ -1,4 +1,4 @@
-"""Errors on the command line: the library names its arguments, and here they become the options that a user typed."""
+"""Errors on the command line. The library names its arguments; here they become the options that a user types."""
 
 from __future__ import annotations
 

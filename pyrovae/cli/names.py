@@ -1,4 +1,4 @@
-"""What a user types: pairs, options, losses and data by name."""
+"""Names that a user types, of pairs, options, losses and data, and what they stand for."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def build_loss(pair: Pair, name: str | None, options: dict[str, Any]) -> ELBO:
 
 
 def default_data(pair: str) -> str:
-    """Return the name of the data set for a pair when the user names none."""
+    """Return the name of the data set that a pair is fitted to where the user names none."""
     return DEFAULT_DATA.get(pair, "digits")
 
 

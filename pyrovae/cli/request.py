@@ -34,7 +34,7 @@ __all__ = ["Request"]
 
 @dataclass
 class Request:
-    """Pairs, data and options by name. Plain JSON."""
+    """Pairs, data and options of a comparison by name, as plain JSON."""
 
     pairs: dict[str, str]
     """Registered name of each pair, or its file and class, by the name that tables show."""

@@ -26,7 +26,7 @@ RUN_FILES = ("weights.safetensors", "checkpoint.safetensors", "history.csv", "sc
 
 @dataclass
 class Config:
-    """What a run was made of. Plain JSON."""
+    """Pair, data and options of a run, as plain JSON."""
 
     pair: str
     options: dict[str, Any]
@@ -71,8 +71,8 @@ def load_run(path: str | Path) -> tuple[Config, Pair, DataSet]:
 
 
 class RunFolder:
-    """``config.json``, ``weights.safetensors``, ``checkpoint.safetensors``, ``history.csv``, ``scores.json`` and
-    ``pictures/``. From Python, :func:`load_run` opens one."""
+    """A folder with ``config.json``, ``weights.safetensors``, ``checkpoint.safetensors``, ``history.csv``,
+    ``scores.json`` and ``pictures/``. From Python, :func:`load_run` opens one."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -204,7 +204,7 @@ class RunFolder:
 
 
 def check_unchanged(name: str, digest: str | None, folder: Path) -> None:
-    """Raise unless the user's file that holds a pair or data is the very one of the run or comparison in ``folder``.
+    """Raise unless the file of a pair or data is unchanged since the run or comparison in ``folder`` was made.
 
     A pair that lies in the folder itself is refused, as nothing in such a folder is executed.
     """

@@ -49,7 +49,7 @@ class ComparisonFolder:
         self._write_record(settings, config, {})
 
     def check_same(self, settings: dict[str, Any]) -> None:
-        """Raise ValueError unless the comparison that is here was started with these settings."""
+        """Raise ValueError unless the comparison in the folder was started with these settings."""
         then, now = read_record(self.path)["settings"], json.loads(json.dumps(settings))
         for name in now:
             if then.get(name) != now[name]:

@@ -93,6 +93,10 @@ class _Raw(NamedTuple):
     labels_test: np.ndarray | None = None
 
 
+_Reader = Callable[[int, str | Path | None], _Raw]
+"""A function of ``seed`` and ``root``, see :func:`load`."""
+
+
 def _read_faithful(seed: int, root: str | Path | None) -> _Raw:
     with files("pyrovae.data").joinpath("faithful.csv").open(encoding="utf-8") as file:
         rows = np.loadtxt(file, delimiter=",", skiprows=1, dtype=np.float32)
@@ -104,30 +108,22 @@ def _read_faithful(seed: int, root: str | Path | None) -> _Raw:
     )
 
 
-def _read_iris(seed: int, root: str | Path | None) -> _Raw:
-    from sklearn.datasets import load_iris  # slow to import, so only where it is needed
+def _scikit_learn_reader(name: str, treatment: str) -> _Reader:
+    """Make the reader of a table that scikit-learn holds as ``load_<name>``."""
 
-    bunch = load_iris()
-    return _Raw(
-        train=bunch.data.astype(np.float32),
-        labels_train=bunch.target,
-        feature_names=bunch.feature_names,
-        split="No customary split, so all 150 rows are in train",
-        treatment="values in centimetres, not standardised",
-    )
+    def read(seed: int, root: str | Path | None) -> _Raw:
+        from sklearn import datasets  # slow to import, so only where it is needed
 
+        bunch = getattr(datasets, f"load_{name}")()
+        return _Raw(
+            train=bunch.data.astype(np.float32),
+            labels_train=bunch.target,
+            feature_names=bunch.feature_names,
+            split=f"No customary split, so all {len(bunch.data)} rows are in train",
+            treatment=treatment,
+        )
 
-def _read_wine(seed: int, root: str | Path | None) -> _Raw:
-    from sklearn.datasets import load_wine
-
-    bunch = load_wine()
-    return _Raw(
-        train=bunch.data.astype(np.float32),
-        labels_train=bunch.target,
-        feature_names=bunch.feature_names,
-        split="No customary split, so all 178 rows are in train",
-        treatment="values as published, on very different scales and not standardised",
-    )
+    return read
 
 
 def _read_digits(seed: int, root: str | Path | None) -> _Raw:
@@ -163,9 +159,7 @@ def _read_mnist(seed: int, root: str | Path | None) -> _Raw:
     )
 
 
-def _reader_of(
-    draw: Callable[..., tuple[np.ndarray, np.ndarray | None]],
-) -> Callable[[int, str | Path | None], _Raw]:
+def _synthetic_reader(draw: Callable[..., tuple[np.ndarray, np.ndarray | None]]) -> _Reader:
     """Make the reader of a synthetic data set from the function that draws its rows."""
 
     def read(seed: int, root: str | Path | None) -> _Raw:
@@ -189,7 +183,7 @@ def _reader_of(
 class _Entry:
     description: str
     source: str
-    read: Callable[[int, str | Path | None], _Raw]
+    read: _Reader
     image_shape: tuple[int, int] | None = None
 
 
@@ -218,26 +212,26 @@ _ENTRIES = {
     "iris": _Entry(
         "150 irises of 3 species, 4 measurements in centimetres",
         "Fisher 1936, The use of multiple measurements in taxonomic problems; the copy in scikit-learn",
-        _read_iris,
+        _scikit_learn_reader("iris", "values in centimetres, not standardised"),
     ),
     "wine": _Entry(
         "178 Italian wines of 3 cultivars, 13 chemical measurements",
         "Forina et al. 1991, Wine, UCI; the copy in scikit-learn",
-        _read_wine,
+        _scikit_learn_reader("wine", "values as published, on very different scales and not standardised"),
     ),
     "synthetic-mixture": _Entry(
-        "a mixture of 3 well-separated Gaussians in 2-D, with labels", _SYNTHETIC, _reader_of(synthetic.mixture)
+        "a mixture of 3 well-separated Gaussians in 2-D, with labels", _SYNTHETIC, _synthetic_reader(synthetic.mixture)
     ),
     "synthetic-pinwheel": _Entry(
         "5 bent arms in 2-D, with labels",
         f"{_SYNTHETIC}, after Johnson et al. 2016, Composing graphical models with neural networks",
-        _reader_of(synthetic.pinwheel),
+        _synthetic_reader(synthetic.pinwheel),
     ),
     "synthetic-moons": _Entry(
-        "2 interleaved half circles in 2-D, with labels", _SYNTHETIC, _reader_of(synthetic.moons)
+        "2 interleaved half circles in 2-D, with labels", _SYNTHETIC, _synthetic_reader(synthetic.moons)
     ),
     "synthetic-ppca": _Entry(
-        "linear-Gaussian data in 10-D from 3 latent dimensions", _SYNTHETIC, _reader_of(synthetic.ppca)
+        "linear-Gaussian data in 10-D from 3 latent dimensions", _SYNTHETIC, _synthetic_reader(synthetic.ppca)
     ),
 }
 

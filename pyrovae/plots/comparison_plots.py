@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyro
@@ -14,10 +14,12 @@ from matplotlib.figure import Figure
 from pyro import poutine
 from torch import Tensor
 
-from pyrovae.comparison.result import Cell, Comparison
 from pyrovae.infer.weights import same_random_state
 from pyrovae.pair import Pair
 from pyrovae.plots.pair_plots import new_figure
+
+if TYPE_CHECKING:
+    from pyrovae.comparison.result import Cell, Comparison
 
 __all__ = ["plot_gaps", "plot_responsibilities", "plot_training", "responsibilities"]
 

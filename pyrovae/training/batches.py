@@ -17,12 +17,12 @@ from pyrovae.training.pair_checks import check_pair
 
 __all__ = ["Batches", "make_batches"]
 
-SAMPLE_ROWS = 10_000  # of a DataLoader, shown to ``initialize``
+SAMPLE_ROWS = 10_000  # as many rows of a DataLoader are shown to ``initialize``
 
 
 @dataclass
 class Batches:
-    """What the steps of an epoch are given, how a step makes its batch of that, and what is known of the data."""
+    """Arguments of the steps of an epoch, the function that makes a batch of each, and facts on the data."""
 
     arguments: Callable[[], Iterator[Tensor]]
     """Starts an epoch: yields the argument of each step, rows' numbers or the rows themselves."""
@@ -128,7 +128,7 @@ def _from_loader(loader: DataLoader, place: Callable[[Tensor], Tensor], draw: Ca
         if seen < SAMPLE_ROWS:
             sample.append(check_data(rows))
         seen += len(rows)
-        if size is not None and seen >= SAMPLE_ROWS:  # where the size is unknown, count on
+        if size is not None and seen >= SAMPLE_ROWS:  # else the size is unknown: count all rows
             break
     if not sample:
         raise ValueError("x: expected at least one batch; the DataLoader is empty.")

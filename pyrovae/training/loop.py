@@ -224,7 +224,7 @@ class _Run:
             num_steps=self.total_steps,
             prepare=data.batch,
             dataset_size=data.size,
-            checked=True,  # so that a resumed run records its first step too
+            checked=True,  # a resumed run records its first step too
         )
         self.num_held_out = sum(map(len, data.validation))
         size = self.num_held_out or data.size
@@ -252,7 +252,7 @@ class _Run:
 
     def _adam(self, parameters: list[Tensor]) -> Optimizer:
         on_gpu = self.device.type == "cuda"
-        # Fused kernels read it as float32, whatever the default.
+        # Fused kernels read the learning rate as float32, whatever the default type.
         lr = torch.tensor(self.lr, dtype=torch.float32, device=self.device) if on_gpu else self.lr
         return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=on_gpu)
 
@@ -298,7 +298,7 @@ class _Run:
                 f"built with the same options. Details: {error}"
             ) from error
         self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:  # torch leaves what is no state where it was saved
+        for group in self.optimizer.param_groups:  # torch loads the learning rate onto the device where it was saved
             if isinstance(group["lr"], Tensor):
                 group["lr"] = group["lr"].to(self.device)
         self.set_random_state(state["random"])
@@ -324,7 +324,7 @@ class _Run:
         """Update the weights once. Returns the bound before the update, nats per datum."""
         factor = self.factor(self.step / self.total_steps)
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-            if isinstance(group["lr"], Tensor):  # a CUDA graph reads it
+            if isinstance(group["lr"], Tensor):  # a CUDA graph reads this very tensor
                 group["lr"].fill_(base * factor)
             else:
                 group["lr"] = base * factor

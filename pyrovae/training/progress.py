@@ -1,4 +1,4 @@
-"""What is known of a training run: its result, and the progress that its checkpoint records."""
+"""Results of training runs, and the progress that their checkpoints record."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["FitResult", "Progress", "has_run_out_of_patience", "read_progress"]
 
 @dataclass(frozen=True, repr=False)
 class FitResult:
-    """What :func:`pyrovae.fit` did."""
+    """The result of :func:`pyrovae.fit`."""
 
     history: list[dict[str, float]]
     """A row an epoch: epoch, step, train_bound and validation_bound (nats per datum), lr, seconds."""

@@ -1,4 +1,4 @@
-"""The ``pyrovae`` command as a person meets it: help, lists, what it prints and writes, and how it refuses."""
+"""The ``pyrovae`` command: its help and lists, what it prints and writes, and its refusals."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_no_arguments_show_help(capsys):
     assert "Commands:" in said.out + said.err
 
 
-def test_what_resume_takes(capsys):
+def test_help_says_which_folder_resume_takes(capsys):
     for command, expected in (("fit", "RUN"), ("compare", "FOLDER")):
         assert call(command, "--help") == 0
         assert re.search(rf"--resume {expected} ", capsys.readouterr().out)
@@ -213,7 +213,7 @@ def test_traceback_on_request(monkeypatch):
         ("vae", "likelihood=a=b", "a=b"),
     ],
 )
-def test_set(pair, text, value):
+def test_set_reads_values_as_the_constructor_takes_them(pair, text, value):
     assert list(parse_options(find_pair(pair), [text]).values()) == [value]
 
 
@@ -302,7 +302,7 @@ def test_evaluate_measures_more_on_demand(capsys, digits_run):
 @pytest.mark.parametrize(
     ("command", "default"), [("evaluate", []), ("report", [name for name in ALSO if "evidence" not in name])]
 )
-def test_what_is_measured(monkeypatch, digits_run, command, default):
+def test_also_and_all_choose_the_measurements(monkeypatch, digits_run, command, default):
     asked = []
 
     def keep(pair, x, *, also, **options):
@@ -323,7 +323,7 @@ def test_help_names_all_that_can_be_measured(capsys):
         assert all(name in shown for name in ALSO)
 
 
-def test_report(capsys, digits_run):
+def test_report_writes_one_html_file(capsys, digits_run):
     few = ["--num-data", 20, "--num-samples", 30, "--also", "collapse"]
     assert call("report", digits_run, *few, "-o", "page.html") == 0
     assert capsys.readouterr().out == "Wrote page.html\n"
@@ -336,7 +336,7 @@ def test_report(capsys, digits_run):
     assert "--out: expected an .html file; folder.html is a folder" in message
 
 
-def test_sample(capsys, digits_run):
+def test_sample_writes_each_format(capsys, digits_run):
     assert call("sample", digits_run, "-n", 3) == 0
     header, *rows = csv.reader(capsys.readouterr().out.splitlines())
     assert len(header) == 64

@@ -89,7 +89,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def run(finished, folder):
-    """A copy of the finished run, to be spoilt."""
+    """A copy of the finished run, for the test to damage."""
     return Path(shutil.copytree(finished / "run", folder / "run"))
 
 
@@ -109,7 +109,7 @@ def edit_config(run, **changes):
 
 @pytest.fixture
 def interrupt(monkeypatch):
-    """``interrupt(n)``: Ctrl-C, or another exception, at the n-th training step from now."""
+    """Return a function: ``interrupt(n)`` raises Ctrl-C, or another exception, at the n-th training step from now."""
     step = pyrovae.infer.SVI.step
 
     def arm(at, error=KeyboardInterrupt):
@@ -131,7 +131,7 @@ def interrupt(monkeypatch):
 # What a run writes
 
 
-def test_files(finished):
+def test_a_run_writes_its_files(finished):
     run = finished / "run"
     assert {file.name for file in run.iterdir()} == {
         "config.json",
@@ -156,7 +156,7 @@ def test_files(finished):
 
 
 def test_the_folder_is_enough_to_rebuild(finished, folder):
-    """From another folder: pair, weights, data and scores."""
+    """Pair, weights, data and scores come back from another working folder too."""
     config, pair, data = RunFolder(finished / "run").load()
     scores = evaluate(pair, data.train, num_samples=config.num_samples, seed=config.seed)
     written = json.loads((finished / "run" / "scores.json").read_text())
@@ -165,7 +165,7 @@ def test_the_folder_is_enough_to_rebuild(finished, folder):
         assert torch.equal(pair.state_dict()[name], value)
 
 
-def test_python_opens_it_by_a_public_name(finished, folder):
+def test_load_run_opens_a_run_from_python(finished, folder):
     config, pair, data = pyrovae.load_run(str(finished / "run"))
     same = RunFolder(finished / "run").load()
     assert (config, data.name) == (same[0], same[2].name)
@@ -313,7 +313,7 @@ LONG = ["vae", *SMALL, "--data", "my.csv", "--epochs", "200", "--batch-size", "1
 
 
 def start(out):
-    """A run in its own process, once its first checkpoint is there."""
+    """Start a run in its own process, and return when its first checkpoint is there."""
     command = [sys.executable, "-m", "pyrovae", "fit", *LONG, "--out", out]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # the same sums, bit for bit
     process = subprocess.Popen(
@@ -417,7 +417,7 @@ def test_overwrite_leaves_a_file_alone(capsys, folder):
     assert "expected a folder for the run; my.csv is a file" in capsys.readouterr().err
 
 
-def test_an_empty_folder_will_do(folder):
+def test_a_run_may_go_into_an_empty_folder(folder):
     (folder / "empty").mkdir()
     assert fit("--epochs", 1, "-o", "empty") == 0
 
@@ -484,7 +484,7 @@ def test_an_absent_device_leaves_the_old_run_untouched(capsys, run):
 
 
 @pytest.mark.parametrize("options", [[], ["--overwrite"]])
-def test_a_file_is_no_folder(capsys, folder, options):
+def test_a_file_in_place_of_the_folder_is_refused(capsys, folder, options):
     Path("mine.py").write_text("mine")
     assert fit("-o", "mine.py", *options) == 2
     message = capsys.readouterr().err
@@ -548,7 +548,7 @@ CONFIG = {
 
 
 @pytest.mark.parametrize("name", CONFIG)
-def test_a_configuration_that_was_changed(capsys, run, name):
+def test_a_changed_configuration_is_refused(capsys, run, name):
     changes, match = CONFIG[name]
     edit_config(run, **changes)
     assert call("evaluate", run) == 2
