@@ -18,6 +18,7 @@ SYNONYMS = {
     "methods": ("losses",),
     "path": ("run", "resume", "out"),
     "folder": ("resume", "compare", "out"),
+    "x": ("data",),
 }
 """Arguments of the library, and the parameters of commands that may stand for each: the first one that was given."""
 

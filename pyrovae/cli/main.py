@@ -19,22 +19,9 @@ import typer
 from tqdm import tqdm
 
 from pyrovae.checks import check_choice, check_positive
+from pyrovae.cli import names
 from pyrovae.cli.errors import MISTAKES, Command, explain_error, option_names
 from pyrovae.cli.fits import score_run, train_run
-from pyrovae.cli.names import (
-    absolute_name,
-    build_loss,
-    build_pair,
-    constructor_options,
-    default_data,
-    file_digest,
-    find_pair,
-    load_data,
-    parse_options,
-    resolve_binarize,
-    short_name,
-    versions,
-)
 from pyrovae.cli.request import Request
 from pyrovae.cli.runs import Config, RunFolder
 from pyrovae.cli.template import TEMPLATE
@@ -133,7 +120,7 @@ def list_() -> None:
     for name, pair in REGISTRY.items():
         print(f"  {name:<10}{_summary(pair)}")
         shown = []
-        for option, parameter in constructor_options(pair).items():
+        for option, parameter in names.constructor_options(pair).items():
             default = parameter.default
             if default is parameter.empty:
                 default = DEFAULT_OPTIONS.get(name, {}).get(option, "required")
@@ -217,13 +204,13 @@ def fit(
         return
     if pair is None:
         raise ValueError("pair: expected a name from `pyrovae list`, file.py:ClassName, or --resume RUN; got none.")
-    pair_class = find_pair(pair)
-    given = parse_options(pair_class, settings or [])
-    data = data or default_data(pair)
-    dataset = load_data(data, binarize)
-    built = build_pair(pair_class, given, dataset.data_dim, seed)
+    pair_class = names.find_pair(pair)
+    given = names.parse_options(pair_class, settings or [])
+    data = data or names.default_data(pair)
+    dataset = names.load_data(data, binarize)
+    built = names.build_pair(pair_class, given, dataset.data_dim, seed)
     loss_options = {k: v for k, v in {"num_particles": num_particles, "alpha": alpha}.items() if v is not None}
-    build_loss(built, loss, loss_options)  # a mistake in it is reported before anything is written
+    names.build_loss(built, loss, loss_options)  # a mistake in it is reported before anything is written
     check_positive("batch_size", batch_size, integer=True)
     num_data = len(dataset.train)
     held_out = _check_share_or_count(min(num_data // 10, 400) if validation is None else validation)
@@ -231,10 +218,10 @@ def fit(
         num_held_out = held_out * num_data if held_out < 1 else held_out
         epochs = default_epochs(math.ceil((num_data - num_held_out) / batch_size))
     config = Config(
-        pair=absolute_name(pair),
+        pair=names.absolute_name(pair),
         options=given,
-        data=absolute_name(data),
-        binarize=resolve_binarize(binarize, built, dataset),
+        data=names.absolute_name(data),
+        binarize=names.resolve_binarize(binarize, built, dataset),
         loss=loss,
         loss_options=loss_options,
         fit={
@@ -247,11 +234,11 @@ def fit(
         },
         num_samples=num_samples,
         seed=seed,
-        pair_sha256=file_digest(pair),
-        data_sha256=file_digest(data),
-        versions=versions(),
+        pair_sha256=names.file_digest(pair),
+        data_sha256=names.file_digest(data),
+        versions=names.versions(),
     )
-    folder = RunFolder(out or _free_path(Path("runs") / f"{short_name(pair)}-{Path(data).stem}"))
+    folder = RunFolder(out or _free_path(Path("runs") / f"{names.short_name(pair)}-{Path(data).stem}"))
     folder.check_free(overwrite)
     train_run(folder, config, built, dataset, device, resume=False)
 
@@ -310,7 +297,7 @@ def evaluate(
     pyrovae evaluate runs/vae-digits --also inference_gaps --also collapse
     """
     check_positive("num_samples", num_samples, integer=True, optional=True)
-    names = _choose_measurements(also, everything, default=())
+    measurements = _choose_measurements(also, everything, default=())
     folder = RunFolder(run)
     config, pair, dataset = folder.load()
     before = folder.read_scores()
@@ -322,7 +309,7 @@ def evaluate(
         device,
         num_samples=num_samples or config.num_samples,
         seconds=before.get("training_seconds"),
-        also=names,
+        also=measurements,
         earlier=before.get("also"),
     )
     print(scores)
@@ -369,7 +356,7 @@ def report(
         )
     check_positive("num_data", num_data, integer=True)
     check_positive("num_samples", num_samples, integer=True, optional=True)
-    names = _choose_measurements(also, everything, default=[name for name in ALSO if "evidence" not in name])
+    measurements = _choose_measurements(also, everything, default=[name for name in ALSO if "evidence" not in name])
     if out is not None:
         _check_new_file(out, (".html",), overwrite)
     folder = None if run is None else RunFolder(run)
@@ -379,7 +366,9 @@ def report(
     out = out or (run or compare or Path()) / "report.html"
     _check_new_file(out, (".html",), overwrite)
     if folder is not None:
-        pages.insert(0, report_run(folder, num_data=num_data, num_samples=num_samples, also=names, device=device))
+        pages.insert(
+            0, report_run(folder, num_data=num_data, num_samples=num_samples, also=measurements, device=device)
+        )
     Page.joined(pages).write(out)
     if folder is not None and (notice := folder.unfinished()) is not None:
         print(f"NOTE: {notice}. Go on with: pyrovae fit --resume {run}")
@@ -424,9 +413,9 @@ def sample(
     print(f"Wrote {out}")
 
 
-def _write_csv(file: Any, names: Iterable[str], rows: list[list[float]]) -> None:
+def _write_csv(file: Any, header: Iterable[str], rows: list[list[float]]) -> None:
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(names)
+    writer.writerow(header)
     writer.writerows([f"{value:.9g}" for value in row] for row in rows)  # nine digits are a float32
 
 
@@ -488,7 +477,7 @@ def compare(
             raise ValueError(
                 "pair: expected names from `pyrovae list`, file.py:ClassName, or --resume FOLDER; got none."
             )
-        data = data or default_data(pair[0])
+        data = data or names.default_data(pair[0])
         request, dataset = Request.make(
             pair,
             data,
@@ -503,7 +492,7 @@ def compare(
             gaps=gaps,
             seed=seed,
         )
-        folder = out or _free_path(Path("runs") / f"compare-{'-'.join(map(short_name, pair))}-{Path(data).stem}")
+        folder = out or _free_path(Path("runs") / f"compare-{'-'.join(map(names.short_name, pair))}-{Path(data).stem}")
     try:
         comparison = compare_pairs(
             request.makers(dataset),

@@ -10,18 +10,7 @@ from typing import Any
 import torch
 from torch.distributions import constraints
 
-from pyrovae.cli.names import (
-    absolute_name,
-    build_pair,
-    constructor_options,
-    file_digest,
-    find_pair,
-    load_data,
-    parse_options,
-    resolve_binarize,
-    short_name,
-    versions,
-)
+from pyrovae.cli import names
 from pyrovae.cli.runs import check_unchanged
 from pyrovae.comparison.cells import Maker
 from pyrovae.comparison.folder import read_record
@@ -52,22 +41,22 @@ class Request:
 
     @classmethod
     def make(
-        cls, names: list[str], data: str, set_options: list[str], binarize: str, methods: list[str], **settings: Any
+        cls, pairs: list[str], data: str, set_options: list[str], binarize: str, methods: list[str], **settings: Any
     ) -> tuple[Request, DataSet]:
         """Check the options of a user, load the data, and return the request with them.
 
         Raises:
             ValueError, FileNotFoundError: a pair, data set or option is unknown, or the likelihoods do not compare.
         """
-        classes = {short_name(name): find_pair(name) for name in names}
-        if len(classes) < len(names):
-            raise ValueError(f"pair: expected pairs of different names; got {', '.join(names)}.")
+        classes = {names.short_name(name): names.find_pair(name) for name in pairs}
+        if len(classes) < len(pairs):
+            raise ValueError(f"pair: expected pairs of different names; got {', '.join(pairs)}.")
         options = {name: _options_of(c, set_options, list(classes.values())) for name, c in classes.items()}
-        dataset = load_data(data, binarize)
+        dataset = names.load_data(data, binarize)
         resolved, is_binary = "none", dict[str, bool]()
         for name, pair_class in classes.items():
-            built = build_pair(pair_class, options[name], dataset.data_dim, settings["seed"])
-            resolved = resolve_binarize(binarize, built, dataset)
+            built = names.build_pair(pair_class, options[name], dataset.data_dim, settings["seed"])
+            resolved = names.resolve_binarize(binarize, built, dataset)
             is_binary[name] = observed_support(built, dataset.train[:2]) is constraints.boolean
         if len(set(is_binary.values())) > 1:
             each = ", ".join(f"{name} over {'{0, 1}' if binary else 'reals'}" for name, binary in is_binary.items())
@@ -80,14 +69,14 @@ class Request:
         shown = ", ".join(f"{name} ({text})" if text else name for name, text in built_with.items())
         settings["title"] = f"{shown} on {Path(data).name}"
         request = cls(
-            pairs={short_name(name): absolute_name(name) for name in names},
+            pairs={names.short_name(name): names.absolute_name(name) for name in pairs},
             options=options,
-            data=absolute_name(data),
+            data=names.absolute_name(data),
             binarize=resolved,
             methods=methods,
             settings=settings,
-            digests={absolute_name(name): file_digest(name) for name in (*names, data)},
-            versions=versions(),
+            digests={names.absolute_name(name): names.file_digest(name) for name in (*pairs, data)},
+            versions=names.versions(),
         )
         return request, dataset
 
@@ -106,12 +95,12 @@ class Request:
             raise ValueError(f"folder: {folder} was not started by `pyrovae compare` ({error}).") from error
         for name, digest in request.digests.items():
             check_unchanged(name, digest, folder)
-        return request, load_data(request.data, request.binarize)
+        return request, names.load_data(request.data, request.binarize)
 
     def makers(self, dataset: DataSet) -> dict[str, Maker]:
         """Return the functions that make the pairs, for :func:`pyrovae.compare`."""
         return {
-            name: partial(_make_pair, find_pair(pair), self.options[name], dataset.data_dim)
+            name: partial(_make_pair, names.find_pair(pair), self.options[name], dataset.data_dim)
             for name, pair in self.pairs.items()
         }
 
@@ -120,15 +109,15 @@ class Request:
 
 
 def _make_pair(pair_class: type[Pair], given: dict[str, Any], data_dim: int, **more: Any) -> Pair:
-    return build_pair(pair_class, given | more, data_dim, torch.initial_seed())  # the comparison has set the seed
+    return names.build_pair(pair_class, given | more, data_dim, torch.initial_seed())  # the comparison has set the seed
 
 
 def _options_of(pair_class: type[Pair], settings: list[str], classes: list[type[Pair]]) -> dict[str, Any]:
     """Read those settings that this pair has. A setting that no pair has raises an error that names this pair's."""
 
     def has(other: type[Pair], setting: str) -> bool:
-        return setting.partition("=")[0].strip().replace("-", "_") in constructor_options(other)
+        return setting.partition("=")[0].strip().replace("-", "_") in names.constructor_options(other)
 
-    return parse_options(
+    return names.parse_options(
         pair_class, [s for s in settings if has(pair_class, s) or not any(has(other, s) for other in classes)]
     )

@@ -109,16 +109,9 @@ class ComparisonFolder:
         return self.cells / f"{self.names[id(job)]}.{ending}"
 
     def _write_record(self, settings: dict[str, Any], config: dict[str, Any] | None, found: dict[str, Any]) -> None:
-        cells = ",\n".join(f"    {json.dumps(cell)}" for cell in found.get("cells", []))  # a line each: they are long
-        record = {
-            "format": FORMAT,
-            "finished": bool(found),
-            "config": config,
-            "settings": settings,
-            **found,
-            "cells": 0,
-        }
-        head = json.dumps(record, indent=2, ensure_ascii=False).removesuffix('"cells": 0\n}')
+        cells = ",\n".join(f"    {json.dumps(cell)}" for cell in found.get("cells", []))  # one long line for each
+        start = {"format": FORMAT, "finished": bool(found), "config": config, "settings": settings}
+        head = json.dumps(start | found | {"cells": 0}, indent=2, ensure_ascii=False).removesuffix('"cells": 0\n}')
         write_text(self.path / "comparison.json", f'{head}"cells": [\n{cells}\n  ]\n}}\n')
 
 

@@ -54,16 +54,8 @@ class Cell:
         return None if self.elbo is None or self.log_evidence is None else self.log_evidence - self.elbo
 
 
-QUANTITIES = (
-    "log_evidence",
-    "elbo",
-    "gap",
-    "approximation_gap",
-    "amortization_gap",
-    "seconds",
-    "steps",
-    "passes",
-)
+GAPS = ("gap", "approximation_gap", "amortization_gap")
+QUANTITIES = ("log_evidence", "elbo", *GAPS, "seconds", "steps", "passes")
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,7 @@ def test_load_run_opens_a_run_from_python(finished, folder):
     assert (config, data.name) == (same[0], same[2].name)
     for name, value in same[1].state_dict().items():
         assert torch.equal(pair.state_dict()[name], value)
-    with pytest.raises(FileNotFoundError, match=r"expected a folder that `pyrovae fit` wrote; .* has no config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"^path: expected a folder that .* wrote; .* has no config\.json"):
         pyrovae.load_run(folder)
 
 

@@ -635,10 +635,11 @@ def test_bad_options_write_nothing(capsys, folder, options, match):
     ],
 )
 def test_bad_arguments_write_nothing(folder, faithful, pairs, options, error, match):
-    with pytest.raises(error, match=match):
+    with pytest.raises(error, match=match) as caught:
         compare(
             pairs, faithful.train, **{"folder": "out"} | ({"folder": None} if "resume" in options else {}) | options
         )
+    assert "--" not in str(caught.value)  # the words of the command line
     assert list(folder.iterdir()) == []
 
 
