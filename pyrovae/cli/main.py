@@ -270,15 +270,14 @@ def _free_path(path: Path) -> Path:
     return free
 
 
-def _check_new_file(out: Path, endings: tuple[str, ...], overwrite: bool) -> None:
-    """Raise unless ``out`` can be written, before work that takes its time and would be lost."""
-    if out.suffix not in endings:
-        shown = f"{', '.join(endings[:-1])} or {endings[-1]}" if len(endings) > 1 else f"{endings[0]}"
-        raise ValueError(f"out: expected {'an' if len(endings) == 1 else 'a'} {shown} file; got {out}.")
+def _check_new_file(out: Path, kind: str, overwrite: bool) -> None:
+    """Raise unless ``out`` can be written as ``kind``, before work that takes its time and would be lost."""
+    if out.suffix not in kind.replace(",", "").split():
+        raise ValueError(f"out: expected {kind} file; got {out}.")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"out: expected a folder that exists; found none at {out.parent}. Make it first.")
     if out.is_dir():
-        raise IsADirectoryError(f"out: expected an {endings[0]} file; {out} is a folder.")
+        raise IsADirectoryError(f"out: expected {kind} file; {out} is a folder.")
     if out.exists() and not overwrite:
         raise FileExistsError(f"out: {out} exists. Pass overwrite=True to replace it, or another name.")
 
@@ -358,13 +357,13 @@ def report(
     check_positive("num_samples", num_samples, integer=True, optional=True)
     measurements = _choose_measurements(also, everything, default=[name for name in ALSO if "evidence" not in name])
     if out is not None:
-        _check_new_file(out, (".html",), overwrite)
+        _check_new_file(out, "an .html", overwrite)
     folder = None if run is None else RunFolder(run)
     if folder is not None:
         folder.read_config()
     pages: list[Page] = [] if compare is None else [report_comparison(compare)]
     out = out or (run or compare or Path()) / "report.html"
-    _check_new_file(out, (".html",), overwrite)
+    _check_new_file(out, "an .html", overwrite)
     if folder is not None:
         pages.insert(
             0, report_run(folder, num_data=num_data, num_samples=num_samples, also=measurements, device=device)
@@ -391,7 +390,7 @@ def sample(
     """Draw new data from a run's model."""
     check_positive("num", num, integer=True)
     if out is not None:
-        _check_new_file(out, (".csv", ".npy", ".png"), overwrite)
+        _check_new_file(out, "a .csv, .npy or .png", overwrite)
     _, pair, dataset = RunFolder(run).load()
     rows = draw_data(pair, num, mean=mean, data_dim=dataset.data_dim, seed=seed)
     if out is None:

@@ -82,7 +82,7 @@ def _read_spec(spec: str) -> tuple[str, dict[str, Any]]:
     accepted = inspect.signature(LOSSES[name]).parameters if name in LOSSES else {}
     known = {shown: option for shown, option in (("K", "num_particles"), ("alpha", "alpha")) if option in accepted}
     options: dict[str, Any] = {}
-    for setting in filter(None, rest.split(",")):
+    for setting in rest.split(",") if rest else ():
         shown, equals, text = (part.strip() for part in setting.partition("="))
         option = known.get(shown, shown)
         if not equals or option not in known.values():
