@@ -68,13 +68,11 @@ def compare(
             ``"RenyiELBO:K=50,alpha=0.5"``. Each trains every pair that it applies to. Empty: all that each pair has, as
             :func:`pyrovae.comparison.methods.find_methods` lists them.
         seeds: number of seeds: ``seed``, ``seed + 1``, ...
-        epochs: passes over the data by SVI. None: 50, or as many as make 2,000 steps.
-        batch_size: number of data in a step of SVI.
-        lr: first learning rate of SVI. None: each pair's own.
+        epochs, batch_size, lr: as in :func:`pyrovae.fit`, for SVI.
         num_samples: importance samples for each scored datum.
         gaps: whether to split the gap into approximation and amortization, on at most 500 rows. Slow.
         binarize: whether to draw pixels in [0, 1] as 0 or 1: anew at every use in SVI, once for EM and for the scores.
-        device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
+        device, progress: as in :func:`pyrovae.fit`.
         seed: first seed. The caller's random state is left as it was.
         title: title of the table. None: the names of the pairs and of the data.
         folder: folder for tables, pictures and the cells, each written when it is done. None: nothing is written.
@@ -82,7 +80,6 @@ def compare(
         resume: whether to go on with the comparison in ``folder``: with its cells that are done, and with a training
             run that was stopped.
         config: plain JSON of the caller's, kept in the folder's ``comparison.json``.
-        progress: whether to show a progress bar. None: on a terminal.
         report: called with a line when the work begins and when each cell is done.
 
     Returns:
