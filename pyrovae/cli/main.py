@@ -368,7 +368,7 @@ def report(
         pages.insert(
             0, report_run(folder, num_data=num_data, num_samples=num_samples, also=measurements, device=device)
         )
-    Page.joined(pages).write(out)
+    Page.join(pages).write(out)
     if folder is not None and (notice := folder.unfinished()) is not None:
         print(f"NOTE: {notice}. Go on with: pyrovae fit --resume {run}")
     print(f"Wrote {out}")

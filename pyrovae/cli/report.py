@@ -109,7 +109,7 @@ class Page:
     sections: list[Section]
 
     @staticmethod
-    def joined(pages: Sequence[Page]) -> Page:
+    def join(pages: Sequence[Page]) -> Page:
         """Join pages into one. The sections of every page after the first begin with that page's title."""
         first, *rest = pages
         sections = list(first.sections)

@@ -458,7 +458,7 @@ def test_bad_options_leave_the_old_run_untouched(capsys, run, name):
 
 
 OTHERS = {
-    "grey pixels": (["vae", "--binarize", "none"], r"grey pixels: .*--binarize dynamic"),
+    "grey pixels": (["vae", "--binarize", "none"], r"--data: .*grey pixels: .*--binarize dynamic"),
     "loss of another kind": (["gmm", "--loss", "Trace_ELBO"], r"site 'z'.*TraceEnum_ELBO"),
     "too few data": (["gmm", "--set", "num_components=100", "--data", "my.csv"], r"as many data as components; got 54"),
     "too few features": (["ppca", "--set", "latent_dim=3", "--data", "my.csv"], r"latent_dim: .*below data_dim=3"),
