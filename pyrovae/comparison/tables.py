@@ -42,7 +42,14 @@ def to_text(comparison: Comparison) -> str:
 
 def to_rows(comparison: Comparison) -> list[list[str]]:
     """Return the header, and a row for each pair and method."""
-    return [_header(comparison), *(_fields(comparison, row) for row in comparison.table)]
+    names, columns = ["pair", "method"][-_num_names(comparison) :], _columns(comparison)
+    return [
+        [*names, *(title for title, _, _ in columns)],
+        *(
+            [*(getattr(row, name) for name in names), *(_number(row, name, factor) for _, name, factor in columns)]
+            for row in comparison.table
+        ),
+    ]
 
 
 def to_markdown(comparison: Comparison) -> str:
@@ -118,28 +125,22 @@ def _num_names(comparison: Comparison) -> int:
     return 2 if comparison.num_pairs > 1 else 1
 
 
-def _splits_gap(comparison: Comparison) -> bool:
-    return any(row.mean["amortization_gap"] is not None for row in comparison.table)
-
-
-def _header(comparison: Comparison) -> list[str]:
-    split = ["approximation", "amortization"] if _splits_gap(comparison) else []
-    names = ["pair", "method"][-_num_names(comparison) :]
-    return [*names, "log evidence", "ELBO", "gap", *split, "total", "seconds", "steps"]
-
-
-def _fields(comparison: Comparison, row: Row) -> list[str]:
-    names = [row.pair, row.method][-_num_names(comparison) :]
-    split = ["approximation_gap", "amortization_gap"] if _splits_gap(comparison) else []
+def _columns(comparison: Comparison) -> list[tuple[str, str, int]]:
+    """Return title, quantity and factor of each column of numbers."""
+    splits_gap = any(row.mean["amortization_gap"] is not None for row in comparison.table)
+    split = [("approximation", "approximation_gap", 1), ("amortization", "amortization_gap", 1)]
     return [
-        *names,
-        *(_number(row, name) for name in ("log_evidence", "elbo", "gap", *split)),
-        _number(row, "log_evidence", comparison.num_data),
-        *(_number(row, name) for name in ("seconds", "steps")),
+        ("log evidence", "log_evidence", 1),
+        ("ELBO", "elbo", 1),
+        ("gap", "gap", 1),
+        *(split if splits_gap else []),
+        ("total", "log_evidence", comparison.num_data),
+        ("seconds", "seconds", 1),
+        ("steps", "steps", 1),
     ]
 
 
-def _number(row: Row, name: str, factor: int = 1) -> str:
+def _number(row: Row, name: str, factor: int) -> str:
     value, error = row.mean[name], row.stderr[name]
     if value is None:
         return MISSING

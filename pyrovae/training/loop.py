@@ -122,9 +122,8 @@ def fit(
         try:
             pair.to(device)
             try:
-                run = _Run(
-                    pair, objective, data, optimizer, lr, schedule, epochs, initialize and state is None, backend
-                )
+                initialize = initialize and state is None
+                run = _Run(pair, objective, data, optimizer, lr, schedule, epochs, initialize, backend)
                 run.options |= {"batch size": int(batch_size), "patience": patience, "binarize": binarize, "seed": seed}
                 if state is not None:
                     run.restore(state)
@@ -353,13 +352,8 @@ class _Run:
         if checkpoint is not None:  # a run that is killed in its first epoch resumes too
             save_state(checkpoint, good)
         stopped = False
-        bar = tqdm(
-            total=epochs,
-            initial=self.epoch,
-            unit="epoch",
-            disable=None if progress is None else not progress,
-            leave=False,
-        )
+        disable = None if progress is None else not progress
+        bar = tqdm(total=epochs, initial=self.epoch, unit="epoch", disable=disable, leave=False)
         try:
             with bar:
                 while self.epoch < epochs and not (stopped := has_run_out_of_patience(self.epoch, self.best, patience)):
