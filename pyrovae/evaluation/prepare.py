@@ -12,9 +12,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyrovae.checks import check_data, not_a_pair, pick_device
-from pyrovae.checks_pair import check_pair
 from pyrovae.machine import keep_memory
 from pyrovae.pair import Pair
+from pyrovae.training.pair_checks import check_pair
 
 __all__ = ["NotApplicable", "prepared", "progress_bar"]
 

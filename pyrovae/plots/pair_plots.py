@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from pyro import poutine
 from torch import Tensor
 
-from pyrovae.checks_pair import observed_support
 from pyrovae.evaluation.mixtures import check_labels
 from pyrovae.evaluation.predict import latents, local_latents, reconstruct, sample
 from pyrovae.infer import log_weights
@@ -22,6 +21,7 @@ from pyrovae.infer.weights import same_random_state
 from pyrovae.pair import Pair
 from pyrovae.plots.figures import DATA, MODEL, PALETTE, name_features, new_axes, new_figure, plane_of
 from pyrovae.plots.image_plots import check_latent, plot_images
+from pyrovae.training.pair_checks import observed_support
 
 __all__ = [
     "has_density",

@@ -52,7 +52,7 @@ from pyrovae.infer.reads import Reads
 from pyrovae.infer.snapshot import same_objects
 from pyrovae.infer.update import Update
 from pyrovae.models import VAE
-from pyrovae.training.loop import TrainingDiverged
+from pyrovae.training import TrainingDiverged
 
 ADAM = {"lr": 0.01}
 
