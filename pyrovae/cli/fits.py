@@ -33,10 +33,11 @@ def train_run(folder: RunFolder, config: Config, pair: Pair, data: DataSet, devi
     is_drawn = config.binarize == "dynamic"
     place, parameters = pick_device(device), sum(p.numel() for p in pair.parameters())
 
-    def start() -> None:
+    def start(threads: int) -> None:
         """Touch the folder. Every check has passed."""
         nonlocal has_begun
         has_begun = True
+        config.fit["threads"] = threads
         if resume:  # if this is killed, the checkpoint's weights and history are the newest
             folder.weights.unlink(missing_ok=True)
             folder.history.unlink(missing_ok=True)

@@ -74,6 +74,10 @@ DataOption = Annotated[
     typer.Option("--data", "-d", help="Data set: a name from `pyrovae list`, or a .csv or .npy file of rows."),
 ]
 DeviceOption = Annotated[str, typer.Option(help="Device: auto (CUDA where there is one), cpu or cuda.")]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(help="Number of threads. By default one for small steps, otherwise as many as the machine allows."),
+]
 EpochsOption = Annotated[
     int | None, typer.Option(help="Passes over the data by SVI. By default 50, or as many as make 2,000 steps.")
 ]
@@ -172,6 +176,7 @@ def fit(
     binarize: BinarizeOption = "auto",
     num_samples: SamplesOption = 5000,
     device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
     seed: SeedOption = 0,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The run folder. By default runs/PAIR-DATA, numbered.")
@@ -212,6 +217,7 @@ def fit(
     loss_options = {k: v for k, v in {"num_particles": num_particles, "alpha": alpha}.items() if v is not None}
     names.build_loss(built, loss, loss_options)  # a mistake in it is reported before anything is written
     check_positive("batch_size", batch_size, integer=True)
+    check_positive("threads", threads, integer=True, optional=True)
     num_data = len(dataset.train)
     held_out = _check_share_or_count(min(num_data // 10, 400) if validation is None else validation)
     if epochs is None:
@@ -231,6 +237,7 @@ def fit(
             "schedule": schedule,
             "validation": held_out,
             "patience": patience,
+            "threads": threads,
         },
         num_samples=num_samples,
         seed=seed,

@@ -212,10 +212,12 @@ class SVI:
     def _make_or_extend_optimizer(self, params: list[Tensor]) -> None:
         optim: Any = self.optim
         if type(optim) is PyroOptim:
-            is_plain = isinstance(optim.pt_optim_args, dict) and not optim.pt_clip_args
+            options: Any = optim.pt_optim_args
+            is_plain = isinstance(options, dict) and not optim.pt_clip_args
             has_state = optim.optim_objs or optim._state_waiting_to_be_consumed
             if is_plain and not has_state and self.backend != "eager":
-                self.optim = optim.pt_optim_constructor(params, **optim.pt_optim_args)
+                make: Any = optim.pt_optim_constructor
+                self.optim = make(params, **options)
         elif not isinstance(optim, Optimizer | PyroOptim):
             self.optim = optim(params)
         elif isinstance(optim, Optimizer):

@@ -6,6 +6,8 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,10 @@ from tqdm import tqdm
 from pyrovae.checkpoint import load_state, save_state
 from pyrovae.checks import check_choice, check_positive, not_a_pair, pick_device
 from pyrovae.infer import LOSSES, SVI
+from pyrovae.infer.lowering import product_choices, restore_product_choices
 from pyrovae.infer.svi import BACKENDS
 from pyrovae.infer.weights import same_random_state
+from pyrovae.machine import count_products, limit_threads
 from pyrovae.pair import Pair
 from pyrovae.random_state import seeded
 from pyrovae.training.batches import Batches, make_batches
@@ -53,10 +57,11 @@ def fit(
     device: str | torch.device = "auto",
     seed: int = 0,
     backend: str = "auto",
+    threads: int | None = None,
     progress: bool | None = None,
     checkpoint: str | Path | None = None,
     resume: bool = False,
-    on_start: Callable[[], object] | None = None,
+    on_start: Callable[[int], object] | None = None,
     monitor: Callable[[int], Mapping[str, float]] | None = None,
 ) -> FitResult:
     """Train a pair by stochastic variational inference.
@@ -85,10 +90,12 @@ def fit(
         seed: seed of everything random here. The caller's random state is left as it was.
         backend: how a step runs, see :class:`pyrovae.infer.SVI`: ``eager``, ``compiled`` or ``cudagraph``; ``auto``
             compiles runs of 5,000 steps or more.
+        threads: number of torch's threads. None: by the work of a step, see :func:`pyrovae.machine.limit_threads`; a
+            resumed run keeps its number.
         progress: whether to show a progress bar. None: on a terminal.
         checkpoint: new file for the whole training state, written every few seconds and at the end.
         resume: whether to go on from ``checkpoint``, exactly as if the run had not stopped.
-        on_start: called once, after every check and before anything is trained or written.
+        on_start: called once with the number of threads, after every check and before anything is trained or written.
         monitor: called with the number of each epoch that has ended. What it returns joins that epoch's row of
             ``history``. Its time does not count, and its random numbers do not change the training's.
 
@@ -103,6 +110,7 @@ def fit(
     check_positive("batch_size", batch_size, integer=True)
     check_positive("epochs", epochs, integer=True, optional=True)
     check_positive("lr", lr, optional=True)
+    check_positive("threads", threads, integer=True, optional=True)
     check_choice("schedule", schedule, SCHEDULES)
     check_choice("backend", backend, BACKENDS)
     _check_optimizer(optimizer)
@@ -114,7 +122,7 @@ def fit(
         _check_checkpoint(file, resume)
 
     home = next((p.device for p in pair.parameters()), torch.device("cpu"))
-    with seeded(seed, device), pyro.validation_enabled(False):
+    with ExitStack() as stack, seeded(seed, device), pyro.validation_enabled(False):
         data = make_batches(pair, x, validation, int(batch_size), binarize, device, seed)
         epochs = default_epochs(data.steps_per_epoch) if epochs is None else int(epochs)
         state = load_state(file, "checkpoint") if resume and file is not None else None
@@ -127,8 +135,12 @@ def fit(
                 run.options |= {"batch size": int(batch_size), "patience": patience, "binarize": binarize, "seed": seed}
                 if state is not None:
                     run.restore(state)
+                    threads = threads or state["threads"]
+                work = partial(run.count_products, int(batch_size)) if device.type == "cpu" else math.inf
+                stack.enter_context(limit_threads(threads, work))
+                run.threads = torch.get_num_threads()
                 if on_start is not None:
-                    on_start()
+                    on_start(run.threads)
                     if file is not None:  # only now: on_start may have made the folder, or cleared it of an older run
                         _check_checkpoint(file, resume)
             except BaseException:  # nothing has been trained: leave the pair as it came
@@ -244,7 +256,7 @@ class _Run:
             "device": self.device.type,
             "backend": backend,
         }
-        self.epoch = self.step = 0
+        self.epoch = self.step = self.threads = 0
         self.seconds = 0.0
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] | None = None
@@ -273,6 +285,8 @@ class _Run:
             "history": list(self.history),
             "best": self.best,
             "options": self.options,
+            "threads": self.threads,
+            "products": product_choices(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -300,6 +314,7 @@ class _Run:
         for group in self.optimizer.param_groups:  # torch loads the learning rate onto the device where it was saved
             if isinstance(group["lr"], Tensor):
                 group["lr"] = group["lr"].to(self.device)
+        restore_product_choices(state["products"])
         self.set_random_state(state["random"])
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
         self.history, self.best = list(state["history"]), state["best"]
@@ -318,6 +333,11 @@ class _Run:
             torch.cuda.set_rng_state(random["cuda"], self.device)
         if self.data.generator is not None and "loader" in random:
             self.data.generator.set_state(random["loader"])
+
+    def count_products(self, batch_size: int) -> float:
+        """Count the floating-point operations in the matrix products of a loss on one batch."""
+        with seeded(0, self.device):
+            return count_products(lambda: self.scorer.evaluate_loss(self.data.sample[:batch_size]))
 
     def take_step(self, argument: Tensor) -> Tensor:
         """Update the weights once. Returns the bound before the update, nats per datum."""

@@ -580,12 +580,12 @@ def test_a_checkpoint_is_not_replaced_unasked(tmp_path, x):
         with pytest.raises(FileExistsError, match=message):
             fit(other, data, epochs=2, checkpoint=file)
     with pytest.raises(FileExistsError, match=message):
-        fit(other, x, epochs=2, checkpoint=file, on_start=lambda: None)
+        fit(other, x, epochs=2, checkpoint=file, on_start=lambda threads: None)
     assert file.read_bytes() == written
     assert_same(weights(other), weights(new(Latent, seed=1)))
     fit(other, x, epochs=2, checkpoint=file, resume=True)
     assert_same(before, weights(other))
-    fit(new(Latent), x, epochs=2, checkpoint=file, on_start=file.unlink)  # whoever clears it means it
+    fit(new(Latent), x, epochs=2, checkpoint=file, on_start=lambda threads: file.unlink())  # whoever clears it means it
     assert load_state(file)["epoch"] == 2
 
 
