@@ -34,7 +34,7 @@ class Cell:
     """Of the guide that the method trained, or of the exact posterior where that stands in for it."""
     approximation_gap: float | None = None
     amortization_gap: float | None = None
-    """Where asked for: see :func:`pyrovae.evaluation.gaps.inference_gaps`. Of the first 500 rows."""
+    """Where asked for: see :func:`pyrovae.evaluation.inference_gaps`. Of the first 500 rows."""
     seconds: float | None = None
     """Of training."""
     steps: int | None = None

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from pyrovae.checks import check_choice, check_positive
 from pyrovae.checks_pair import observed_support
+from pyrovae.evaluation.generation import decode, latents, local_latents, model_latents, reconstruct, sample
 from pyrovae.evaluation.mixtures import check_labels
-from pyrovae.evaluation.predict import decode, latents, local_latents, model_latents, reconstruct, sample
 from pyrovae.infer import log_weights
 from pyrovae.infer.weights import same_random_state
 from pyrovae.pair import Pair

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 from pyrovae.data import DataSet
-from pyrovae.evaluation.collapse import USED_NATS
-from pyrovae.evaluation.predict import latents, local_latents
+from pyrovae.evaluation.generation import latents, local_latents
+from pyrovae.evaluation.posterior_collapse import USED_NATS
 from pyrovae.pair import Pair
 from pyrovae.plots import pair_plots as plots
 from pyrovae.plots import score_plots

@@ -17,9 +17,10 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyrovae.evaluation.collapse import USED_NATS
-from pyrovae.evaluation.pareto import BAD_K
-from pyrovae.evaluation.predict import decode, latents, local_latents, mean_or_value
+from pyrovae.evaluation.generation import decode, latents, local_latents
+from pyrovae.evaluation.guide_reliability import BAD_K
+from pyrovae.evaluation.posterior_collapse import USED_NATS
+from pyrovae.evaluation.sites import mean_or_value
 from pyrovae.infer.weights import same_random_state
 from pyrovae.plots.pair_plots import DATA, MODEL, new_figure, plot_images
 

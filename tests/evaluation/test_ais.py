@@ -16,7 +16,7 @@ from torch import nn
 import pyrovae as pv
 from pyrovae.evaluation import ais, evaluate, sample
 from pyrovae.evaluation.ais import annealed_evidence, bidirectional_evidence
-from pyrovae.evaluation.prepare import NotApplicable
+from pyrovae.evaluation.preparation import NotApplicable
 from pyrovae.infer import program
 
 NUM_SE = 5  # standard errors allowed in statistical tests

@@ -18,9 +18,9 @@ import pyrovae as pv
 from pyrovae.evaluation import calibration as module
 from pyrovae.evaluation import sample
 from pyrovae.evaluation.calibration import LIKELIHOOD, ecdf_band, plot_calibration, simulation_based_calibration
-from pyrovae.evaluation.predictive import default_statistics, posterior_predictive_check
-from pyrovae.evaluation.prepare import NotApplicable
-from pyrovae.evaluation.traces import FLOATS_PER_CHUNK
+from pyrovae.evaluation.chunks import FLOATS_PER_CHUNK
+from pyrovae.evaluation.predictive_check import default_statistics, posterior_predictive_check
+from pyrovae.evaluation.preparation import NotApplicable
 from pyrovae.models import GMM, IWAE, PPCA, VAE
 
 NUM_SE = 5  # standard errors allowed in statistical tests

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import pyrovae as pv
+from pyrovae.evaluation.chunks import FLOATS_PER_CHUNK
 from pyrovae.evaluation.decomposition import kl_decomposition
-from pyrovae.evaluation.prepare import NotApplicable
-from pyrovae.evaluation.traces import FLOATS_PER_CHUNK
+from pyrovae.evaluation.preparation import NotApplicable
 
 NUM_SE = 5  # standard errors allowed in statistical tests
 PARTS = ("kl", "mutual_information", "marginal_kl", "total_correlation", "dimension_wise_kl")

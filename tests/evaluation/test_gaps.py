@@ -14,10 +14,10 @@ from torch.distributions import kl_divergence
 
 import pyrovae as pv
 from pyrovae.evaluation import sample
-from pyrovae.evaluation.datum_guides import FAMILIES
+from pyrovae.evaluation.chunks import FLOATS_PER_CHUNK
 from pyrovae.evaluation.gaps import inference_gaps
-from pyrovae.evaluation.prepare import NotApplicable
-from pyrovae.evaluation.traces import FLOATS_PER_CHUNK
+from pyrovae.evaluation.per_datum_guide import FAMILIES
+from pyrovae.evaluation.preparation import NotApplicable
 
 NUM_SE = 5  # standard errors allowed in statistical tests
 SEARCH = 5e-3  # nats a datum that the search for the best guide may leave behind

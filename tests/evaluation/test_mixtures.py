@@ -15,10 +15,10 @@ from sklearn import metrics
 from sklearn.mixture import GaussianMixture
 
 import pyrovae as pv
+from pyrovae.evaluation.chunks import FLOATS_PER_CHUNK
 from pyrovae.evaluation.criteria import information_criteria, plot_selection, select_components
 from pyrovae.evaluation.mixtures import mixture_scores
-from pyrovae.evaluation.prepare import NotApplicable
-from pyrovae.evaluation.traces import FLOATS_PER_CHUNK
+from pyrovae.evaluation.preparation import NotApplicable
 from pyrovae.models import GMM, IWAE, PPCA, VAE
 
 COVARIANCES = ("full", "tied", "diag", "spherical")

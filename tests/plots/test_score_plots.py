@@ -15,9 +15,9 @@ from matplotlib.colors import to_hex
 from torch import nn
 
 import pyrovae as pv
-from pyrovae.evaluation.collapse import USED_NATS
 from pyrovae.evaluation.gaps import InferenceGaps
-from pyrovae.evaluation.predict import latents
+from pyrovae.evaluation.generation import latents
+from pyrovae.evaluation.posterior_collapse import USED_NATS
 from pyrovae.plots.pair_plots import DATA
 from pyrovae.plots.score_plots import GREY, can_traverse, plot_gaps, plot_kl, plot_pareto_k, plot_traversal
 

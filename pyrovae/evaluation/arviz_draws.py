@@ -1,4 +1,4 @@
-"""What :func:`~pyrovae.evaluation.inference_data.to_arviz` holds: draws of one pair, chunk by chunk."""
+"""Draws of one pair for ArviZ, chunk by chunk: what :func:`~pyrovae.evaluation.to_arviz` assembles."""
 
 from __future__ import annotations
 
@@ -17,31 +17,36 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyrovae.evaluation.prepare import NotApplicable
-from pyrovae.evaluation.traces import chunk_sizes, drawn_data, is_local, is_point, unobserve, width
+from pyrovae.evaluation.chunks import chunk_sizes, width
+from pyrovae.evaluation.preparation import not_applicable
+from pyrovae.evaluation.sites import drawn_data, is_local, is_point, unobserve
 from pyrovae.infer.weights import PARTICLES, Structure, sample_sites, trace_pair
 from pyrovae.pair import Pair
 
-__all__ = ["Key", "Look", "Plan", "Variable", "arranged", "clean_name", "draw_chain"]
+__all__ = ["Key", "PairLayout", "Plan", "Variable", "arranged", "clean_name", "draw_chain"]
 
 EQUAL = 1e-5  # log weights that agree to this, relative to themselves, differ by rounding
-TIE_BREAK = 1e-8  # nats: see _told_apart
+TIE_BREAK = 1e-8  # nats: see _with_broken_ties
 
-Key = tuple[str, str]  # group, variable
+Key = tuple[str, str]
+"""Name of the group and of the variable."""
 
 
 @dataclass(frozen=True)
 class Variable:
+    """Shape of one variable of the result."""
+
     dims: tuple[str, ...]
-    """After chain and draw."""
+    """Names of the dims after chain and draw."""
     sizes: tuple[int, ...]
-    """Those of ``data`` are not known before all data come: 1."""
+    """Size of each dim; 1 for ``data``, whose size is not known yet."""
     itemsize: int
+    """Bytes of one number."""
 
     @staticmethod
     def of(site: Any, num_features: int | None = None) -> Variable:
-        """``num_features``: of the data, where the site is observed."""
-        name, event, frames = clean_name(site["name"]), site["fn"].event_shape, _frames(site)
+        """Describe a site; ``num_features`` is that of the data, where the site is observed."""
+        name, event, frames = clean_name(site["name"]), site["fn"].event_shape, _plates(site)
         dims = [f"{name}_dim"] if len(event) == 1 else [f"{name}_dim_{i}" for i in range(len(event))]
         if event == (num_features,):
             dims = ["feature"]
@@ -52,8 +57,8 @@ class Variable:
 
 
 @dataclass(frozen=True)
-class Look:
-    """What one run on a few data shows of a pair."""
+class PairLayout:
+    """Sites of a pair and where they lie, as one run on two data shows them."""
 
     structure: Structure
     latents: dict[str, Variable]
@@ -61,19 +66,26 @@ class Look:
     guide: dict[str, str]
     """Distribution of each guide site."""
     local: bool
-    """Every site lies in the plate ``data``: data are independent of each other, and come in chunks."""
+    """Whether every site lies in the plate ``data``: then data are independent of each other, and come in chunks."""
     local_guide: tuple[str, ...]
+    """Guide sites in the plate ``data``."""
     points: tuple[str, ...]
     """Local latents to which the guide gives one value: then there are no importance weights."""
     pointwise: bool
-    """Every observed site lies in the plate ``data``."""
+    """Whether every observed site lies in the plate ``data``."""
     exact: bool
-    """``pair.log_prob`` is all of log p(x_n)."""
+    """Whether ``pair.log_prob`` is all of log p(x_n)."""
     width: int
-    """Numbers that one draw of one datum takes, at the widest."""
+    """Numbers in the widest tensor, for one draw of one datum."""
 
     @staticmethod
-    def of(pair: Pair, x: Tensor) -> Look:
+    def of(pair: Pair, x: Tensor) -> PairLayout:
+        """Run the pair on two data.
+
+        Raises:
+            NotApplicable: an enumerated site does not have one value a datum.
+            ValueError: a site lies in other plates in the guide than in the model.
+        """
         few = x[:2]
         structure = Structure.of(pair.model, pair.guide, (few,), {})
         with torch.no_grad():
@@ -86,10 +98,10 @@ class Look:
         observed = drawn_data(free_trace)
         local = all(is_local(site) for site in [*in_model.values(), *in_guide.values()])
         local_guide = tuple(name for name, site in in_guide.items() if is_local(site))
-        # Beside auxiliary sites a point may have a density of its own: that of a transform.
+        # Beside auxiliary sites, a point may be the transform of another draw, and then it has a density.
         auxiliary = any(site["infer"].get("is_auxiliary") for site in in_guide.values())
         kinds = {n: type(getattr(s["fn"], "base_dist", s["fn"])).__name__ for n, s in in_guide.items()}
-        return Look(
+        return PairLayout(
             structure,
             {n: Variable.of(s) for n, s in free.items() if n not in observed},
             {n: Variable.of(s, x.shape[1]) for n, s in observed.items()},
@@ -105,66 +117,67 @@ class Look:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to draw."""
+    """Plan of what to draw from a pair."""
 
-    look: Look
+    layout: PairLayout
     num_draws: int
     num_samples: int
     log_likelihood: str
     predictive: bool
 
     def variables(self) -> dict[Key, Variable]:
-        """All with a draw dimension."""
-        look, each = self.look, Variable(("data",), (1,), 8)
+        """Return all variables with a draw dim."""
+        layout, each = self.layout, Variable(("data",), (1,), 8)
         none = Variable((), (), 8)
-        found = {("posterior", name): variable for name, variable in look.latents.items()}
+        found = {("posterior", name): variable for name, variable in layout.latents.items()}
         if self.predictive:
-            found |= {("prior", name): variable for name, variable in look.latents.items()}
+            found |= {("prior", name): variable for name, variable in layout.latents.items()}
             for group in ("posterior_predictive", "prior_predictive"):
-                found |= {(group, name): variable for name, variable in look.observed.items()}
+                found |= {(group, name): variable for name, variable in layout.observed.items()}
         if not self.left_out():
             found |= {("log_likelihood", name): each for name in self.log_likelihood_names()}
-        return found | {("sample_stats", "log_weight"): each if look.local else none, ("sample_stats", "lp"): none}
+        return found | {("sample_stats", "log_weight"): each if layout.local else none, ("sample_stats", "lp"): none}
 
     def log_likelihood_names(self) -> list[str]:
-        """One variable of the marginal likelihood, so that ``az.loo`` need not be told which."""
-        return list(self.look.observed) if self.log_likelihood == "conditional" else ["+".join(self.look.observed)]
+        """Return the variables of the log likelihood: one if marginal, so that ``az.loo`` need not be told which."""
+        return list(self.layout.observed) if self.log_likelihood == "conditional" else ["+".join(self.layout.observed)]
 
     def left_out(self) -> str:
-        """Why there is no log likelihood; empty where there is."""
-        if not self.look.pointwise:
+        """Return why there is no log likelihood; empty where there is one."""
+        if not self.layout.pointwise:
             return "log_likelihood: not all observed sites lie in the plate 'data', so there is none for each datum"
-        if self.log_likelihood == "marginal" and self.look.points and not self.look.exact:
+        if self.log_likelihood == "marginal" and self.layout.points and not self.layout.exact:
             return (
-                f"log_likelihood: the guide gives one value to {', '.join(self.look.points)}, so that its weights do "
+                f"log_likelihood: the guide gives one value to {', '.join(self.layout.points)}, so that its weights do "
                 "not estimate log p(x); 'conditional' would apply"
             )
         return ""
 
     def rounds(self) -> int:
-        """Runs of the guide for every draw."""
-        look = self.look
-        if self.log_likelihood == "conditional" or look.exact or not look.local_guide or self.left_out():
+        """Return how many runs of the guide each draw takes."""
+        layout = self.layout
+        if self.log_likelihood == "conditional" or layout.exact or not layout.local_guide or self.left_out():
             return 1
-        return -(-self.num_samples // self.num_draws) if look.local else self.num_samples
+        return -(-self.num_samples // self.num_draws) if layout.local else self.num_samples
 
     def log_likelihood_kind(self) -> str:
-        look = self.look
+        """Say in words which log likelihood the result holds."""
+        layout = self.layout
         if self.left_out():
             return "left out"
         if self.log_likelihood == "conditional":
             return "log p(x_n | latents)"
-        given = "log p(x_n)" if look.local else "log p(x_n | global latents)"
-        if look.exact or not look.local_guide:
+        given = "log p(x_n)" if layout.local else "log p(x_n | global latents)"
+        if layout.exact or not layout.local_guide:
             return f"{given}, exact"
-        samples = self.rounds() * self.num_draws if look.local else self.rounds()
-        return f"{given}, importance estimate from {samples} samples a datum{'' if look.local else ' and draw'}"
+        samples = self.rounds() * self.num_draws if layout.local else self.rounds()
+        return f"{given}, importance estimate from {samples} samples a datum{'' if layout.local else ' and draw'}"
 
 
 def draw_chain(pair: Pair, x: Tensor, plan: Plan) -> dict[Key, Tensor]:
-    """All draws from one pair, (S, ...)."""
-    look, variables = plan.look, plan.variables()
-    data_chunk, draw_chunk = chunk_sizes(x.device, look.width, len(x), plan.num_draws, joint=not look.local)
+    """Draw every variable from one pair, (S, ...)."""
+    layout, variables = plan.layout, plan.variables()
+    data_chunk, draw_chunk = chunk_sizes(x.device, layout.width, len(x), plan.num_draws, joint=not layout.local)
     counts = [len(part) for part in torch.arange(plan.num_draws).split(draw_chunk)]
     parts: list[dict[Key, Tensor]] = []
     for some in x.split(data_chunk):
@@ -172,9 +185,9 @@ def draw_chain(pair: Pair, x: Tensor, plan: Plan) -> dict[Key, Tensor]:
         part = {key: torch.cat([d[key] for d in drawn]) for key in drawn[0]}
         if ("log_likelihood", name := plan.log_likelihood_names()[0]) in part and plan.log_likelihood == "marginal":
             value = part["log_likelihood", name]
-            if look.local and look.local_guide and not look.exact:
-                value = _without_own(value)
-            part["log_likelihood", name] = _told_apart(value)
+            if layout.local and layout.local_guide and not layout.exact:
+                value = _evidence_from_others(value)
+            part["log_likelihood", name] = _with_broken_ties(value)
         parts.append(part)
 
     def joined(key: Key) -> Tensor:
@@ -185,14 +198,14 @@ def draw_chain(pair: Pair, x: Tensor, plan: Plan) -> dict[Key, Tensor]:
 
 
 def _draw(pair: Pair, x: Tensor, plan: Plan, draws: int) -> dict[Key, Tensor]:
-    """``draws`` of every variable, on a chunk of data. The marginal log likelihood is still that of each draw alone."""
-    look, structure = plan.look, plan.look.structure
+    """Draw every variable on a chunk of data. The marginal log likelihood is still that of each draw alone."""
+    layout, structure = plan.layout, plan.layout.structure
     nesting, shape = structure.max_plate_nesting, (draws, len(x))
     found: dict[Key, Tensor] = {}
 
     def run(guide: Callable) -> tuple[Trace, Trace, Tensor, Tensor, Tensor, Tensor]:
-        # Where nothing is sampled, one run stands for all draws.
-        count = draws if look.guide else 1
+        # Where the guide samples nothing, one run stands for all draws.
+        count = draws if layout.guide else 1
         traces = trace_pair(pair.model, guide, (x,), {}, num_particles=count, structure=structure)
         log_p, log_q = (_log_probs(trace, nesting, x) for trace in traces)
         return *traces, *log_p, *log_q
@@ -208,52 +221,52 @@ def _draw(pair: Pair, x: Tensor, plan: Plan, draws: int) -> dict[Key, Tensor]:
         found.update({(group, n): arranged(sites[n], value, draws, nesting) for n, value in values.items()})
 
     model_trace, guide_trace, local_p, global_p, local_q, global_q = run(pair.guide)
-    given = {name: site["value"] for name, site in sample_sites(guide_trace).items() if name in look.latents}
-    evidence = joint = _summed(local_p)
+    given = {name: site["value"] for name, site in sample_sites(guide_trace).items() if name in layout.latents}
+    evidence = joint = _sum_enumerated(local_p)
     if structure.enumerated:
         drawn, joint = _enumerated_draws(local_p, sample_sites(model_trace), structure, draws)
         given |= drawn
     keep("posterior", sample_sites(model_trace), given)
     log_weight = (evidence - local_q).expand(shape)
     found["sample_stats", "log_weight"] = (
-        log_weight if look.local else (log_weight.sum(1) + global_p - global_q).expand(draws)
+        log_weight if layout.local else (log_weight.sum(1) + global_p - global_q).expand(draws)
     )
     found["sample_stats", "lp"] = (joint.expand(shape).sum(1) + global_p).expand(draws)
 
     if plan.predictive:
         free = unobserve(pair.model)
         sites = simulate(poutine.condition(free, data=given))
-        keep("posterior_predictive", sites, {name: sites[name]["value"] for name in look.observed})
+        keep("posterior_predictive", sites, {name: sites[name]["value"] for name in layout.observed})
         sites = simulate(free)
-        keep("prior_predictive", sites, {name: sites[name]["value"] for name in look.observed})
-        keep("prior", sites, {name: sites[name]["value"] for name in look.latents})
+        keep("prior_predictive", sites, {name: sites[name]["value"] for name in layout.observed})
+        keep("prior", sites, {name: sites[name]["value"] for name in layout.latents})
 
     if plan.left_out():
         return found
     if plan.log_likelihood == "conditional":
         sites = simulate(poutine.condition(pair.model, data=given))
-        for name in look.observed:
+        for name in layout.observed:
             log_prob = sites[name]["fn"].log_prob(sites[name]["value"])
-            found["log_likelihood", name] = _to_data(sites[name], log_prob, nesting).expand(shape)
+            found["log_likelihood", name] = _summed_per_datum(sites[name], log_prob, nesting).expand(shape)
         return found
-    if look.exact and pair.log_prob is not None:
+    if layout.exact and pair.log_prob is not None:
         marginal = pair.log_prob(x).double().expand(shape)
     else:
         held = guide_trace.copy()  # a global latent stays as it was drawn
         for name, site in guide_trace.nodes.items():
-            if name in look.local_guide or site["type"] != "sample":
+            if name in layout.local_guide or site["type"] != "sample":
                 held.remove_node(name)
         marginal, rounds = log_weight, plan.rounds()
         for _ in range(rounds - 1):
             _, _, again_p, _, again_q, _ = run(poutine.replay(pair.guide, trace=held))
-            marginal = torch.logaddexp(marginal, _summed(again_p) - again_q)
+            marginal = torch.logaddexp(marginal, _sum_enumerated(again_p) - again_q)
         marginal = marginal - math.log(rounds)
     found["log_likelihood", plan.log_likelihood_names()[0]] = marginal
     return found
 
 
-def _without_own(log_weight: Tensor) -> Tensor:
-    """log 1/(S−1) Σ_{t≠s} w_tn, (S, N): the evidence from all draws but one's own.
+def _evidence_from_others(log_weight: Tensor) -> Tensor:
+    """Return log 1/(S−1) Σ_{t≠s} w_tn, (S, N): the evidence from all draws but one's own.
 
     The leave-one-out ratios of these, 1/Σ_{t≠s} w_t, grow with w_s and to first order linearly: their tail has the
     shape of the weights' tail, and their mean is 1/p(x_n) to O(1/S²).
@@ -269,8 +282,8 @@ def _without_own(log_weight: Tensor) -> Tensor:
     return torch.where(high - low <= EQUAL * mean.abs().clamp(min=1), mean, found)
 
 
-def _told_apart(value: Tensor) -> Tensor:
-    """Evenly spaced offsets over draws, of at most TIE_BREAK nats, which sum to zero.
+def _with_broken_ties(value: Tensor) -> Tensor:
+    """Add evenly spaced offsets over draws, of at most TIE_BREAK nats, which sum to zero.
 
     ArviZ cannot fit a tail to equal numbers: it gives k̂ = ∞, and ``az.loo`` warns although log p(x_n) is exact.
     """
@@ -280,47 +293,46 @@ def _told_apart(value: Tensor) -> Tensor:
 # Shapes
 
 
-def _frames(site: Any) -> list[Any]:
-    """The plates of a site, from the left; draws apart."""
+def _plates(site: Any) -> list[Any]:
+    """Return the plates of a site from the left, without that of the draws."""
     frames = [f for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES]
     return sorted(frames, key=lambda frame: frame.dim)
 
 
 def clean_name(name: str) -> str:
-    """As netCDF takes it."""
+    """Return the name as netCDF takes it, without slashes."""
     return name.replace("/", ".")
 
 
-def _support(site: Any) -> Tensor:
-    """(values, event ...)"""
+def _support_values(site: Any) -> Tensor:
+    """Return all values of a discrete site, (values, event ...)."""
     return site["fn"].enumerate_support(expand=False).reshape(-1, *site["fn"].event_shape)
 
 
 def arranged(site: Any, value: Tensor, draws: int, nesting: int) -> Tensor:
-    """(draws, plates of the site ..., event ...)"""
+    """Arrange a value as (draws, plates of the site ..., event ...)."""
     event = site["fn"].event_shape
     batch = tuple(value.shape[: value.dim() - len(event)])
     batch = (1,) * (nesting + 1 - len(batch)) + batch
-    kept = [batch[frame.dim] for frame in _frames(site)]
+    kept = [batch[frame.dim] for frame in _plates(site)]
     return value.reshape(batch[-nesting - 1], *kept, *event).expand(draws, *kept, *event)
 
 
-def _to_data(site: Any, log_prob: Tensor, nesting: int) -> Tensor:
-    """Sum over all plates but ``data``: (enumerated ..., draws or 1, data); without it, (..., draws or 1)."""
+def _summed_per_datum(site: Any, log_prob: Tensor, nesting: int) -> Tensor:
+    """Sum over all plates but ``data``: (enumerated ..., draws or 1, data); outside it, (..., draws or 1)."""
     log_prob = scale_and_mask(log_prob, 1.0, site["mask"]).double()
     log_prob = log_prob.reshape((1,) * (nesting + 1 - log_prob.dim()) + log_prob.shape)
-    data = [frame.dim for frame in _frames(site) if frame.name == "data"]
+    data = [frame.dim for frame in _plates(site) if frame.name == "data"]
     dims = [dim for dim in range(-nesting, 0) if dim not in data]
     return log_prob.sum(dims) if dims else log_prob
 
 
 def _log_probs(trace: Trace, nesting: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Log densities of local sites, (enumerated ..., draws or 1, data), and of global ones, (draws or 1,)."""
-    sites = list(sample_sites(trace).values())
+    """Return log densities of local sites, (enumerated ..., draws or 1, data), and of global ones, (draws or 1,)."""
     local = torch.zeros(1, len(x), dtype=torch.float64, device=x.device)
     other = torch.zeros(1, dtype=torch.float64, device=x.device)
-    for site in sites:
-        term = _to_data(site, site["unscaled_log_prob"], nesting)
+    for site in sample_sites(trace).values():
+        term = _summed_per_datum(site, site["unscaled_log_prob"], nesting)
         if is_local(site):
             local = local + term
         else:
@@ -328,23 +340,25 @@ def _log_probs(trace: Trace, nesting: int, x: Tensor) -> tuple[Tensor, Tensor]:
     return local, other
 
 
-def _summed(local: Tensor) -> Tensor:
-    """Enumerated latents summed out: (draws or 1, data)."""
+def _sum_enumerated(local: Tensor) -> Tensor:
+    """Sum enumerated latents out: (draws or 1, data)."""
     return local.flatten(0, -3).logsumexp(0) if local.dim() > 2 else local
 
 
 def _enumerated_draws(
     local: Tensor, sites: Mapping[str, Any], structure: Structure, draws: int
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Draw the enumerated latents jointly from p(y | x, z); and log p(x, y, z) at the draws, (draws, data)."""
+    """Draw the enumerated latents jointly from p(y | x, z); return them and log p(x, y, z) there, (draws, data)."""
     shape = local.shape[:-2]
     joint = local.flatten(0, -3).movedim(0, -1)  # (draws or 1, data, values)
     joint = joint.expand(draws, *joint.shape[1:])
     index = Categorical(logits=joint, validate_args=False).sample()
     found = {}
-    for name, at in zip(_by_dim(sites, structure), torch.unravel_index(index, shape), strict=True):
-        (frame,) = _frames(sites[name])
-        value, event = _support(sites[name])[at], sites[name]["fn"].event_shape
+    # The enumerated sites in the order of their dims.
+    names = sorted(structure.enumerated, key=lambda name: sites[name]["infer"]["_enumerate_dim"])
+    for name, at in zip(names, torch.unravel_index(index, shape), strict=True):
+        (frame,) = _plates(sites[name])
+        value, event = _support_values(sites[name])[at], sites[name]["fn"].event_shape
         right = -frame.dim - 1
         left = structure.max_plate_nesting - 1 - right
         batch = (draws,) * (draws > 1) + (1,) * left + (len(at[0]),) + (1,) * right
@@ -352,21 +366,18 @@ def _enumerated_draws(
     return found, joint.gather(-1, index.unsqueeze(-1)).squeeze(-1)
 
 
-def _by_dim(sites: Mapping[str, Any], structure: Structure) -> list[str]:
-    """The enumerated sites, in the order of their dims."""
-    return sorted(structure.enumerated, key=lambda name: sites[name]["infer"]["_enumerate_dim"])
-
-
 def _check_plates(pair: Pair, structure: Structure, in_model: Mapping[str, Any], in_guide: Mapping[str, Any]) -> None:
-    plates = {name: {frame.name for frame in _frames(site)} for name, site in in_model.items()}
+    plates = {name: {frame.name for frame in _plates(site)} for name, site in in_model.items()}
     for name in structure.enumerated:
         if plates[name] != {"data"}:
-            raise NotApplicable(
-                f"to_arviz does not apply to {type(pair).__name__}: the enumerated site '{name}' must have one value a "
-                f"datum, so lie in the plate 'data' alone; it lies in {sorted(plates[name])}. Sample it in the guide."
+            raise not_applicable(
+                "to_arviz",
+                pair,
+                f"the enumerated site '{name}' must have one value a datum, so lie in the plate 'data' alone; it lies "
+                f"in {sorted(plates[name])}. Sample it in the guide.",
             )
     for name, site in in_guide.items():
-        found = {frame.name for frame in _frames(site)}
+        found = {frame.name for frame in _plates(site)}
         if found != plates.get(name, found):
             raise ValueError(
                 f"guide: site '{name}' lies in plates {sorted(found)}, and in the model in {sorted(plates[name])}. "

@@ -1,4 +1,4 @@
-"""A fitted pair as an ArviZ ``InferenceData``: draws, simulated data, pointwise log likelihood."""
+"""Export of a fitted pair to ArviZ: draws, simulated data and pointwise log likelihood in an ``InferenceData``."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pyro import poutine
 from torch import Tensor
 
 from pyrovae.checks import check_choice, check_positive
-from pyrovae.evaluation.draws import Key, Look, Plan, Variable, arranged, clean_name, draw_chain
-from pyrovae.evaluation.prepare import prepared
-from pyrovae.evaluation.traces import drawn_data, unobserve
+from pyrovae.evaluation.arviz_draws import Key, PairLayout, Plan, Variable, arranged, clean_name, draw_chain
+from pyrovae.evaluation.preparation import prepared
+from pyrovae.evaluation.sites import drawn_data, unobserve
 from pyrovae.pair import Pair
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["MAX_BYTES", "to_arviz"]
 
 MAX_BYTES = 2**31
-"""Of all groups together. Larger ones are refused before work starts."""
+"""Most bytes of all groups together. A larger result is refused before work starts."""
 
 
 def to_arviz(
@@ -40,7 +40,7 @@ def to_arviz(
     device: str | torch.device = "auto",
     seed: int = 0,
 ) -> InferenceData:
-    """Draws from a pair's guide and model, as ArviZ takes them. S draws, N data, D features.
+    """Draw from a pair's guide and model, and return the draws as ArviZ takes them. S draws, N data, D features.
 
     ========================  =====================================  =======================================
     group                     variables                              dims, after (chain, draw)
@@ -87,9 +87,7 @@ def to_arviz(
         log_likelihood: ``marginal`` or ``conditional``.
         predictive: simulate from the model: the groups ``prior``, ``prior_predictive`` and ``posterior_predictive``.
         coords: labels by dim, such as ``{"feature": names, "data": ids}``. Others count from 0.
-        binarize: draw pixels in [0, 1] as 0 or 1 first, once for all chains.
-        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``.
-        seed: of the draws; chains differ. The caller's random state is left as it was.
+        binarize, device, seed: as in :func:`pyrovae.evaluate`. Pixels are drawn once for all chains.
 
     Returns:
         An ``InferenceData``. Its ``attrs`` name the pair, guide, seed and log likelihood, and say what is left out.
@@ -113,11 +111,11 @@ def to_arviz(
     check_choice("log_likelihood", log_likelihood, ("marginal", "conditional"))
 
     with prepared(pairs[0], x, binarize=binarize, device=device, seed=seed) as x:
-        look = Look.of(pairs[0], x)
+        layout = PairLayout.of(pairs[0], x)
     for index, other in enumerate(pairs[1:], start=1):
         with prepared(other, x, device=device, seed=seed) as rows:
-            _check_same_sites(index, look, Look.of(other, rows))
-    plan = Plan(look, num_draws, num_samples, log_likelihood, predictive)
+            _check_same_sites(index, layout, PairLayout.of(other, rows))
+    plan = Plan(layout, num_draws, num_samples, log_likelihood, predictive)
     labels = _labels(plan, len(x), coords)
     _check_size(plan, len(x), len(pairs))
 
@@ -129,6 +127,7 @@ def to_arviz(
 
 
 def _check_size(plan: Plan, num_data: int, num_chains: int) -> None:
+    """Raise ValueError, with fixes that fit, where the result would take more than ``MAX_BYTES``."""
     draws = num_chains * plan.num_draws
 
     def size(variables: Mapping[Key, Variable], num_data: int) -> int:
@@ -152,7 +151,7 @@ def _check_size(plan: Plan, num_data: int, num_chains: int) -> None:
     )
 
 
-def _check_same_sites(index: int, first: Look, other: Look) -> None:
+def _check_same_sites(index: int, first: PairLayout, other: PairLayout) -> None:
     if (expected := _sites_in_words(first)) != (found := _sites_in_words(other)):
         raise ValueError(
             f"pair[{index}]: expected the sites of pair[0], as chains are restarts of one pair: {expected}; got "
@@ -160,20 +159,21 @@ def _check_same_sites(index: int, first: Look, other: Look) -> None:
         )
 
 
-def _sites_in_words(look: Look) -> str:
+def _sites_in_words(layout: PairLayout) -> str:
     words = [
         f"{name} ({', '.join(dim if dim == 'data' else str(size) for dim, size in zip(v.dims, v.sizes, strict=True))})"
-        for name, v in [*look.latents.items(), *look.observed.items()]
+        for name, v in [*layout.latents.items(), *layout.observed.items()]
     ]
-    return f"{', '.join(words)}, with {', '.join(sorted(look.guide)) or 'nothing'} in the guide"
+    return f"{', '.join(words)}, with {', '.join(sorted(layout.guide)) or 'nothing'} in the guide"
 
 
 def _labels(plan: Plan, num_data: int, coords: Mapping[str, Any] | None) -> dict[str, Any]:
-    observed = plan.look.observed
+    """Return the labels of every dim: those in ``coords``, else counted from 0."""
+    observed = plan.layout.observed
     lengths: dict[str, int] = {}
     for v in [*plan.variables().values(), *observed.values()]:
         lengths |= {d: num_data if d == "data" else s for d, s in zip(v.dims, v.sizes, strict=True)}
-    if clash := set(lengths) & {*plan.look.latents, *observed, "chain", "draw"}:
+    if clash := set(lengths) & {*plan.layout.latents, *observed, "chain", "draw"}:
         raise ValueError(f"pair: {sorted(clash)[0]!r} names a dim and something else. Rename the site or plate.")
     labels: dict[str, Any] = {dim: list(range(length)) for dim, length in lengths.items()}
     for dim, names in (coords or {}).items():
@@ -210,11 +210,11 @@ def _assemble(
         group: arviz.dict_to_dataset(values, coords=labels, dims=dims[group], library=pyrovae)
         for group, values in groups.items()
     }
-    look = plan.look
+    layout = plan.layout
     datasets["observed_data"] = arviz.dict_to_dataset(
-        {clean_name(name): value.cpu().numpy() for name, value in _observed(pairs[0], x, look).items()},
+        {clean_name(name): value.cpu().numpy() for name, value in _observed(pairs[0], x, layout).items()},
         coords=labels,
-        dims={clean_name(name): list(v.dims) for name, v in look.observed.items()},
+        dims={clean_name(name): list(v.dims) for name, v in layout.observed.items()},
         default_dims=[],
         library=pyrovae,
     )
@@ -223,8 +223,8 @@ def _assemble(
         "pair": type(pairs[0]).__name__,
         "pyrovae_version": pyrovae.__version__,
         "seed": seed,
-        "guide": ", ".join(f"{name}: {kind}" for name, kind in look.guide.items()) or "none",
-        "enumerated": ", ".join(look.structure.enumerated) or "none",
+        "guide": ", ".join(f"{name}: {kind}" for name, kind in layout.guide.items()) or "none",
+        "enumerated": ", ".join(layout.structure.enumerated) or "none",
         "log_likelihood": plan.log_likelihood_kind(),
         "left_out": plan.left_out() or "nothing",
         "notes": " ".join(notes + ["Chains are restarts."] * (len(pairs) > 1)),
@@ -232,8 +232,8 @@ def _assemble(
     return arviz.InferenceData(attrs=attrs, **datasets)
 
 
-def _observed(pair: Pair, x: Tensor, look: Look) -> dict[str, Tensor]:
+def _observed(pair: Pair, x: Tensor, layout: PairLayout) -> dict[str, Tensor]:
     with prepared(pair, x, device=x.device), torch.no_grad():
         sites = drawn_data(poutine.trace(unobserve(pair.model)).get_trace(x))
     values = {name: site["infer"]["obs"].expand(site["value"].shape) for name, site in sites.items()}
-    return {name: arranged(sites[name], v, 1, look.structure.max_plate_nesting)[0] for name, v in values.items()}
+    return {name: arranged(sites[name], v, 1, layout.structure.max_plate_nesting)[0] for name, v in values.items()}

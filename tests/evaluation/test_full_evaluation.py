@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 import pyrovae as pv
-from pyrovae.evaluation import ALSO, NotApplicable, evaluate, everything
+from pyrovae.evaluation import ALSO, NotApplicable, evaluate, full_evaluation
 from pyrovae.evaluation.scores import importance_scores, title_of
 
 SMALL = {
@@ -40,7 +40,7 @@ def small(monkeypatch):
     assert SMALL.keys() == ALSO.keys()
     for name, settings in SMALL.items():
         function, most = ALSO[name]
-        monkeypatch.setitem(everything.ALSO, name, (partial(function, **settings), most))
+        monkeypatch.setitem(full_evaluation.ALSO, name, (partial(function, **settings), most))
 
 
 class Own(pv.Pair):
@@ -162,7 +162,7 @@ def test_what_applies_is_there_and_the_rest_is_named(case):
 def test_each_result_is_that_of_its_own_function(case):
     _, pair, x, labels, scores = case
     for name, result in scores.also.items():
-        data = {"data_dim": D} if name in everything.OF_THE_MODEL else {"x": x}
+        data = {"data_dim": D} if name in full_evaluation.OF_THE_MODEL else {"x": x}
         more = {"labels": labels} if name == "mixture_scores" else {}
         alone = ALSO[name][0](pair, **data, **more, device="cpu", seed=3)
         by_importance = {}
@@ -173,7 +173,7 @@ def test_each_result_is_that_of_its_own_function(case):
     assert dataclasses.replace(scores, left_out={}) == base  # == leaves ``also`` out
     for name in scores.left_out:
         with pytest.raises(NotApplicable):
-            ALSO[name][0](pair, **({"data_dim": D} if name in everything.OF_THE_MODEL else {"x": x}), device="cpu")
+            ALSO[name][0](pair, **({"data_dim": D} if name in full_evaluation.OF_THE_MODEL else {"x": x}), device="cpu")
 
 
 def test_the_print_holds_every_part(case):
@@ -246,7 +246,7 @@ def test_a_seed_of_its_own():
 def test_costly_ones_take_some_of_the_data(monkeypatch, name):
     function, most = ALSO[name]
     assert most == {"inference_gaps": 500, "annealed_evidence": 100}[name]
-    monkeypatch.setitem(everything.ALSO, name, (function, 5))
+    monkeypatch.setitem(full_evaluation.ALSO, name, (function, 5))
     pair, x = build("ppca")
     scores = run(pair, x, also=name, seed=2)
     chosen = x[torch.randperm(N, generator=torch.Generator().manual_seed(2))[:5]]

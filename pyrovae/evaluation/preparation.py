@@ -1,4 +1,4 @@
-"""What every measurement of a pair does first: check, place, seed; and put everything back at the end."""
+"""Preparation of a measurement: check and place the pair and its data, seed, and put everything back at the end."""
 
 from __future__ import annotations
 
@@ -16,11 +16,16 @@ from pyrovae.checks_pair import check_pair
 from pyrovae.infer.machine import keep_memory
 from pyrovae.pair import Pair
 
-__all__ = ["NotApplicable", "prepared", "progress_bar"]
+__all__ = ["NotApplicable", "not_applicable", "prepared", "progress_bar", "seeded"]
 
 
 class NotApplicable(ValueError):
-    """A quantity that this pair does not have. Tables leave it out, and name it."""
+    """A quantity that this pair does not have. Tables leave it out and name it."""
+
+
+def not_applicable(quantity: str, pair: Pair, reason: str) -> NotApplicable:
+    """Return the error to raise where ``quantity``, the name of a function, does not apply to the pair."""
+    return NotApplicable(f"{quantity} does not apply to {type(pair).__name__}: {reason}")
 
 
 @contextmanager
@@ -28,14 +33,16 @@ def prepared(
     pair: Any,
     x: Any,  # (N, D)
     *,
+    at_least: int = 1,
     binarize: bool = False,
     device: str | torch.device = "auto",
     seed: int = 0,
 ) -> Iterator[Tensor]:
-    """Check ``pair`` and ``x``, and give ``x`` on the device, in the pair's precision, binarised once if asked.
+    """Check ``pair`` and ``x``, and yield ``x`` on the device, in the pair's precision, binarised once if asked.
 
-    Inside, the pair is on the device, the random state is seeded, Pyro's validation is off. After it the pair is back
-    on its device, and the caller's random state is as it was.
+    The options are those of :func:`pyrovae.evaluate`; ``at_least`` is the smallest number of data allowed. Inside, the
+    pair is on the device, the random state is seeded and Pyro's validation is off. Afterwards the pair is back on its
+    own device, and the caller's random state is as it was.
 
     Raises:
         TypeError, ValueError: not a pair, bad data, an unknown or absent device; the pair does not run on the data.
@@ -43,7 +50,7 @@ def prepared(
     if not isinstance(pair, Pair):
         raise TypeError(not_a_pair(pair))
     device = pick_device(device)
-    x = check_data(x, data_dim=getattr(pair, "data_dim", None))
+    x = check_data(x, data_dim=getattr(pair, "data_dim", None), at_least=at_least)
     check_pair(pair, x, binarize=binarize)
     parameter = next(pair.parameters(), torch.zeros(()))
     home = parameter.device
@@ -61,6 +68,15 @@ def prepared(
         pair.to(home)
 
 
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Seed the random state and put it back at the end; None leaves it alone. Pyro's validation is off inside."""
+    with torch.random.fork_rng(enabled=seed is not None), pyro.validation_enabled(False):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
+
+
 def progress_bar(
     title: str,
     progress: bool | None,
@@ -69,6 +85,6 @@ def progress_bar(
     total: int | None = None,
     unit: str = "chunk",
 ) -> tqdm:
-    """A bar over ``items``, or one that ``update`` moves. ``progress``: show it; None shows it on a terminal."""
+    """Return a bar over ``items``, or one that ``update`` moves. ``progress=None`` shows it on a terminal only."""
     hide = None if progress is None else not progress
     return tqdm(items, desc=title, total=total, unit=unit, disable=hide, leave=False)

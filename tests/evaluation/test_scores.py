@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import pyrovae as pv
-from pyrovae.evaluation import decode, evaluate, latents, reconstruct, sample, scores
-from pyrovae.evaluation.traces import FLOATS_PER_CHUNK
+from pyrovae.evaluation import decode, evaluate, importance_sampling, latents, reconstruct, recording, sample, scores
+from pyrovae.evaluation.chunks import FLOATS_PER_CHUNK
 from pyrovae.infer import log_weight_terms, log_weights
 from pyrovae.infer.program import Program
 
@@ -332,7 +332,7 @@ def test_every_datum_gets_every_sample(monkeypatch, floats):
         return terms
 
     monkeypatch.setitem(FLOATS_PER_CHUNK, "cpu", floats)
-    monkeypatch.setattr(scores, "log_weight_terms", counted)
+    monkeypatch.setattr(importance_sampling, "log_weight_terms", counted)
     found = evaluate(pair, x, num_samples=13)
     shapes = [terms.log_weights.shape for terms in calls[1:]]  # the first is a look at the pair
     assert sum(k * n for k, n in shapes) == 13 * 11
@@ -622,9 +622,9 @@ def test_compiled_scores_are_the_eager_ones(name, compiles, monkeypatch):
     pair = pv.models.REGISTRY[name](6, **options.get(name, {"latent_dim": 3, "hidden_dims": (5,)}))
     x = (torch.rand(11, 6) < 0.5).float()
     eager = pv.evaluate(pair, x, num_samples=47).to_dict()
-    monkeypatch.setattr(scores, "CALLS_WORTH_COMPILING", 1)
+    monkeypatch.setattr(importance_sampling, "CALLS_WORTH_COMPILING", 1)
     made = []
-    monkeypatch.setattr(scores, "Program", lambda *args: made.append(Program(*args)) or made[-1])
+    monkeypatch.setattr(recording, "Program", lambda *args: made.append(Program(*args)) or made[-1])
     compiled = pv.evaluate(pair, x, num_samples=47).to_dict()
     assert len(made) == 1
     assert made[0].is_compiled == compiles
@@ -643,8 +643,8 @@ def test_a_pair_that_cannot_be_recorded_is_scored_eagerly(monkeypatch):
     torch.manual_seed(0)
     pair = Reads(6, 2, hidden_dims=(4,))
     eager = pv.evaluate(pair, x, num_samples=20)
-    monkeypatch.setattr(scores, "CALLS_WORTH_COMPILING", 1)
-    with pytest.warns(RuntimeWarning, match=r"evaluate runs eagerly: it reads the value of a tensor.*test_evaluate.py"):
+    monkeypatch.setattr(importance_sampling, "CALLS_WORTH_COMPILING", 1)
+    with pytest.warns(RuntimeWarning, match=r"evaluate runs eagerly: it reads the value of a tensor.*test_scores.py"):
         assert pv.evaluate(pair, x, num_samples=20) == eager
 
 

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 import pyrovae as pv
-from pyrovae.evaluation import draws, inference_data
-from pyrovae.evaluation.inference_data import to_arviz
-from pyrovae.evaluation.prepare import NotApplicable
-from pyrovae.evaluation.traces import FLOATS_PER_CHUNK
+from pyrovae.evaluation import arviz_draws, arviz_export
+from pyrovae.evaluation.arviz_export import to_arviz
+from pyrovae.evaluation.chunks import FLOATS_PER_CHUNK
+from pyrovae.evaluation.preparation import NotApplicable
 from pyrovae.infer.weights import log_weights
 
 with warnings.catch_warnings():
@@ -335,7 +335,7 @@ def test_marginal_log_likelihood_estimates_the_evidence(num_samples):
 def test_each_draw_leaves_out_its_own_weight():
     log_weight = torch.randn(6, 4, dtype=torch.float64) * 3
     log_weight[2, 1] += 200  # nearly all of the sum
-    found = draws._without_own(log_weight)
+    found = arviz_draws._evidence_from_others(log_weight)
     for s in range(6):
         others = torch.cat([log_weight[:s], log_weight[s + 1 :]])
         assert torch.allclose(found[s], others.logsumexp(0) - math.log(5), rtol=1e-12)
@@ -506,7 +506,7 @@ def test_pixels_are_binarised_once_for_all_chains():
 def test_arviz_is_imported_late_and_its_announcement_kept_back(tmp_path):
     code = (
         "import sys, torch, pyrovae as pv\n"
-        "from pyrovae.evaluation.inference_data import to_arviz\n"
+        "from pyrovae.evaluation.arviz_export import to_arviz\n"
         "assert 'arviz' not in sys.modules\n"
         "to_arviz(pv.models.PPCA(3, 1), torch.randn(4, 3), num_draws=2)\n"
     )
@@ -569,7 +569,7 @@ def test_errors(call, error, match):
 
 def test_too_large_is_refused_before_work_with_fixes_that_fit(monkeypatch):
     x = data(100, 2)
-    monkeypatch.setattr(inference_data, "MAX_BYTES", 100_000)
+    monkeypatch.setattr(arviz_export, "MAX_BYTES", 100_000)
     # a draw of a datum: z 4 + 4, x 8 + 8, log likelihood 8, log weight 8; lp 8 a draw
     with pytest.raises(ValueError, match=r"num_draws=24, or fewer data, x\[:12\].") as caught:
         to_arviz(Wide(), x)

@@ -12,15 +12,15 @@ import torch
 from torch import nn
 
 import pyrovae as pv
-from pyrovae.evaluation.collapse import (
+from pyrovae.evaluation.decomposition import kl_decomposition
+from pyrovae.evaluation.posterior_collapse import (
     THRESHOLDS,
     active_units_curve,
     collapse,
     judge_categories,
     judge_dimensions,
 )
-from pyrovae.evaluation.decomposition import kl_decomposition
-from pyrovae.evaluation.prepare import NotApplicable
+from pyrovae.evaluation.preparation import NotApplicable
 
 
 class Encoded(pv.Pair):
