@@ -19,10 +19,10 @@ from pyrovae.evaluation.full_evaluation import ALSO, evaluate
 from pyrovae.evaluation.gaps import InferenceGaps, inference_gaps
 from pyrovae.evaluation.generation import decode, latents, reconstruct, sample
 from pyrovae.evaluation.guide_reliability import GuideQuality, guide_quality
+from pyrovae.evaluation.measurement import NotApplicable
 from pyrovae.evaluation.mixtures import MixtureScores, mixture_scores
 from pyrovae.evaluation.posterior_collapse import Collapse, active_units_curve, collapse
 from pyrovae.evaluation.predictive_check import PredictiveCheck, default_statistics, posterior_predictive_check
-from pyrovae.evaluation.preparation import NotApplicable
 from pyrovae.evaluation.scores import Scores
 
 __all__ = [

@@ -17,11 +17,17 @@ from pyro import poutine
 from torch import Tensor
 
 from pyrovae.checks import check_positive, not_a_pair
-from pyrovae.evaluation.chunks import runs_at_a_time, width
 from pyrovae.evaluation.importance_sampling import effective_samples, log_mean_weight, variance_of_mean
-from pyrovae.evaluation.preparation import not_applicable, prepared, progress_bar, seeded
-from pyrovae.evaluation.recording import recorded
-from pyrovae.evaluation.results import Result
+from pyrovae.evaluation.measurement import (
+    Result,
+    not_applicable,
+    prepared,
+    progress_bar,
+    recorded,
+    runs_at_a_time,
+    seeded,
+    width,
+)
 from pyrovae.evaluation.scores import importance_scores
 from pyrovae.evaluation.sites import blank_data, drawn_data, unobserve
 from pyrovae.evaluation.unconstrained_density import Density, Latents
@@ -356,9 +362,8 @@ def _annealed(
     found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(directions)]
     with progress_bar("anneal", progress, total=total, unit="step") as bar:
         for rows in chunks:
-            chains = _Chains(value, gradient, x[rows], settings.num_leapfrog, bar.update)
             start = density.draw(x[rows], num_chains)
-            chains.scale = _scale(start)
+            chains = _Chains(value, gradient, x[rows], settings.num_leapfrog, bar.update, _scale(start))
             steps = chains.adapt(start, pilot)[nearest]
             found[0].append(chains.run(density.draw(x[rows], num_chains), betas, steps))
             if exact is not None:
@@ -383,20 +388,21 @@ def _schedule(num_temperatures: int) -> Tensor:
     return (s - s[0]) / (s[-1] - s[0])
 
 
+@dataclass
 class _Chains:
     """Hamiltonian chains of one chunk of data, (chains, data, dim)."""
 
+    value: Callable
+    gradient: Callable
+    x: Tensor
+    num_leapfrog: int
+    tick: Callable[[], Any]
     scale: Tensor  # (dim,), unit of length of each dimension
-
-    def __init__(
-        self, value: Callable, gradient: Callable, x: Tensor, num_leapfrog: int, tick: Callable[[], Any]
-    ) -> None:
-        self._value, self._gradient, self._x, self._num_leapfrog, self._tick = value, gradient, x, num_leapfrog, tick
 
     def adapt(self, u: Tensor, betas: Tensor) -> Tensor:
         """Run chains from u, and return step sizes, (temperatures, data), that follow their acceptance."""
         step = torch.full_like(u[0, :, 0], u.shape[-1] ** -0.25)
-        prior, likelihood = self._value(u, self._x)
+        prior, likelihood = self.value(u, self.x)
         gain = min(1.0, PILOT_GAIN * len(u) ** 0.5)
         steps = []
         for beta in betas.unbind():
@@ -407,7 +413,7 @@ class _Chains:
 
     def run(self, u: Tensor, betas: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
         """Run chains from u through ``betas``; return log w, (chains, data) float64, and the mean acceptance."""
-        prior, likelihood = self._value(u, self._x)
+        prior, likelihood = self.value(u, self.x)
         differences = betas.double().diff()
         log_w = differences[0] * likelihood.double()
         total = torch.zeros_like(differences[0])
@@ -421,16 +427,16 @@ class _Chains:
         self, u: Tensor, prior: Tensor, likelihood: Tensor, beta: Tensor, step: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Run one trajectory (half drift, kick, drift, ..., kick, half drift), and accept or reject it."""
-        self._tick()
+        self.tick()
         jitter = 1 + STEP_JITTER * (2 * torch.rand_like(prior) - 1)
         epsilon = (jitter * step).unsqueeze(-1) * self.scale
         v = torch.randn_like(u)
         energy = prior + beta * likelihood - 0.5 * v.square().sum(-1)
         q = u + 0.5 * epsilon * v
-        for i in range(1, self._num_leapfrog + 1):
-            v = v + epsilon * self._gradient(q, self._x, beta)
-            q = torch.addcmul(q, epsilon, v, value=1.0 if i < self._num_leapfrog else 0.5)
-        new_prior, new_likelihood = self._value(q, self._x)
+        for i in range(1, self.num_leapfrog + 1):
+            v = v + epsilon * self.gradient(q, self.x, beta)
+            q = torch.addcmul(q, epsilon, v, value=1.0 if i < self.num_leapfrog else 0.5)
+        new_prior, new_likelihood = self.value(q, self.x)
         change = new_prior + beta * new_likelihood - 0.5 * v.square().sum(-1) - energy
         acceptance = change.clamp(max=0).exp().nan_to_num(nan=0.0)
         accept = torch.rand_like(acceptance) < acceptance

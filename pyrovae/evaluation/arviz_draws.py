@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import reduce
@@ -17,8 +17,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyrovae.evaluation.chunks import chunk_sizes, width
-from pyrovae.evaluation.preparation import not_applicable
+from pyrovae.evaluation.measurement import chunk_sizes, not_applicable, width
 from pyrovae.evaluation.sites import drawn_data, is_local, is_point, unobserve
 from pyrovae.infer.weights import PARTICLES, Structure, sample_sites, trace_pair
 from pyrovae.pair import Pair
@@ -217,8 +216,8 @@ def _draw(pair: Pair, x: Tensor, plan: Plan, draws: int) -> dict[Key, Tensor]:
         with plate:
             return sample_sites(poutine.trace(model).get_trace(x))
 
-    def keep(group: str, sites: Mapping[str, Any], values: Mapping[str, Tensor]) -> None:
-        found.update({(group, n): arranged(sites[n], value, draws, nesting) for n, value in values.items()})
+    def keep(group: str, sites: Mapping[str, Any], names: Iterable[str]) -> None:
+        found.update({(group, name): arranged(sites[name], sites[name]["value"], draws, nesting) for name in names})
 
     model_trace, guide_trace, local_p, global_p, local_q, global_q = run(pair.guide)
     given = {name: site["value"] for name, site in sample_sites(guide_trace).items() if name in layout.latents}
@@ -226,7 +225,7 @@ def _draw(pair: Pair, x: Tensor, plan: Plan, draws: int) -> dict[Key, Tensor]:
     if structure.enumerated:
         drawn, joint = _enumerated_draws(local_p, sample_sites(model_trace), structure, draws)
         given |= drawn
-    keep("posterior", sample_sites(model_trace), given)
+    found |= {("posterior", n): arranged(model_trace.nodes[n], value, draws, nesting) for n, value in given.items()}
     log_weight = (evidence - local_q).expand(shape)
     found["sample_stats", "log_weight"] = (
         log_weight if layout.local else (log_weight.sum(1) + global_p - global_q).expand(draws)
@@ -236,10 +235,10 @@ def _draw(pair: Pair, x: Tensor, plan: Plan, draws: int) -> dict[Key, Tensor]:
     if plan.predictive:
         free = unobserve(pair.model)
         sites = simulate(poutine.condition(free, data=given))
-        keep("posterior_predictive", sites, {name: sites[name]["value"] for name in layout.observed})
+        keep("posterior_predictive", sites, layout.observed)
         sites = simulate(free)
-        keep("prior_predictive", sites, {name: sites[name]["value"] for name in layout.observed})
-        keep("prior", sites, {name: sites[name]["value"] for name in layout.latents})
+        keep("prior_predictive", sites, layout.observed)
+        keep("prior", sites, layout.latents)
 
     if plan.left_out():
         return found
@@ -304,11 +303,6 @@ def clean_name(name: str) -> str:
     return name.replace("/", ".")
 
 
-def _support_values(site: Any) -> Tensor:
-    """Return all values of a discrete site, (values, event ...)."""
-    return site["fn"].enumerate_support(expand=False).reshape(-1, *site["fn"].event_shape)
-
-
 def arranged(site: Any, value: Tensor, draws: int, nesting: int) -> Tensor:
     """Arrange a value as (draws, plates of the site ..., event ...)."""
     event = site["fn"].event_shape
@@ -357,12 +351,12 @@ def _enumerated_draws(
     # The enumerated sites in the order of their dims.
     names = sorted(structure.enumerated, key=lambda name: sites[name]["infer"]["_enumerate_dim"])
     for name, at in zip(names, torch.unravel_index(index, shape), strict=True):
-        (frame,) = _plates(sites[name])
-        value, event = _support_values(sites[name])[at], sites[name]["fn"].event_shape
+        (frame,), fn = _plates(sites[name]), sites[name]["fn"]
+        value = fn.enumerate_support(expand=False).reshape(-1, *fn.event_shape)[at]
         right = -frame.dim - 1
         left = structure.max_plate_nesting - 1 - right
         batch = (draws,) * (draws > 1) + (1,) * left + (len(at[0]),) + (1,) * right
-        found[name] = value.reshape(*batch, *event)
+        found[name] = value.reshape(*batch, *fn.event_shape)
     return found, joint.gather(-1, index.unsqueeze(-1)).squeeze(-1)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyrovae.checks import check_choice, check_positive
 from pyrovae.evaluation.arviz_draws import Key, PairLayout, Plan, Variable, arranged, clean_name, draw_chain
-from pyrovae.evaluation.preparation import prepared
+from pyrovae.evaluation.measurement import prepared
 from pyrovae.evaluation.sites import drawn_data, unobserve
 from pyrovae.pair import Pair
 

@@ -14,21 +14,14 @@ from torch import Tensor
 
 from pyrovae.checks import check_choice, check_positive, not_a_pair
 from pyrovae.evaluation.generation import Simulator, two_data
-from pyrovae.evaluation.preparation import not_applicable, prepared, progress_bar
-from pyrovae.evaluation.results import Result
+from pyrovae.evaluation.measurement import Result, not_applicable, prepared, progress_bar
 from pyrovae.pair import Pair
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = [
-    "LIKELIHOOD",
-    "Calibration",
-    "RankTest",
-    "plot_calibration",
-    "simulation_based_calibration",
-]
+__all__ = ["LIKELIHOOD", "Calibration", "RankTest", "plot_calibration", "simulation_based_calibration"]
 
 LIKELIHOOD = "log p(x | z)"
 """Name of the rank test of the log likelihood."""

@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 from pyrovae.checks import check_choice, check_data, check_positive, not_a_pair
-from pyrovae.evaluation.chunks import runs_at_a_time
+from pyrovae.evaluation.measurement import NotApplicable, Result, not_applicable, prepared, progress_bar, runs_at_a_time
 from pyrovae.evaluation.mixtures import category_log_probs, num_categories
-from pyrovae.evaluation.preparation import NotApplicable, not_applicable, prepared, progress_bar
-from pyrovae.evaluation.results import Result
 from pyrovae.infer.em import fit_em
 from pyrovae.infer.weights import same_random_state
 from pyrovae.pair import Pair

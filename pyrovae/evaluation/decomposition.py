@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 from pyrovae.checks import check_positive
-from pyrovae.evaluation.chunks import runs_at_a_time
 from pyrovae.evaluation.guide_densities import GuideDensities, in_words, log_prob_of_categories
-from pyrovae.evaluation.preparation import not_applicable, prepared, progress_bar
-from pyrovae.evaluation.results import Result
+from pyrovae.evaluation.measurement import Result, not_applicable, prepared, progress_bar, runs_at_a_time
 from pyrovae.pair import Pair
 
 __all__ = ["KLDecomposition", "KLParts", "kl_decomposition"]

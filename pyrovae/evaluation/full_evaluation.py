@@ -14,10 +14,10 @@ from pyrovae.evaluation.ais import annealed_evidence, bidirectional_evidence
 from pyrovae.evaluation.calibration import simulation_based_calibration
 from pyrovae.evaluation.decomposition import kl_decomposition
 from pyrovae.evaluation.gaps import inference_gaps
+from pyrovae.evaluation.measurement import NotApplicable, prepared
 from pyrovae.evaluation.mixtures import check_labels, mixture_scores
 from pyrovae.evaluation.posterior_collapse import collapse
 from pyrovae.evaluation.predictive_check import posterior_predictive_check
-from pyrovae.evaluation.preparation import NotApplicable, prepared
 from pyrovae.evaluation.scores import Scores, importance_scores
 from pyrovae.pair import Pair
 

@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 
 from pyrovae.checks import check_positive
-from pyrovae.evaluation.chunks import runs_at_a_time
 from pyrovae.evaluation.importance_sampling import effective_samples, log_mean_weight, variance_of_mean
+from pyrovae.evaluation.measurement import Result, prepared, progress_bar, runs_at_a_time
 from pyrovae.evaluation.per_datum_guide import Offsets, PerDatumGuide
-from pyrovae.evaluation.preparation import prepared, progress_bar
-from pyrovae.evaluation.results import Result
 from pyrovae.infer.weights import Structure, same_random_state
 from pyrovae.pair import Pair
 

@@ -12,22 +12,12 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pyrovae.checks import check_data, check_positive
-from pyrovae.evaluation.chunks import chunk_sizes, width
-from pyrovae.evaluation.preparation import not_applicable, seeded
-from pyrovae.evaluation.sites import blank_data, drawn_data, is_local, mean_or_value, unobserve
+from pyrovae.evaluation.measurement import chunk_sizes, not_applicable, seeded, width
+from pyrovae.evaluation.sites import blank_data, drawn_data, is_local, mean_or_value, per_datum, unobserve
 from pyrovae.infer.weights import PARTICLES, Structure, same_random_state, sample_sites
 from pyrovae.pair import Pair
 
-__all__ = [
-    "Simulator",
-    "decode",
-    "latents",
-    "local_latents",
-    "model_latents",
-    "reconstruct",
-    "sample",
-    "two_data",
-]
+__all__ = ["Simulator", "decode", "latents", "local_latents", "model_latents", "reconstruct", "sample", "two_data"]
 
 
 # One draw -----------------------------------------------------------------------------------------------------------
@@ -45,12 +35,7 @@ def sample(
 
 
 def decode(
-    pair: Pair,
-    z: dict[str, Tensor],
-    *,
-    mean: bool = True,
-    data_dim: int | None = None,
-    seed: int | None = None,
+    pair: Pair, z: dict[str, Tensor], *, mean: bool = True, data_dim: int | None = None, seed: int | None = None
 ) -> Tensor:
     """Return the data that the model gives at the latents ``z``, (N, D): E[x | z], or draws.
 
@@ -270,10 +255,8 @@ class Simulator:
     def per_datum(self, name: str, value: Tensor, event_dim: int | None = None) -> Tensor:
         """Arrange a value at a local site (with ``event_dim=0`` a log density) as (particles, N, scalars)."""
         data_dim, events = self._layout[name]
-        events = events if event_dim is None else event_dim
-        missing = self._nesting + 1 + events - value.dim()
-        value = value.reshape((1,) * missing + value.shape).movedim(data_dim - events, 1)
-        return value.flatten(2) if value.dim() > 2 else value.unsqueeze(-1)
+        batch = self._nesting + 1
+        return per_datum(value, batch + data_dim, batch + (events if event_dim is None else event_dim))
 
     def _trace(self, function: Callable, x: Tensor, given: dict[str, Tensor], count: int) -> Any:
         particles = pyro.plate(PARTICLES, count, dim=-self._nesting - 1)

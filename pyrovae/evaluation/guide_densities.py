@@ -12,8 +12,8 @@ from pyro import poutine
 from pyro.infer.inspect import get_dependencies
 from torch import Tensor
 
-from pyrovae.evaluation.preparation import not_applicable
-from pyrovae.evaluation.sites import is_local, is_point, log_prob_per_dimension
+from pyrovae.evaluation.measurement import not_applicable
+from pyrovae.evaluation.sites import is_local, is_point, log_prob_per_dimension, per_datum
 from pyrovae.infer.weights import (
     PARTICLES,
     Structure,
@@ -140,7 +140,7 @@ class GuideDensities:
 
     def log_prob(self, fn: Any, value: Tensor) -> Tensor:
         """Return the log density, (draws, data), in float64."""
-        return self.arranged(fn.log_prob(value).unsqueeze(-1)).sum(-1, dtype=torch.float64)
+        return self.arranged(fn.log_prob(value), event_dim=0).sum(-1, dtype=torch.float64)
 
     def by_dimension(self, fn: Any, value: Tensor, *, marginals: bool = False) -> Tensor:
         """Return the log density of each dimension, (draws, data, dimensions)."""
@@ -164,10 +164,9 @@ class GuideDensities:
             raise NotImplementedError("a plate beside 'data' that all sites lie in, together with enumerated latents.")
         return total
 
-    def arranged(self, each: Tensor) -> Tensor:
-        """Arrange (..., dimensions) as (draws, data, dimensions); elements of inner plates count as dimensions."""
-        rank = self.structure.max_plate_nesting + 2
-        return each.reshape((1,) * (rank - each.dim()) + each.shape).movedim(self.axis, 1).flatten(2)
+    def arranged(self, each: Tensor, event_dim: int = 1) -> Tensor:
+        """Arrange a value as (draws, data, dimensions); elements of inner plates count as dimensions."""
+        return per_datum(each, self.axis, self.structure.max_plate_nesting + 1 + event_dim)
 
 
 def log_prob_of_categories(guide: GuideDensities, x: Tensor, name: str) -> tuple[Tensor, Tensor]:

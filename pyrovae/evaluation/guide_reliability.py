@@ -14,8 +14,7 @@ from torch import Tensor
 
 from pyrovae.checks import check_positive
 from pyrovae.evaluation.importance_sampling import ImportanceSampling
-from pyrovae.evaluation.preparation import not_applicable, prepared
-from pyrovae.evaluation.results import Result
+from pyrovae.evaluation.measurement import Result, not_applicable, prepared
 from pyrovae.pair import Pair
 
 __all__ = [

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrovae.evaluation.chunks import chunk_sizes, width
-from pyrovae.evaluation.preparation import progress_bar
-from pyrovae.evaluation.recording import recorded
+from pyrovae.evaluation.measurement import chunk_sizes, progress_bar, recorded, width
 from pyrovae.infer.weights import LogWeightTerms, Structure, log_weight_terms
 from pyrovae.pair import Pair
 

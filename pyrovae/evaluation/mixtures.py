@@ -12,9 +12,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import Categorical, OneHotCategorical
 
-from pyrovae.evaluation.chunks import runs_at_a_time
-from pyrovae.evaluation.preparation import not_applicable, prepared
-from pyrovae.evaluation.results import Result
+from pyrovae.evaluation.measurement import Result, not_applicable, prepared, runs_at_a_time
 from pyrovae.evaluation.sites import is_local
 from pyrovae.infer.weights import same_random_state, sample_sites
 from pyrovae.pair import Pair
@@ -84,32 +82,20 @@ def mixture_scores(
     with prepared(pair, x, binarize=binarize, device=device, seed=seed) as x, torch.no_grad():
         known = None if labels is None else check_labels(labels, len(x))
         num_components = num_categories(pair, x[:2], "mixture_scores")
-        entropy: Any = 0
-        usage: Any = 0
-        distances: Any = 0
-        clusters = []
-        amortized = False
-        for rows in x.split(runs_at_a_time(x.device, x.shape[1] * num_components)):
-            exact = category_log_probs(pair.posterior(rows))  # type: ignore[misc]
-            entropy += -_sum_p_log(exact, exact).sum()
-            usage += exact.exp().sum(0)
-            clusters.append(exact.argmax(-1))
-            if (guide := _guide_log_probs(pair, rows, num_components)) is not None:
-                amortized = True
-                variation = 0.5 * (guide.exp() - exact.exp()).abs().sum(-1)
-                distances += torch.stack([variation.sum(), _sum_p_log(guide, guide - exact).sum()])
-        usage = usage / len(x)
+        chunks = x.split(runs_at_a_time(x.device, x.shape[1] * num_components))
+        exact = torch.cat([category_log_probs(pair.posterior(rows)) for rows in chunks])  # type: ignore[misc]
+        guides = [_guide_log_probs(pair, rows, num_components) for rows in chunks]
+        variation = kl = None
+        if found := [guide for guide in guides if guide is not None]:
+            guide = torch.cat(found)
+            variation = float(0.5 * (guide.exp() - exact.exp()).abs().sum(-1).mean())
+            kl = float(_sum_p_log(guide, guide - exact).mean())
+        usage = exact.exp().mean(0)
         agreement: tuple[float | None, ...] = (None, None, None)
         if known is not None:
-            agreement = _agreement(known, torch.cat(clusters).cpu().numpy())
-        return MixtureScores(
-            len(x),
-            num_components,
-            float(entropy) / len(x),
-            math.exp(float(-torch.xlogy(usage, usage).sum())),
-            *((distances / len(x)).tolist() if amortized else (None, None)),
-            *agreement,
-        )
+            agreement = _agreement(known, exact.argmax(-1).cpu().numpy())
+        entropy, used = -float(_sum_p_log(exact, exact).mean()), math.exp(-float(torch.xlogy(usage, usage).sum()))
+        return MixtureScores(len(x), num_components, entropy, used, variation, kl, *agreement)
 
 
 def check_labels(labels: Any, num_data: int) -> np.ndarray:

@@ -14,8 +14,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import constraints, transform_to, transforms
 
-from pyrovae.evaluation.chunks import width
-from pyrovae.evaluation.preparation import NotApplicable, not_applicable
+from pyrovae.evaluation.measurement import NotApplicable, not_applicable, width
 from pyrovae.infer.weights import Structure, log_weight_terms, same_random_state
 from pyrovae.pair import Pair
 

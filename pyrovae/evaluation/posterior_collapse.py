@@ -15,8 +15,7 @@ from torch import Tensor
 from pyrovae.checks import check_positive
 from pyrovae.evaluation.decomposition import check_counts, mean_over_categories, sampled_parts
 from pyrovae.evaluation.guide_densities import GuideDensities, log_prob_of_categories
-from pyrovae.evaluation.preparation import not_applicable, prepared
-from pyrovae.evaluation.results import Result
+from pyrovae.evaluation.measurement import Result, not_applicable, prepared
 from pyrovae.evaluation.sites import log_prob_per_dimension, mean_or_value
 from pyrovae.infer.weights import Structure
 from pyrovae.pair import Pair
@@ -372,26 +371,17 @@ def _moments(guide: GuideDensities, x: Tensor, num_samples: int) -> dict[str, _M
                     sums[name, "dims"].append(dims.mean(0).sum(0))
             if latent.is_category:
                 continue
-            z = _as_dimensions(guide, value, fn)
-            mean = _as_dimensions(guide, mean_or_value(fn, value).expand(value.shape), fn)
+            mean = mean_or_value(fn, value).expand(value.shape)
+            z, mean = (guide.arranged(part, len(fn.event_shape)).double() for part in (value, mean))
             means[name].append(mean.mean(0))
             sums[name, "within"].append(z.var(0).sum(0))
             sums[name, "noise"].append(mean.var(0).sum(0) / num_samples)
     total = {key: torch.stack(values).sum(0) / len(x) for key, values in sums.items()}
     none = torch.zeros(0)
-    return {
-        name: _Moments(
-            torch.cat(means[name]) if name in means else none,
-            total.get((name, "noise"), none),
-            total.get((name, "within"), none),
-            float(total[name, "kl"]) if (name, "kl") in total else None,
-            total[name, "dims"].tolist() if (name, "dims") in total else [],
-        )
-        for name in guide.latents
-    }
 
+    def moments(name: str) -> _Moments:
+        mean = torch.cat(means[name]) if name in means else none
+        noise, within, kl, dims = (total.get((name, kind), none) for kind in ("noise", "within", "kl", "dims"))
+        return _Moments(mean, noise, within, float(kl) if kl is not none else None, dims.tolist())
 
-def _as_dimensions(guide: GuideDensities, value: Tensor, fn: Any) -> Tensor:
-    """Arrange values as (draws, data, dimensions), in float64."""
-    event_dim = len(fn.event_shape)
-    return guide.arranged(value.flatten(-event_dim) if event_dim else value.unsqueeze(-1)).double()
+    return {name: moments(name) for name in guide.latents}

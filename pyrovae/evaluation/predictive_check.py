@@ -11,8 +11,7 @@ from torch import Tensor
 
 from pyrovae.checks import check_choice, check_positive
 from pyrovae.evaluation.generation import Simulator
-from pyrovae.evaluation.preparation import not_applicable, prepared, progress_bar
-from pyrovae.evaluation.results import Result
+from pyrovae.evaluation.measurement import Result, not_applicable, prepared, progress_bar
 from pyrovae.pair import Pair
 
 __all__ = ["PredictiveCheck", "StatisticCheck", "default_statistics", "posterior_predictive_check"]

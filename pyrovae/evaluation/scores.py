@@ -20,9 +20,8 @@ from pyrovae.evaluation.guide_reliability import (
     summarise,
 )
 from pyrovae.evaluation.importance_sampling import ImportanceSampling, Summary, log_mean_weight, variance_of_mean
+from pyrovae.evaluation.measurement import Result, prepared
 from pyrovae.evaluation.posterior_collapse import ACTIVE_UNIT_VARIANCE
-from pyrovae.evaluation.preparation import prepared
-from pyrovae.evaluation.results import Result
 from pyrovae.evaluation.sites import is_point, log_prob_per_dimension, mean_or_value
 from pyrovae.infer.weights import LogWeightTerms, sample_sites
 from pyrovae.pair import Pair

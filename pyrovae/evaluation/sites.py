@@ -22,6 +22,7 @@ __all__ = [
     "is_point",
     "log_prob_per_dimension",
     "mean_or_value",
+    "per_datum",
     "unobserve",
 ]
 
@@ -48,6 +49,18 @@ def log_prob_per_dimension(fn: Any, value: Tensor, *, marginals: bool = False) -
     if not isinstance(fn, torch.distributions.Independent) or fn.base_dist.event_shape:
         return None
     return fn.base_dist.log_prob(value).flatten(-len(fn.event_shape))
+
+
+def per_datum(value: Tensor, axis: int, rank: int) -> Tensor:
+    """Arrange a value as (particles, data, scalars).
+
+    Args:
+        value: (particles, plates ..., event ...), of which dims on the left may be missing.
+        axis: axis of the plate ``data``, counted from the particles.
+        rank: number of these dims where none is missing.
+    """
+    value = value.reshape((1,) * (rank - value.dim()) + value.shape).movedim(axis, 1)
+    return value.flatten(2) if value.dim() > 2 else value.unsqueeze(-1)
 
 
 def mean_or_value(fn: Any, value: Tensor) -> Tensor:

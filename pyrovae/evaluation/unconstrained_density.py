@@ -17,7 +17,8 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyrovae.evaluation.preparation import NotApplicable, not_applicable
+from pyrovae.evaluation.measurement import NotApplicable, not_applicable
+from pyrovae.evaluation.sites import per_datum
 from pyrovae.infer.weights import PARTICLES, LogWeightTerms, log_weights_of_traces, sample_sites
 from pyrovae.pair import Pair
 
@@ -94,8 +95,7 @@ class Latents:
         for name, site in self.sites.items():
             node: Any = trace.nodes[name]
             raw = biject_to(node["fn"].support).inv(node["value"])
-            raw = raw.reshape((1,) * (self.nesting + 1 + len(site.event) - raw.dim()) + raw.shape)
-            parts.append(raw.movedim(site.axis, 1).flatten(2) if raw.dim() > 2 else raw.unsqueeze(-1))
+            parts.append(per_datum(raw, site.axis, self.nesting + 1 + len(site.event)))
         return torch.cat(parts, -1)
 
     def unpack(self, name: str, u: Tensor) -> Tensor:
@@ -105,8 +105,7 @@ class Latents:
 
     def per_datum(self, name: str, terms: Tensor) -> Tensor:
         """Sum the terms of each datum: (chains, plates ..., rest ...) → (chains, data)."""
-        terms = terms.movedim(self.sites[name].axis, 1)
-        return terms.flatten(2).sum(-1) if terms.dim() > 2 else terms
+        return per_datum(terms, self.sites[name].axis, terms.dim()).sum(-1)
 
 
 class _Given(Messenger):

@@ -18,8 +18,7 @@ from torch import nn
 import pyrovae as pv
 from pyrovae.evaluation import arviz_draws, arviz_export
 from pyrovae.evaluation.arviz_export import to_arviz
-from pyrovae.evaluation.chunks import FLOATS_PER_CHUNK
-from pyrovae.evaluation.preparation import NotApplicable
+from pyrovae.evaluation.measurement import FLOATS_PER_CHUNK, NotApplicable
 from pyrovae.infer.weights import log_weights
 
 with warnings.catch_warnings():
@@ -240,7 +239,7 @@ def test_enumerated_latents_are_drawn_jointly_given_those_sampled():
     near(idata.posterior_predictive.x.values[0] - mean[..., None], np.zeros((6, 2)), 0)
 
 
-def test_amortized_discrete_guide():
+def test_draws_of_an_amortized_category_follow_its_guide():
     x = data(30, 2)
     pair = pv.models.GMM(3, 2, amortized=True)
     idata = to_arviz(pair, x, num_draws=2000)
@@ -263,7 +262,7 @@ def test_one_chain_for_each_pair():
     assert not np.array_equal(*to_arviz([pairs[0]] * 2, x, num_draws=3).posterior.z.values)
 
 
-def test_a_pair_of_functions():
+def test_a_pair_of_functions_is_exported():
     def model(x):
         loc = pyro.param("loc", lambda: torch.zeros(()))
         with pyro.plate("data", len(x)):
@@ -477,7 +476,7 @@ def test_netcdf_round_trip(tmp_path, make):
 # State, options, errors
 
 
-def test_everything_is_left_as_it_was():
+def test_pair_and_random_state_are_left_as_they_were():
     x = data(6, 2)
     pair = Wide().double()
     before, grad = torch.get_rng_state(), torch.is_grad_enabled()
@@ -515,7 +514,7 @@ def test_arviz_is_imported_late_and_its_announcement_kept_back(tmp_path):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_without_simulation():
+def test_without_simulation_there_are_no_predictive_groups():
     x = data(6, 2)
     idata = to_arviz(Wide(), x, num_draws=5, predictive=False)
     assert idata.groups() == ["posterior", "log_likelihood", "sample_stats", "observed_data"]
@@ -562,7 +561,7 @@ X = torch.ones(3, 2)
         (lambda: to_arviz(PlateOfCategories(), X), NotApplicable, "'y' must have one value a datum"),
     ],
 )
-def test_errors(call, error, match):
+def test_bad_calls_are_refused(call, error, match):
     with pytest.raises(error, match=match):
         call()
 
@@ -584,7 +583,7 @@ def test_too_large_is_refused_before_work_with_fixes_that_fit(monkeypatch):
 
 
 @pytest.mark.cuda
-def test_on_cuda():
+def test_export_runs_on_cuda():
     x = data(20, 2)
     idata = to_arviz(TwoCategories(), x, num_draws=50, device="cuda")
     assert idata.posterior.y1.shape == (1, 50, 20)

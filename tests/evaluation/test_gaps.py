@@ -9,15 +9,15 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from evaluation_pairs import GlobalMean
 from torch import nn
 from torch.distributions import kl_divergence
 
 import pyrovae as pv
 from pyrovae.evaluation import sample
-from pyrovae.evaluation.chunks import FLOATS_PER_CHUNK
 from pyrovae.evaluation.gaps import inference_gaps
+from pyrovae.evaluation.measurement import FLOATS_PER_CHUNK, NotApplicable
 from pyrovae.evaluation.per_datum_guide import FAMILIES
-from pyrovae.evaluation.preparation import NotApplicable
 
 NUM_SE = 5  # standard errors allowed in statistical tests
 SEARCH = 5e-3  # nats a datum that the search for the best guide may leave behind
@@ -160,18 +160,6 @@ class Switch(pv.Pair):
         ) - math.log(2)
 
 
-class GlobalMean(pv.Pair):
-    data_dim = 1
-
-    def model(self, x):
-        mu = pyro.sample("mu", dist.Normal(x.new_zeros(()), 3.0))
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.Normal(mu.unsqueeze(-1), 1.0).to_event(1), obs=x)
-
-    def guide(self, x):
-        pyro.sample("mu", dist.Normal(x.mean(), 1.0))
-
-
 def guided_by(make):
     """One latent z ~ N(0, 1) a datum, and a guide of any distribution."""
 
@@ -231,7 +219,7 @@ def test_exact_guide_has_no_gaps():
     assert found.converged
 
 
-def test_evidence_by_importance_sampling():
+def test_evidence_without_log_prob_comes_from_importance_sampling():
     """A mildly correlated posterior, so that the best mean-field guide is a good sampler."""
     pair = Sampled(shift=0.2)
     pair.weight.data *= 0.3
@@ -253,7 +241,7 @@ def test_a_worse_guide_raises_the_amortization_gap_alone():
 
 
 @pytest.mark.parametrize("transformed", [False, True])
-def test_lognormal_guide(transformed):
+def test_gaps_of_a_lognormal_guide_equal_closed_forms(transformed):
     """The posterior of log z is N(x/2, 1/2); a shift d of the mean costs d² nats."""
     pair = Positive(0.5, transformed)
     found = inference_gaps(pair, torch.randn(50, 1), num_samples=500, num_steps=250)
@@ -261,7 +249,7 @@ def test_lognormal_guide(transformed):
     near(found.approximation_gap, 0, found.approximation_gap_stderr, SEARCH)
 
 
-def test_gamma_guide():
+def test_gaps_of_a_gamma_guide_equal_closed_forms():
     """The posterior is a Gamma too; its KL from the guide has a closed form."""
     pair = GammaPoisson(2.0)
     x = torch.poisson(torch.full((50, 1), 3.0))
@@ -290,7 +278,7 @@ def test_amortized_mixture_has_an_amortization_gap_only():
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.7])
-def test_discrete_and_continuous_latents(shift):
+def test_discrete_latent_beside_a_continuous_one_is_summed_over(shift):
     """The discrete one is summed over, in each value's own samples of the other; q* is the exact posterior."""
     pair = Switch(shift)
     x = sample(pair, 50, seed=1)
@@ -301,7 +289,7 @@ def test_discrete_and_continuous_latents(shift):
     near(found.approximation_gap, 0, found.approximation_gap_stderr, SEARCH)
 
 
-def test_value_that_the_model_rules_out():
+def test_value_that_the_model_rules_out_leaves_the_optimum_finite():
     """q* gives it no mass, and the numbers stay finite; the amortized guide's own bound is then −∞."""
 
     class Ruled(pv.Pair):
@@ -324,7 +312,7 @@ def test_value_that_the_model_rules_out():
     assert found.elbo == -math.inf
 
 
-def test_function_pair():
+def test_function_pair_has_gaps():
     """Its parameters appear at the first run. A constant guide N(0, 1): the posterior is N(x / 2, 1 / 2)."""
 
     def model(x):
@@ -344,7 +332,7 @@ def test_function_pair():
     near(found.approximation_gap, 0, found.approximation_gap_stderr, SEARCH)
 
 
-def test_two_discrete_latents():
+def test_gaps_of_two_discrete_latents_agree_with_a_grid_search():
     """Mean-field guide of two coupled bits: the gaps by a search over a grid of the four probabilities."""
 
     class Bits(pv.Pair):
@@ -389,7 +377,7 @@ def test_two_discrete_latents():
     ],
     ids=["vae", "vae-normal", "vae-continuous-bernoulli", "iwae", "ppca"],
 )
-def test_pairs(make, monkeypatch):
+def test_gaps_of_every_kind_of_pair_are_in_order_and_reproducible(make, monkeypatch):
     """Bounds in order, the same again from the same seed, and nothing left changed. In more than one chunk."""
     pair, x = make(), torch.rand(7, 6).round()
     weights = {name: value.clone() for name, value in pair.state_dict().items()}
@@ -411,7 +399,7 @@ def test_pairs(make, monkeypatch):
     assert "amortization gap" in repr(found)
 
 
-def test_two_layers_correct_a_shifted_second_layer():
+def test_offsets_correct_a_shifted_second_layer():
     """Shift the upper encoder's bias: the offsets of the deeper site can take it back, datum by datum."""
     pair = pv.models.IWAE(6, (3, 2), hidden_dims=((5,), (4,)))
     x = torch.rand(15, 6).round()
@@ -452,7 +440,7 @@ def test_negative_gap_is_noted():
         assert any(f"the {name} gap came out below zero" in note for note in found.notes) == (value < 0)
 
 
-def test_one_datum_one_step_one_particle():
+def test_one_datum_one_step_one_particle_are_enough():
     pair = LinearGaussian(shift=0.5)
     found = inference_gaps(pair, sample(pair, 1, seed=1), num_samples=1, num_steps=1, num_particles=1)
     assert math.isfinite(found.amortization_gap)
@@ -476,7 +464,7 @@ def test_one_datum_one_step_one_particle():
     ],
     ids=lambda make: type(make(torch.zeros(2))).__name__,
 )
-def test_families(make):
+def test_every_family_can_be_optimised(make):
     """At offsets zero each is itself; the search raises the bound of a guide that is far from the posterior."""
     found = inference_gaps(guided_by(make), torch.randn(10, 1), num_samples=300, num_steps=50)
     assert found.amortization_gap > 0
@@ -487,11 +475,11 @@ def test_every_family_is_spanned_by_parameters_it_has():
         assert set(parameters) <= set(family.arg_constraints), family
 
 
-def test_does_not_apply():
+def test_pairs_without_gaps_are_refused():
     x = torch.randn(6, 2)
     for pair, data, match in (
         (pv.models.GMM(2, 2), x, "GMM: its guide samples nothing"),
-        (GlobalMean(), x[:, :1], "GlobalMean: its guide site 'mu' lies outside the plate 'data'"),
+        (GlobalMean(x[:, :1]), x[:, :1], "GlobalMean: its guide site 'mu' lies outside the plate 'data'"),
         (guided_by(lambda x: dist.Delta(x)), x[:, :1], "guide site 'z', Delta, is not of a family"),
         (guided_by(lambda x: dist.Uniform(x - 1, x + 1)), x[:, :1], "guide site 'z', Uniform, is not of a family"),
         (guided_by(lambda x: dist.Poisson(x.exp())), x[:, :1], r"discrete guide site 'z' \(Poisson\)"),
@@ -521,6 +509,6 @@ X = torch.zeros(3, 4)
         (lambda: inference_gaps(LinearGaussian(), X, device="tpu"), ValueError, "device: expected"),
     ],
 )
-def test_bad_input(call, error, match):
+def test_bad_input_is_refused(call, error, match):
     with pytest.raises(error, match=match):
         call()
