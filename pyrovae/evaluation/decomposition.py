@@ -209,7 +209,11 @@ def sampled_parts(
         values = {name: guide.flat(site["value"]) for name, site in sites.items()}
         sums: Terms = {}
         for i, data in enumerate(blocks):
-            given = guide.functions_given(data, values) if functions is None else functions[i]
+            if functions is None:  # the guide run on the data at the draws, (B, 1)
+                trace = guide.given(guide.pair.guide, data, values)
+                given = {name: trace.nodes[name]["fn"] for name in guide.latents}
+            else:
+                given = functions[i]
             for key, term in _densities(guide, given, values, joint).items():
                 total = term.logsumexp(1)
                 sums[key] = torch.logaddexp(sums[key], total) if key in sums else total

@@ -97,7 +97,9 @@ def evaluate(
             if name in OF_THE_MODEL:
                 scores.also[name] = function(pair, data_dim=x.shape[1], **settings)
                 continue
-            chosen = _chosen_rows(len(x), most, seed)
+            chosen = torch.arange(len(x))
+            if most is not None and len(x) > most:
+                chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:most]
             found = function(pair, x[chosen], **settings)
             if name == "annealed_evidence" and scores.log_evidence_per_datum is not None:
                 found = replace(found, by_importance=float(scores.log_evidence_per_datum[chosen].mean()))
@@ -105,10 +107,3 @@ def evaluate(
         except NotApplicable as reason:
             scores.left_out[name] = str(reason)
     return scores
-
-
-def _chosen_rows(num_data: int, most: int | None, seed: int) -> Tensor:
-    """Return the numbers of all rows, or of ``most`` of them drawn at random."""
-    if most is None or num_data <= most:
-        return torch.arange(num_data)
-    return torch.randperm(num_data, generator=torch.Generator().manual_seed(seed))[:most]

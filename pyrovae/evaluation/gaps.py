@@ -20,7 +20,7 @@ from pyrovae.pair import Pair
 __all__ = ["InferenceGaps", "inference_gaps"]
 
 EXACT, SAMPLED = "exact", "importance sampling"
-FEW_EFFECTIVE = 100  # samples
+FEW_EFFECTIVE = 100  # with fewer effective samples the evidence is a lower bound only
 CHECK_PARTICLES = 256  # samples a datum, for the choice of its offsets
 WEIGHTS_PER_CHUNK = 2**23
 
@@ -166,7 +166,7 @@ def _measure(guide: PerDatumGuide, options: _Options, tick: Callable[[], Any]) -
     """Measure for each datum, (N,), bounds and log evidence, the variances of both, and the search's bounds."""
     start = dict(guide.offsets)
     checks: dict[str, Tensor] = {}
-    if guide.is_one_category:
+    if guide.is_discrete and len(guide.offsets) == 1:
         best = guide.exact_offsets()
     else:
         best, checks = _optimise(guide, options, tick)
@@ -208,7 +208,7 @@ def _optimise(guide: PerDatumGuide, options: _Options, tick: Callable[[], Any]) 
             leaf.grad = gradient
         adam.step()
         tick()
-        left = options.num_steps - step  # 1 at the last
+        left = options.num_steps - step  # steps left, this one among them
         if left % quarter == 0 and left <= 2 * quarter:
             means.append({key: torch.zeros_like(offset) for key, offset in start.items()})
         for key in means[-1] if means else ():
@@ -272,7 +272,7 @@ def _result(parts: dict[str, Tensor], evidence: str, num_samples: int, num_steps
 
 def _still_rising(parts: dict[str, Tensor]) -> float:
     """Return how much the bound rose from the third to the fourth quarter of the steps; 0 if next to nothing."""
-    if "start" not in parts:  # solved, not searched
+    if "start" not in parts:  # q* was not searched for
         return 0.0
     rises = parts["fourth"] - parts["third"]
     rise, total = float(rises.mean()), float((parts["fourth"] - parts["start"]).mean())

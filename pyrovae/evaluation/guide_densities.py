@@ -125,11 +125,6 @@ class GuideDensities:
             trace: Any = poutine.trace(self.pair.guide).get_trace(data)
         return {name: trace.nodes[name]["fn"] for name, latent in self.latents.items() if latent.alone}
 
-    def functions_given(self, data: Tensor, values: dict[str, Tensor]) -> dict[str, Any]:
-        """Return q(z | x_m, the other latents) of every latent: the guide run on the data, at given draws (B, 1)."""
-        trace = self.given(self.pair.guide, data, values)
-        return {name: trace.nodes[name]["fn"] for name in self.latents}
-
     def given(self, function: Callable, data: Tensor, values: dict[str, Tensor]) -> Any:
         """Run the pair's model or guide on the data at given draws, (draws, data) or (draws, 1); return the trace."""
         values = {

@@ -22,28 +22,15 @@ __all__ = ["FAMILIES", "Offsets", "PerDatumGuide"]
 
 MOST_COMBINATIONS = 1024  # of values of discrete latents
 
-_LOC_SCALE = ("loc", "scale")
+_SECOND_NAMES = ("probs", "covariance_matrix", "precision_matrix")  # of what logits and scale_tril say already
 FAMILIES: dict[type, tuple[str, ...]] = {
-    dist.Normal: _LOC_SCALE,
-    dist.LogNormal: _LOC_SCALE,
-    dist.Laplace: _LOC_SCALE,
-    dist.Cauchy: _LOC_SCALE,
-    dist.Gumbel: _LOC_SCALE,
-    dist.Logistic: _LOC_SCALE,
-    dist.StudentT: ("df", *_LOC_SCALE),
-    dist.MultivariateNormal: ("loc", "scale_tril"),
-    dist.HalfNormal: ("scale",),
-    dist.HalfCauchy: ("scale",),
-    dist.Exponential: ("rate",),
-    dist.Gamma: ("concentration", "rate"),
-    dist.InverseGamma: ("concentration", "rate"),
-    dist.Weibull: ("scale", "concentration"),
-    dist.Beta: ("concentration1", "concentration0"),
-    dist.Dirichlet: ("concentration",),
-    dist.ContinuousBernoulli: ("logits",),
-    dist.Bernoulli: ("logits",),
-    dist.Categorical: ("logits",),
-    dist.OneHotCategorical: ("logits",),
+    family: tuple(parameter for parameter in family.arg_constraints if parameter not in _SECOND_NAMES)
+    for family in (
+        *(dist.Normal, dist.LogNormal, dist.Laplace, dist.Cauchy, dist.Gumbel, dist.Logistic, dist.StudentT),
+        *(dist.MultivariateNormal, dist.HalfNormal, dist.HalfCauchy, dist.Exponential, dist.Gamma, dist.InverseGamma),
+        *(dist.Weibull, dist.Beta, dist.Dirichlet, dist.ContinuousBernoulli),
+        *(dist.Bernoulli, dist.Categorical, dist.OneHotCategorical),
+    )
 }
 """Parameters that span each family, with none redundant."""
 
@@ -99,11 +86,6 @@ class PerDatumGuide(Messenger):
     def is_discrete(self) -> bool:
         """Whether the guide samples discrete latents alone."""
         return {site for site, _ in self.offsets} == set(self._values)
-
-    @property
-    def is_one_category(self) -> bool:
-        """Whether the guide samples one discrete latent and nothing else."""
-        return self.is_discrete and len(self.offsets) == 1
 
     def bound_and_weight(self, num_particles: int) -> tuple[Tensor, Tensor]:
         """Draw samples of the bound, and log-weights whose log-mean-exp is the evidence, both (K, N).

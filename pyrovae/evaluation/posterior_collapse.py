@@ -173,20 +173,15 @@ def _verdict_on_dimensions(information: Sequence[float], total: float | None) ->
         if total is not None and total > 10 * USED_NATS:
             return "partly collapsed", f"none of {size} {dimensions} tells {USED_NATS} nats, all of them {total:.2f}", 0
         return "collapsed", f"no dimension of {size} carries more than {USED_NATS} nats of information", 0
-    carriers, few = (_num_carriers(information, share) for share in (SHARE, 0.9))
+    carried = list(accumulate(sorted((max(value, 0.0) for value in information), reverse=True)))
+    # The fewest dimensions that carry these shares of the information.
+    carriers, few = (1 + sum(value < share * carried[-1] for value in carried) for share in (SHARE, 0.9))
     # Dimensions may tell the same thing, so their sum is not the information of z.
     nats = f"({together:.2f} nats{'' if size == 1 else ', summed over dimensions'})"
     if telling == size and carriers >= 0.9 * size:
         return "alive", f"{'it carries' if size == 1 else f'all {size} dimensions carry'} information {nats}", size
     used = min(carriers, telling)
     return "partly collapsed", f"{used} of {size} dimensions carry 99% of the information {nats}, {few} carry 90%", used
-
-
-def _num_carriers(information: Sequence[float], share: float) -> int:
-    """Return the smallest number of dimensions that carry this share of the information."""
-    largest = sorted((max(value, 0.0) for value in information), reverse=True)
-    carried = list(accumulate(largest))
-    return 1 + next(i for i, value in enumerate(carried) if value >= share * carried[-1])
 
 
 def judge_categories(

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import pyrovae as pv
-from pyrovae.evaluation import arviz_draws, arviz_export
+from pyrovae.evaluation import arviz_export
 from pyrovae.evaluation.arviz_export import to_arviz
 from pyrovae.evaluation.measurement import FLOATS_PER_CHUNK, NotApplicable
 from pyrovae.infer.weights import log_weights
@@ -334,7 +334,7 @@ def test_marginal_log_likelihood_estimates_the_evidence(num_samples):
 def test_each_draw_leaves_out_its_own_weight():
     log_weight = torch.randn(6, 4, dtype=torch.float64) * 3
     log_weight[2, 1] += 200  # nearly all of the sum
-    found = arviz_draws._evidence_from_others(log_weight)
+    found = arviz_export._evidence_from_others(log_weight)
     for s in range(6):
         others = torch.cat([log_weight[:s], log_weight[s + 1 :]])
         assert torch.allclose(found[s], others.logsumexp(0) - math.log(5), rtol=1e-12)
