@@ -17,7 +17,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyrovae.checks import check_positive, not_a_pair
-from pyrovae.evaluation.importance_sampling import effective_samples, log_mean_weight, variance_of_mean
+from pyrovae.evaluation.importance_sampling import MeanWeight, stderr_over_data
 from pyrovae.evaluation.measurement import (
     Result,
     not_applicable,
@@ -198,7 +198,7 @@ def annealed_evidence(
         **_common(settings, forward),
         log_evidence=float(forward.log_mean.mean()),
         log_evidence_stderr=forward.stderr,
-        log_evidence_stderr_data=_stderr_over_data(forward.log_mean),
+        log_evidence_stderr_data=stderr_over_data(forward.log_mean),
         log_evidence_per_datum=forward.log_mean,
     )
 
@@ -253,7 +253,7 @@ def bidirectional_evidence(
         lower_stderr=forward.stderr,
         upper=float(upper.mean()),
         gap=float((upper - lower).mean()),
-        gap_stderr=_stderr_over_data(upper - lower),
+        gap_stderr=stderr_over_data(upper - lower),
         lower_per_datum=lower,
         upper_per_datum=upper,
         guide=scores.log_evidence,
@@ -276,37 +276,30 @@ class _Settings:
             raise ValueError("num_temperatures: expected 2 or more; got 1, with no step between prior and posterior.")
 
 
-class _Weights:
-    """Log mean, (N,), effective number and standard error of the weights of chains, from log w, (K, N)."""
+class _Weights(MeanWeight):
+    """Weights of chains, from log w of shape (K, N)."""
 
     def __init__(self, log_w: Tensor, acceptance: float) -> None:
+        super().__init__(log_w)
         self.acceptance = acceptance
-        self.log_mean, relative = log_mean_weight(log_w)
-        self.effective = float(effective_samples(relative).mean())
-        self.stderr = None
-        if len(log_w) > 1:
-            self.stderr = float(variance_of_mean(relative).sum().sqrt()) / log_w.shape[1]
+        self.stderr = float(self.variance.sum().sqrt()) / log_w.shape[1] if len(log_w) > 1 else None
 
 
 def _common(settings: _Settings, forward: _Weights) -> dict[str, Any]:
     """Return the fields that both results have."""
-    notes = []
-    if settings.num_chains > 1 and forward.effective < settings.num_chains / UNEVEN_SHARE:
+    notes, effective = [], float(forward.effective.mean())
+    if settings.num_chains > 1 and effective < settings.num_chains / UNEVEN_SHARE:
         notes.append(
-            f"of {settings.num_chains} chains effectively {forward.effective:.1f} count: the bound is loose, and its "
-            "Monte Carlo error too small; raise num_temperatures"
+            f"of {settings.num_chains} chains effectively {effective:.1f} count: the bound is loose, and its Monte "
+            "Carlo error too small; raise num_temperatures"
         )
     return {
         **asdict(settings),
         "num_data": len(forward.log_mean),
         "acceptance": forward.acceptance,
-        "effective_sample_size": forward.effective,
+        "effective_sample_size": effective,
         "notes": notes,
     }
-
-
-def _stderr_over_data(per_datum: Tensor) -> float | None:
-    return float(per_datum.std()) / math.sqrt(len(per_datum)) if len(per_datum) > 1 else None
 
 
 @torch.no_grad()
@@ -363,7 +356,9 @@ def _annealed(
     with progress_bar("anneal", progress, total=total, unit="step") as bar:
         for rows in chunks:
             start = density.draw(x[rows], num_chains)
-            chains = _Chains(value, gradient, x[rows], settings.num_leapfrog, bar.update, _scale(start))
+            scale = start.flatten(0, 1).std(0, correction=0)
+            scale = torch.where((scale > 0) & scale.isfinite(), scale, 1.0)
+            chains = _Chains(value, gradient, x[rows], settings.num_leapfrog, bar.update, scale)
             steps = chains.adapt(start, pilot)[nearest]
             found[0].append(chains.run(density.draw(x[rows], num_chains), betas, steps))
             if exact is not None:
@@ -374,12 +369,6 @@ def _annealed(
         log_w, acceptance = zip(*parts, strict=True)
         results.append(_Weights(torch.cat(log_w, 1)[:, : len(x)].cpu(), float(torch.stack(acceptance).mean())))
     return results
-
-
-def _scale(u: Tensor) -> Tensor:
-    """Return the standard deviation of each dimension over chains and data; 1 where it is not a number above 0."""
-    scale = u.flatten(0, 1).std(0, correction=0)
-    return torch.where((scale > 0) & scale.isfinite(), scale, 1.0)
 
 
 def _schedule(num_temperatures: int) -> Tensor:

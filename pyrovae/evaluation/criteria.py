@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -95,15 +96,13 @@ def information_criteria(
             num_components = num_categories(pair, x[:2], "icl")
         except NotApplicable:
             num_components = 0
-        log_likelihood: Any = 0
-        log_assigned: Any = 0
-        for rows in x.split(runs_at_a_time(x.device, x.shape[1] * (num_components or 1))):
-            log_likelihood += pair.log_prob(rows).double().sum()
-            if num_components:
-                log_assigned += category_log_probs(pair.posterior(rows)).amax(-1).sum()  # type: ignore[misc]
-    total = float(log_likelihood)
-    bic = -2 * total + nu * math.log(len(x))
-    icl = bic - 2 * float(log_assigned) if num_components else None
+        chunks = x.split(runs_at_a_time(x.device, x.shape[1] * (num_components or 1)))
+        total = float(sum(pair.log_prob(rows).double().sum() for rows in chunks))
+        bic = -2 * total + nu * math.log(len(x))
+        icl = None
+        if num_components:
+            assigned = (category_log_probs(pair.posterior(rows)).amax(-1).sum() for rows in chunks)  # type: ignore[misc]
+            icl = bic - 2 * float(sum(assigned))
     return InformationCriteria(len(x), nu, total, bic, -2 * total + 2 * nu, icl)
 
 
@@ -137,36 +136,33 @@ class Selection(Result):
             ValueError: an unknown criterion; no candidate is left.
         """
         check_choice("criterion", criterion, CRITERIA)
-        found = [c for c in self.candidates if not c.collapsed and getattr(c.criteria, criterion) is not None]
-        if not found:
+        if (winner := self.winners().get(criterion)) is None:
             raise ValueError(
                 f"criterion: no fit has a {criterion.upper()} to choose by: all collapsed, or none has a categorical "
                 "posterior. Try fewer components, more restarts, or a covariance with fewer parameters."
             )
-        return min(found, key=lambda candidate: getattr(candidate.criteria, criterion))
+        return winner
 
     def winners(self) -> dict[str, Candidate]:
         """Return the best candidate by each criterion that any fit can be chosen by."""
         found = {}
         for criterion in CRITERIA:
-            try:
-                found[criterion] = self.best(criterion)
-            except ValueError:
-                continue
+            value = attrgetter(f"criteria.{criterion}")
+            if able := [c for c in self.candidates if not c.collapsed and value(c) is not None]:
+                found[criterion] = min(able, key=value)
         return found
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers, for JSON."""
 
-        def row(c: Candidate) -> dict[str, Any]:
-            own = {"family": c.family, "num_components": c.num_components, "converged": c.converged}
-            return own | {"collapsed": list(c.collapsed)} | c.criteria.to_dict()
+        def name(c: Candidate) -> dict[str, Any]:
+            return {"family": c.family, "num_components": c.num_components}
 
-        best = {
-            criterion: {"family": winner.family, "num_components": winner.num_components}
-            for criterion, winner in self.winners().items()
-        }
-        return {"candidates": [row(c) for c in self.candidates], "best": best}
+        rows = [
+            name(c) | {"converged": c.converged, "collapsed": list(c.collapsed)} | c.criteria.to_dict()
+            for c in self.candidates
+        ]
+        return {"candidates": rows, "best": {criterion: name(winner) for criterion, winner in self.winners().items()}}
 
     def _table(self) -> list[str]:
         winners = self.winners()

@@ -119,12 +119,10 @@ def kl_decomposition(
     Time grows with max_data · N · num_samples · dimensions; memory does not.
 
     Args:
-        pair: the model and guide.
-        x: data, shape (N, D), N ≥ 2.
         num_samples: draws of z a datum, 2 or more.
         max_data: where N is larger, z is drawn from a random subset of this many data. The aggregate is of all N all
             the same, so the estimates stay unbiased; the standard errors include the choice of the subset.
-        binarize, device, seed, progress: as in :func:`pyrovae.evaluate`.
+        pair, x, binarize, device, seed, progress: as in :func:`pyrovae.evaluate`; two data or more.
 
     Raises:
         TypeError, ValueError: bad data or options, before work starts.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.checks import check_positive
-from pyrovae.evaluation.importance_sampling import effective_samples, log_mean_weight, variance_of_mean
+from pyrovae.evaluation.importance_sampling import MeanWeight, stderr_over_data, variance_of_mean
 from pyrovae.evaluation.measurement import Result, prepared, progress_bar, runs_at_a_time
 from pyrovae.evaluation.per_datum_guide import Offsets, PerDatumGuide
 from pyrovae.infer.weights import Structure, same_random_state
@@ -107,13 +106,11 @@ def inference_gaps(
     sampling from q*, which on average falls below log p(x), and makes the approximation gap too small.
 
     Args:
-        pair: the model and guide.
-        x: data, shape (N, D).
         num_samples: samples K a datum, for the bounds and the evidence.
         num_steps: steps of Adam.
         num_particles: samples a datum in each step.
         lr: Adam's learning rate. Locations move in units of the pair's own guide's scale.
-        binarize, device, seed, progress: as in :func:`pyrovae.evaluate`.
+        pair, x, binarize, device, seed, progress: as in :func:`pyrovae.evaluate`.
 
     Raises:
         NotApplicable: the guide samples nothing; a latent lies outside the data plate; a guide site's distribution is
@@ -175,15 +172,16 @@ def _measure(guide: PerDatumGuide, options: _Options, tick: Callable[[], Any]) -
         own, _ = guide.draw(options.num_samples, options.at_once)
     guide.offsets = best
     bound, log_w = guide.draw(options.num_samples, options.at_once)
-    evidence, relative = log_mean_weight(log_w)
+    weight = MeanWeight(log_w)
     found = {"elbo": own, "elbo_optimal": bound, "amortization_gap": bound - own}
-    variances = found | {"log_evidence": relative, "approximation_gap": relative - bound}  # by the delta method
+    # By the delta method, the relative weights have the errors of the log evidence.
+    variances = found | {"log_evidence": weight.relative, "approximation_gap": weight.relative - bound}
     return {
         **checks,
         **{name: value.mean(0) for name, value in found.items()},
         **{f"{name}_variance": variance_of_mean(value) for name, value in variances.items()},
-        "log_evidence": evidence,
-        "effective_samples": effective_samples(relative),
+        "log_evidence": weight.log_mean,
+        "effective_samples": weight.effective,
     }
 
 
@@ -276,5 +274,5 @@ def _still_rising(parts: dict[str, Tensor]) -> float:
         return 0.0
     rises = parts["fourth"] - parts["third"]
     rise, total = float(rises.mean()), float((parts["fourth"] - parts["start"]).mean())
-    error = float(rises.std()) / math.sqrt(len(rises)) if len(rises) > 1 else 0.0
+    error = stderr_over_data(rises) or 0.0
     return 0.0 if rise <= max(3 * error, 0.01 * total, 1e-3) else rise  # NaN counts as still rising

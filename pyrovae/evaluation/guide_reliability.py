@@ -122,10 +122,8 @@ def guide_quality(
     cannot be relied on: q is a poor picture of the posterior, most often a too narrow one.
 
     Args:
-        pair: the model and guide.
-        x: data, shape (N, D).
         num_samples: importance samples K a datum, at least 25.
-        binarize, device, seed, progress: as in :func:`pyrovae.evaluate`.
+        pair, x, binarize, device, seed, progress: as in :func:`pyrovae.evaluate`.
 
     Raises:
         NotApplicable: the guide samples nothing, or discrete latents alone: then the weights have no tail.

@@ -13,7 +13,7 @@ from pyrovae.evaluation.measurement import chunk_sizes, progress_bar, recorded, 
 from pyrovae.infer.weights import LogWeightTerms, Structure, log_weight_terms
 from pyrovae.pair import Pair
 
-__all__ = ["ImportanceSampling", "Summary", "effective_samples", "log_mean_weight", "variance_of_mean"]
+__all__ = ["ImportanceSampling", "MeanWeight", "Summary", "stderr_over_data", "variance_of_mean"]
 
 CALLS_WORTH_COMPILING = 3000
 
@@ -78,20 +78,25 @@ class ImportanceSampling:
         return lambda rows: dict(zip(names, run(rows), strict=True))
 
 
-def log_mean_weight(log_w: Tensor) -> tuple[Tensor, Tensor]:
-    """Return log 1/K Σ_k w_k, (N,), and the weights divided by that mean, (K, N), of log w, (K, N)."""
-    log_mean = log_w.logsumexp(0) - math.log(len(log_w))
-    return log_mean, torch.exp(log_w - log_mean)
+class MeanWeight:
+    """Mean of the weights of each datum, with its error, from log w of shape (K, N)."""
 
-
-def effective_samples(weights: Tensor) -> Tensor:
-    """Return (Σ_k w_k)² / Σ_k w_k², (N,), of weights (K, N)."""
-    return weights.sum(0).square() / weights.square().sum(0)
+    def __init__(self, log_w: Tensor) -> None:
+        self.log_mean = log_w.logsumexp(0) - math.log(len(log_w))
+        """log 1/K Σ_k w_k, (N,)."""
+        self.relative = torch.exp(log_w - self.log_mean)
+        """Weights over their mean, (K, N)."""
+        self.effective = self.relative.sum(0).square() / self.relative.square().sum(0)
+        """Effective number of samples, (Σ_k w_k)² / Σ_k w_k², (N,)."""
+        self.variance = variance_of_mean(self.relative)
+        """Variance of ``log_mean`` by the delta method, (N,); 0 with one sample."""
 
 
 def variance_of_mean(draws: Tensor) -> Tensor:
-    """Return the variance of the mean of K independent draws, (K, N) → (N,); 0 with one draw.
-
-    Of weights divided by their mean it is the variance of the log mean weight, by the delta method.
-    """
+    """Return the variance of the mean of K independent draws, (K, N) → (N,); 0 with one draw."""
     return draws.var(0) / len(draws) if len(draws) > 1 else torch.zeros_like(draws[0])
+
+
+def stderr_over_data(per_datum: Tensor) -> float | None:
+    """Return the standard error of the mean of values (N,), as an estimate for the population; None with one datum."""
+    return float(per_datum.std()) / math.sqrt(len(per_datum)) if len(per_datum) > 1 else None

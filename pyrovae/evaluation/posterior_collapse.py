@@ -253,12 +253,10 @@ def collapse(
     pair's exact ``posterior``. Latents outside the plate ``data`` encode no datum and are not judged.
 
     Args:
-        pair: the model and guide.
-        x: data, shape (N, D), N ≥ 2.
         num_samples: draws of z a datum, 2 or more.
         max_data: draws for the information come from at most this many data, chosen at random; see
             :func:`~pyrovae.evaluation.kl_decomposition`.
-        binarize, device, seed, progress: as in :func:`pyrovae.evaluate`.
+        pair, x, binarize, device, seed, progress: as in :func:`pyrovae.evaluate`; two data or more.
 
     Raises:
         TypeError, ValueError: bad data or options, before work starts.

@@ -133,13 +133,11 @@ def posterior_predictive_check(
       likelihood fits what the latents leave over, and is conservative: each x_n is used twice.
 
     Args:
-        pair: the model and guide.
-        x: the data; best held out from the fit.
         statistics: by name, functions of a data set (N, D), in float64 and on the device, that give a number or a
             vector. By default :func:`default_statistics`.
         replicates: ``prior`` or ``posterior``.
         num_replicates: R. The smallest possible p is 1 / (R + 1), or twice that; the work grows with R · N.
-        binarize, device, seed, progress: as in :func:`pyrovae.evaluate`.
+        pair, x, binarize, device, seed, progress: as in :func:`pyrovae.evaluate`; data best held out from the fit.
 
     Raises:
         NotApplicable: posterior replicates, where the guide leaves out a latent and no exact posterior stands in.

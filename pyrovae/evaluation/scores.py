@@ -19,7 +19,7 @@ from pyrovae.evaluation.guide_reliability import (
     guide_quality_of,
     summarise,
 )
-from pyrovae.evaluation.importance_sampling import ImportanceSampling, Summary, log_mean_weight, variance_of_mean
+from pyrovae.evaluation.importance_sampling import ImportanceSampling, MeanWeight, Summary, stderr_over_data
 from pyrovae.evaluation.measurement import Result, prepared
 from pyrovae.evaluation.posterior_collapse import ACTIVE_UNIT_VARIANCE
 from pyrovae.evaluation.sites import is_point, log_prob_per_dimension, mean_or_value
@@ -215,9 +215,9 @@ class _Sums:
                 sums = means if key[0] == "mean" else self.total
                 sums[key] = sums[key] + value if key in sums else value
         log_w = torch.cat(parts)
-        evidence, relative = log_mean_weight(log_w)
-        self.evidence.append(evidence)
-        self.relative_variance.append(variance_of_mean(relative))
+        weight = MeanWeight(log_w)
+        self.evidence.append(weight.log_mean)
+        self.relative_variance.append(weight.variance)
         self.elbo.append(log_w.mean(0))
         for (_, name), total in means.items():
             self.means[name].append(total / len(log_w))
@@ -252,13 +252,12 @@ def _scores(
         )
     log_evidence = float(evidence.sum()) * (1 / num_data)
     has_error = num_samples > 1 or not sampled
-    has_spread = has_unit_per_datum and num_data > 1
     return Scores(
         num_data=num_data,
         num_samples=num_samples if sampled else 0,
         log_evidence=log_evidence,
         log_evidence_stderr=float(relative_variance.sum().sqrt()) * (1 / num_data) if has_error else None,
-        log_evidence_stderr_data=float(evidence.std()) / math.sqrt(num_data) if has_spread else None,
+        log_evidence_stderr_data=stderr_over_data(evidence) if has_unit_per_datum else None,
         elbo=float(torch.cat(sums.elbo).sum()) * (1 / num_data),
         reconstruction=float(sums.total["reconstruction", ""]) / total if has_split else None,
         kl=sum(kl.values()) if has_split else None,
