@@ -125,7 +125,7 @@ class Constrained(pv.Pair):
             pyro.sample("z", self.prior)
 
     def log_prob(self, x):
-        """By quadrature over u, where z = exp(u), or z = sigmoid(u) in (0, 1)."""
+        """Integrate over u, where z = exp(u), or z = sigmoid(u) in (0, 1)."""
         u = torch.linspace(-30, 10, 20_001, dtype=torch.float64)
         marginal = self.prior
         if marginal.event_shape:
@@ -167,7 +167,7 @@ class Parts(pv.Pair):
 
 
 class Discrete(pv.Pair):
-    """A discrete latent that nobody marked for enumeration."""
+    """A pair with a discrete latent that is not marked for enumeration."""
 
     data_dim = 1
 
@@ -182,7 +182,7 @@ class Discrete(pv.Pair):
 
 
 class TwoSites(Linear):
-    """Observes x in two pieces."""
+    """The linear pair, whose model observes x in two pieces."""
 
     def model(self, x):
         with pyro.plate("data", len(x)):
@@ -198,7 +198,7 @@ def normal_log_prob(covariance, x):
 
 
 def assert_agrees(found, pair, x):
-    """With the exact evidence, within the errors stated; data are taken one by one in the second check."""
+    """Check ``found`` against the exact evidence, within the stated errors: the mean first, then each datum."""
     exact = pair.log_prob(x).detach().double()
     assert 0 < found.log_evidence_stderr < 0.1  # else the test would say nothing
     assert abs(found.log_evidence - exact.mean().item()) < NUM_SE * found.log_evidence_stderr
@@ -381,7 +381,7 @@ def test_a_model_that_cannot_be_recorded_runs_eagerly_and_says_so(monkeypatch):
 
 
 def test_all_chunks_have_one_size_and_no_row_counts_twice(monkeypatch):
-    """17 data in chunks of 5 are 4 chunks of 5, with three rows too many."""
+    """17 data in chunks of 5 make 4 chunks of 5: three rows are added and dropped again."""
     pair, x = Linear(), torch.randn(17, 3)
     sizes = set()
 
@@ -398,7 +398,7 @@ def test_all_chunks_have_one_size_and_no_row_counts_twice(monkeypatch):
 
 
 def test_packing_inverts_the_unpacking_of_latents():
-    """Plates inside a datum, event dims and the data axis: pack inverts what the model is given."""
+    """``pack`` inverts what the model is given, with plates inside a datum, event dims and the data axis."""
     pair, x = Parts(), torch.randn(4, 2)
     latents = ais.Latents(pair, poutine.trace(pair.model).get_trace(x))
     density = ais.Density(pair, latents)

@@ -117,14 +117,14 @@ class TwoCategories(pv.Pair):
 
 
 def near(values, exact, axis):
-    """The mean of draws along ``axis`` equals ``exact`` to NUM_SE standard errors."""
+    """Check that the mean of draws along ``axis`` equals ``exact`` to NUM_SE standard errors."""
     values = np.asarray(values, dtype=np.float64)
     error = values.std(axis, ddof=1) / math.sqrt(values.shape[axis]) + 1e-6
     np.testing.assert_array_less(np.abs(values.mean(axis) - np.asarray(exact)) / error, NUM_SE)
 
 
 def near_probability(hits, exact):
-    """The share of hits along axis 0 equals ``exact``; a rare event may happen a few times more."""
+    """Check that the share of hits along axis 0 equals ``exact``; a rare event may happen a few times more."""
     count, exact = len(hits), np.asarray(exact)
     error = NUM_SE * (np.sqrt(exact * (1 - exact) / count) + 1 / count)
     np.testing.assert_array_less(np.abs(hits.mean(0) - exact), error)
@@ -280,7 +280,7 @@ def test_a_pair_of_functions_is_exported():
 
 @pytest.mark.parametrize("floats", [1, 60, 700])
 def test_chunks_change_nothing_but_noise(monkeypatch, floats):
-    """Down to one draw of one datum at a time; where the guide is the posterior, every weight is the evidence."""
+    """Chunks go down to one draw of one datum; where the guide is the posterior, every weight is the evidence."""
     monkeypatch.setitem(FLOATS_PER_CHUNK, "cpu", floats)
     x = data(7, 2)
     pair = Wide()
@@ -341,7 +341,7 @@ def test_each_draw_leaves_out_its_own_weight():
 
 
 def test_k_hat_of_loo_is_that_of_the_weights():
-    """A guide narrower than the posterior: heavy weights. What az.loo warns of is the tail of the weights."""
+    """A guide narrower than the posterior has heavy weights, and az.loo warns of their tail."""
     x = data(40, 2)
     idata = to_arviz(Wide(widen=0.7), x, num_draws=2000, num_samples=1)
     with warnings.catch_warnings():
@@ -354,7 +354,7 @@ def test_k_hat_of_loo_is_that_of_the_weights():
 
 @pytest.mark.parametrize("scale", [1, 20])
 def test_weights_that_differ_by_rounding_raise_no_warning(scale):
-    """The guide is the posterior, and the pair has no log_prob to say so."""
+    """The guide is the posterior, but the pair has no ``log_prob``, so rounding makes the weights differ."""
     x = scale * data(40, 2)
     pair = Wide()
     assert az.loo(to_arviz(pair, x)).elpd_loo == pytest.approx(pair.evidence(x).sum(), rel=1e-5)
@@ -374,7 +374,7 @@ def test_conditional_log_likelihood_is_that_at_the_draws():
 
 
 def test_enumerated_latents_are_summed_out_of_weights():
-    """As the one place that computes weights does it."""
+    """The weights are those of ``log_weights``."""
     pair, x = TwoCategories(), data(6, 2)
     idata = to_arviz(pair, x, num_draws=2000)
     with torch.no_grad():

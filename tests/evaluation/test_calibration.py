@@ -56,7 +56,7 @@ class Linear(pv.Pair):
 
 
 class PriorGuide(Linear):
-    """Ignores the data."""
+    """The linear pair with a guide that ignores the data."""
 
     def guide(self, x):
         with pyro.plate("data", len(x)):
@@ -127,7 +127,7 @@ class TwoViews(pv.Pair):
 
 
 def ppca():
-    """Its guide is the exact posterior."""
+    """Return a PPCA whose guide is the exact posterior."""
     pair = PPCA(4, 2)
     with torch.no_grad():
         pair.weight.mul_(10)
@@ -137,7 +137,7 @@ def ppca():
 
 
 def functions():
-    """Linear, as two plain functions."""
+    """Return the linear pair as two plain functions."""
     twin = Linear()
 
     def model(x):
@@ -183,7 +183,7 @@ def test_exact_posteriors_have_uniform_ranks(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ppca", "categories"])
 def test_p_values_of_exact_posteriors_are_uniform(name):
-    """Over 150 seeds: the test rejects as often as it says."""
+    """Over 150 seeds the test rejects as often as its level says."""
     pair = EXACT[name]()
     found = [simulation_based_calibration(pair, num_simulations=400, seed=seed) for seed in range(150)]
     for key, test in found[0].tests.items():
@@ -230,7 +230,7 @@ def test_verdict_names_what_is_wrong_with_a_guide(pair, verdict):
 
 
 def test_a_guide_that_ignores_the_data_fails_by_the_likelihood():
-    """Its ranks of z are uniform, for z ~ p(z) and the draws, too."""
+    """The ranks of z are uniform, as z and its draws both come from p(z); those of the likelihood are not."""
     found = simulation_based_calibration(PriorGuide((2.0, 1.0)))
     assert found.tests["z"].p_value > CHANCE
     assert found.tests[LIKELIHOOD].p_value < 1e-10

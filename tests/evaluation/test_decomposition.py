@@ -43,7 +43,7 @@ class Encoded(pv.Pair):
 
 
 class Positive(Encoded):
-    """``Encoded``, with exp(z) for z."""
+    """The pair ``Encoded`` with exp(z) as its latent."""
 
     def prior(self, x):
         return dist.LogNormal(x.new_zeros(self.data_dim), 1.0).to_event(1)
@@ -53,7 +53,7 @@ class Positive(Encoded):
 
 
 class Tilted(Encoded):
-    """Its guide has a full covariance."""
+    """The pair ``Encoded`` with a guide of full covariance."""
 
     tril = ((0.7, 0.0), (0.5, 0.4))
 
@@ -62,7 +62,7 @@ class Tilted(Encoded):
 
 
 class Elements(Encoded):
-    """``Encoded``, with a plate for the dimensions of z in place of an event dim."""
+    """The pair ``Encoded`` with a plate for the dimensions of z in place of an event dim."""
 
     def model(self, x):
         with pyro.plate("data", len(x), dim=-1):
@@ -103,7 +103,7 @@ class Chain(pv.Pair):
 
 
 class TwoLatents(pv.Pair):
-    """Two latents that know nothing of each other; the second is a scalar."""
+    """Two independent latents; the second is a scalar."""
 
     data_dim = 2
 
@@ -160,7 +160,7 @@ def grid(points=4001, limit=20.0):
 
 
 def integrate(log_q, log_p, cell):
-    """(kl, mutual_information, marginal_kl) from log q(z | x_n), (N, points), and log p(z), (points,)."""
+    """Return (kl, mutual_information, marginal_kl) from log q(z | x_n), (N, points), and log p(z), (points,)."""
     aggregate = log_q.logsumexp(0) - math.log(len(log_q))
     mean = lambda ratio: float((log_q.exp() * ratio).sum() * cell / len(log_q))  # noqa: E731
     return mean(log_q - log_p), mean(log_q - aggregate), mean(aggregate - log_p)
@@ -206,7 +206,7 @@ def test_one_dimension_against_quadrature(scale):
 
 @pytest.mark.parametrize("pair", [Encoded(2), Tilted(2)], ids=["factorised", "full covariance"])
 def test_two_dimensions_against_quadrature(pair):
-    """Perfectly correlated means: total correlation, also where the guide itself correlates the dimensions."""
+    """Perfectly correlated means have a total correlation, also where the guide itself correlates the dimensions."""
     x = torch.linspace(-2, 2, 9).unsqueeze(-1) * torch.tensor([1.0, -0.5])
     found = kl_decomposition(pair, x, num_samples=500)
     a, b, cell = plane()
@@ -224,7 +224,7 @@ def test_two_dimensions_against_quadrature(pair):
 
 
 def test_information_of_guides_far_apart_is_log_n():
-    """Guides far apart: z names its datum. The information is log N, without error."""
+    """Where the guides lie far apart, z names its datum: the information is log N, without error."""
     x = 100 * torch.arange(12.0).unsqueeze(-1)
     found = kl_decomposition(Encoded(), x, num_samples=2)
     assert found.mutual_information == pytest.approx(math.log(12), rel=1e-6)
@@ -256,7 +256,7 @@ def test_negative_estimates_are_reported_and_noted():
 
 
 def test_independent_means_have_no_total_correlation():
-    """Data on a product grid: the aggregate factorises at every point, so not even Monte Carlo error is left."""
+    """For data on a product grid the aggregate factorises at every point, so there is no Monte Carlo error either."""
     x = torch.cartesian_prod(torch.tensor([-1.0, 1.0]), torch.tensor([-2.0, 0.0, 2.0]))
     found = kl_decomposition(Encoded(2), x, num_samples=20)
     assert found.total_correlation == pytest.approx(0, abs=1e-6)

@@ -36,7 +36,7 @@ N, D = 12, 4
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """The same functions, with few samples and steps."""
+    """Replace the functions by themselves with few samples and steps."""
     assert SMALL.keys() == ALSO.keys()
     for name, settings in SMALL.items():
         function, most = ALSO[name]
@@ -44,7 +44,7 @@ def small(monkeypatch):
 
 
 class Own(pv.Pair):
-    """What a user may write: two latents, one of them positive, the second's guide given the first."""
+    """A pair of a user: two latents, one of them positive, and a guide of the second that depends on the first."""
 
     def __init__(self, data_dim: int) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ WITHOUT = {
     "amortized gmm": {"annealed_evidence", "bidirectional_evidence"},
     "global": set(ALSO) - {"posterior_predictive_check"},
 }
-"""What does not apply, by pair."""
+"""Quantities that do not apply, by pair."""
 
 
 def build(name: str) -> tuple[pv.Pair, Tensor]:
@@ -130,7 +130,7 @@ CASES: dict[str, tuple] = {}
 
 @pytest.fixture(params=WITHOUT)
 def case(request, small):
-    """Name, pair, data, and all its scores."""
+    """Return name, pair, data, and all its scores."""
     if request.param not in CASES:
         pair, x = build(request.param)
         labels = torch.arange(N) % 2
@@ -139,7 +139,7 @@ def case(request, small):
 
 
 def plain(value) -> bool:
-    """Nothing but JSON's own types."""
+    """Return whether a value consists of JSON's own types alone."""
     if isinstance(value, dict):
         return all(type(key) is str and plain(one) for key, one in value.items())
     if isinstance(value, list):

@@ -73,13 +73,13 @@ class LinearGaussian(pv.Pair):
 
 
 class Sampled(LinearGaussian):
-    """The same without its exact evidence."""
+    """The linear pair without its exact evidence."""
 
     log_prob = None
 
 
 class FullGuide(LinearGaussian):
-    """Its guide has a full covariance: the posterior is in the family."""
+    """The linear pair with a guide of full covariance, whose family contains the posterior."""
 
     def guide(self, x):
         loc, scale = self.moments(x)
@@ -161,7 +161,7 @@ class Switch(pv.Pair):
 
 
 def guided_by(make):
-    """One latent z ~ N(0, 1) a datum, and a guide of any distribution."""
+    """Return a pair with one latent z ~ N(0, 1) a datum, and a guide of any distribution."""
 
     class Guided(pv.Pair):
         data_dim = 1
@@ -201,7 +201,7 @@ def test_both_gaps_against_closed_forms(shift, widen):
 
 
 def test_family_that_holds_the_posterior_has_no_approximation_gap():
-    """And what a diagonal start loses to it is all amortization gap."""
+    """What a diagonal start loses to that family is all amortization gap."""
     pair = FullGuide()
     x = sample(pair, 60, seed=1)
     found = inference_gaps(pair, x, num_samples=500, num_steps=250)
@@ -220,7 +220,7 @@ def test_exact_guide_has_no_gaps():
 
 
 def test_evidence_without_log_prob_comes_from_importance_sampling():
-    """A mildly correlated posterior, so that the best mean-field guide is a good sampler."""
+    """The posterior is mildly correlated, so that the best mean-field guide is a good sampler."""
     pair = Sampled(shift=0.2)
     pair.weight.data *= 0.3
     x = sample(pair, 50, seed=1)
@@ -263,7 +263,7 @@ def test_gaps_of_a_gamma_guide_equal_closed_forms():
 
 
 def test_amortized_mixture_has_an_amortization_gap_only():
-    """Its categorical guide can be any posterior: the optimum is exact, and so are all numbers."""
+    """A categorical guide can be any posterior, so the optimum and all numbers are exact."""
     x = pv.data.load("faithful").train[:80]
     pair = pv.models.GMM(3, 2, amortized=True)
     pair.initialize(x, seed=0)
@@ -279,7 +279,7 @@ def test_amortized_mixture_has_an_amortization_gap_only():
 
 @pytest.mark.parametrize("shift", [0.0, 0.7])
 def test_discrete_latent_beside_a_continuous_one_is_summed_over(shift):
-    """The discrete one is summed over, in each value's own samples of the other; q* is the exact posterior."""
+    """Each value of the discrete latent has its own samples of the other; q* is the exact posterior."""
     pair = Switch(shift)
     x = sample(pair, 50, seed=1)
     found = inference_gaps(pair, x, num_samples=500, num_steps=250)
@@ -290,7 +290,7 @@ def test_discrete_latent_beside_a_continuous_one_is_summed_over(shift):
 
 
 def test_value_that_the_model_rules_out_leaves_the_optimum_finite():
-    """q* gives it no mass, and the numbers stay finite; the amortized guide's own bound is then −∞."""
+    """q* gives that value no mass, so its numbers are finite; the bound of the amortized guide is −∞."""
 
     class Ruled(pv.Pair):
         data_dim = 1
@@ -313,7 +313,7 @@ def test_value_that_the_model_rules_out_leaves_the_optimum_finite():
 
 
 def test_function_pair_has_gaps():
-    """Its parameters appear at the first run. A constant guide N(0, 1): the posterior is N(x / 2, 1 / 2)."""
+    """Its parameters appear at the first run. The guide is N(0, 1), and the posterior is N(x / 2, 1 / 2)."""
 
     def model(x):
         with pyro.plate("data", len(x)):
@@ -333,7 +333,7 @@ def test_function_pair_has_gaps():
 
 
 def test_gaps_of_two_discrete_latents_agree_with_a_grid_search():
-    """Mean-field guide of two coupled bits: the gaps by a search over a grid of the four probabilities."""
+    """The guide of two coupled bits is mean-field; a search over a grid of probabilities gives its gaps."""
 
     class Bits(pv.Pair):
         data_dim = 1
@@ -378,7 +378,7 @@ def test_gaps_of_two_discrete_latents_agree_with_a_grid_search():
     ids=["vae", "vae-normal", "vae-continuous-bernoulli", "iwae", "ppca"],
 )
 def test_gaps_of_every_kind_of_pair_are_in_order_and_reproducible(make, monkeypatch):
-    """Bounds in order, the same again from the same seed, and nothing left changed. In more than one chunk."""
+    """Bounds are in order, the same seed gives them again, and nothing is left changed, in several chunks."""
     pair, x = make(), torch.rand(7, 6).round()
     weights = {name: value.clone() for name, value in pair.state_dict().items()}
     state = torch.get_rng_state()
@@ -400,7 +400,7 @@ def test_gaps_of_every_kind_of_pair_are_in_order_and_reproducible(make, monkeypa
 
 
 def test_offsets_correct_a_shifted_second_layer():
-    """Shift the upper encoder's bias: the offsets of the deeper site can take it back, datum by datum."""
+    """The offsets of the deeper site can take back a shift of the upper encoder's bias, datum by datum."""
     pair = pv.models.IWAE(6, (3, 2), hidden_dims=((5,), (4,)))
     x = torch.rand(15, 6).round()
     with torch.no_grad():
@@ -424,7 +424,7 @@ def test_unfinished_search_is_noted():
 
 
 def test_poor_importance_weights_are_noted():
-    """Columns of W nearly parallel: the best mean-field guide is far narrower than the posterior."""
+    """With nearly parallel columns of W the best mean-field guide is far narrower than the posterior."""
     pair = Sampled()
     pair.weight.data = torch.ones(4, 3) + 0.1 * pair.weight.data
     found = inference_gaps(pair, sample(pair, 20, seed=1), num_samples=300, num_steps=50)
@@ -432,7 +432,7 @@ def test_poor_importance_weights_are_noted():
 
 
 def test_negative_gap_is_noted():
-    """Where the guide is the best already, a step too long can only lose; either gap below zero is named."""
+    """Where the guide is the best already, a step that is too long can only lose; a gap below zero is named."""
     pair = LinearGaussian()
     found = inference_gaps(pair, sample(pair, 30, seed=1), num_samples=50, num_steps=20, seed=2)
     for name in ("approximation", "amortization"):
@@ -465,7 +465,7 @@ def test_one_datum_one_step_one_particle_are_enough():
     ids=lambda make: type(make(torch.zeros(2))).__name__,
 )
 def test_every_family_can_be_optimised(make):
-    """At offsets zero each is itself; the search raises the bound of a guide that is far from the posterior."""
+    """At offsets of zero each family is itself, and the search raises the bound of a guide far from the posterior."""
     found = inference_gaps(guided_by(make), torch.randn(10, 1), num_samples=300, num_steps=50)
     assert found.amortization_gap > 0
 

@@ -125,7 +125,7 @@ def test_smoothed_evidence_is_the_evidence():
 
 @pytest.mark.filterwarnings("error")
 def test_exact_guide_has_no_tail():
-    """All weights are p(x), but for rounding: no tail, every sample counts, and nobody warns."""
+    """All weights are p(x) up to rounding: they have no tail, every sample counts, and no warning comes."""
     pair, x = fitted_ppca()
     found = guide_quality(pair, x, num_samples=200)
     assert (found.k == -math.inf).all()
@@ -171,7 +171,7 @@ def test_summary_of_chunks_is_that_of_the_whole():
 
 
 def test_k_of_extreme_weights_is_infinite():
-    """All equal, equal at the top, all but a few impossible, and all impossible."""
+    """The weights are all equal, equal at the top, all but two impossible, and all impossible."""
     log_w = torch.zeros(100, 4)
     log_w[:60, 1] = -3
     log_w[:98, 2] = -math.inf
@@ -223,7 +223,7 @@ def test_every_kind_of_pair_is_measured_reproducibly(make):
 
 
 def test_data_in_chunks_get_a_k_each(monkeypatch):
-    """250 data are three chunks; a small budget makes many runs of the particles."""
+    """250 data make three chunks, and a small budget makes many runs of the particles."""
     monkeypatch.setitem(FLOATS_PER_CHUNK, "cpu", 7 * 100)
     found = guide_quality(Narrow(0.2), torch.zeros(250, 1), num_samples=100)
     assert found.k.shape == (250,)

@@ -24,7 +24,7 @@ COVARIANCES = ("full", "tied", "diag", "spherical")
 
 
 class Coins(pv.Pair):
-    """Everyone has one posterior, ``exact``, and one guide, ``guessed``, over three components."""
+    """All data have one posterior, ``exact``, and one guide, ``guessed``, over three components."""
 
     data_dim = 1
 
@@ -52,7 +52,7 @@ class WrongPosterior(Coins):
 
 
 def blobs(count=150, distance=8.0):
-    """Three unit Gaussians in the plane; data and labels."""
+    """Draw from three unit Gaussians in the plane; return data and labels."""
     centres = distance * torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     labels = torch.arange(count) % 3
     return centres[labels] + torch.randn(count, 2), labels
@@ -90,7 +90,7 @@ def test_scores_equal_their_closed_form(one_hot):
 
 
 def test_the_guide_costs_the_elbo_its_kl():
-    """log p(x) − ELBO, with the component summed out of both."""
+    """The KL equals log p(x) − ELBO, with the component summed out of both."""
     gmm = GMM(3, 2, amortized=True).double()
     x = 2 * torch.randn(40, 2).double()
     elbo = -float(gmm.default_loss().loss(gmm.model, gmm.guide, x)) / 40
@@ -200,7 +200,7 @@ def test_pairs_without_components_have_no_icl():
 
 
 def test_icl_finds_two_clusters_in_old_faithful():
-    """By ICL, whose price for overlap BIC does not ask: BIC takes three tied components (as in Scrucca et al. 2016)."""
+    """ICL charges for overlap and BIC does not: BIC takes three tied components (as in Scrucca et al. 2016)."""
     x = pv.data.load("faithful").train
     makers = {c: lambda k, c=c: GMM(k, 2, covariance=c) for c in ("full", "tied")}
     found = select_components(makers, x, range(1, 5), restarts=5)
@@ -222,7 +222,7 @@ def test_selection_finds_three_clusters():
 
 
 def test_collapsed_fits_are_flagged_and_never_chosen():
-    """Five equal rows: a component on them has infinite density but for the floor, and the best criteria by far."""
+    """On five equal rows a component has infinite density but for the floor, and the best criteria by far."""
     x = torch.cat([torch.randn(40, 1), torch.full((5, 1), 9.0)])
     found = select_components(lambda k: GMM(k, 1), x, (1, 2), restarts=5)
     (two,) = (c for c in found.candidates if c.num_components == 2)

@@ -1,4 +1,4 @@
-"""collapse: verdicts on pairs whose answer is known, against closed forms; and the functions a scorer calls."""
+"""collapse: verdicts on pairs whose answer is known, against closed forms, and the public parts of the rule."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def only(found):
     ids=["the prior", "shifted", "narrow and wide"],
 )
 def test_guide_that_ignores_the_data_is_collapsed(pair, num_data):
-    """Whatever its KL: away from the prior it has one, and tells nothing all the same."""
+    """A guide away from the prior has a KL, and still tells nothing about the data."""
     found = only(collapse(pair, torch.randn(num_data, 3)))
     assert found.verdict == "collapsed"
     assert found.used == 0
@@ -234,7 +234,7 @@ def test_latent_without_known_marginals_is_judged_by_variances(gain, verdict):
 
 
 def test_category_beside_other_latents_is_judged_by_its_probabilities():
-    """k is judged from its table; z depends on k; mu encodes no datum."""
+    """k is judged by its probabilities, z depends on k, and mu encodes no datum."""
     x = nn.functional.one_hot(torch.arange(60) % 3, 3) * 0.97 + 0.01
     found = collapse(Topics(), x)
     assert found.latents["k"].verdict == "alive"
@@ -372,7 +372,7 @@ class OnlyGlobal(pv.Pair):
 
 
 class Summed(OnlyGlobal):
-    """Its latent is summed out, and it has no ``posterior``."""
+    """A pair whose latent is summed out, without a ``posterior``."""
 
     def model(self, x):
         with pyro.plate("data", len(x)):

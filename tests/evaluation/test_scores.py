@@ -25,7 +25,7 @@ NUM_SE = 5  # standard errors allowed in statistical tests
 
 @pytest.fixture(autouse=True)
 def one_thread(guard_globals):
-    """These tensors are tiny: threads would only wait for each other."""
+    """Use one thread: these tensors are tiny, and threads would wait for each other."""
     torch.set_num_threads(1)
 
 
@@ -79,7 +79,7 @@ class LinearGaussian(pv.Pair):
 
 
 class DeltaGuide(LinearGaussian):
-    """Its guide is the posterior mean itself, so every number is exact whatever the chunks."""
+    """The pair whose guide is the posterior mean itself, so every number is exact whatever the chunks."""
 
     def guide(self, x):
         with pyro.plate("data", len(x)):
@@ -91,7 +91,7 @@ def draw(pair, count, seed=0):
 
 
 def standard_error(terms, num_samples):
-    """Of the mean over data and ``num_samples`` samples of terms (K, N)."""
+    """Return the standard error of the mean of terms (K, N) over data and ``num_samples`` samples."""
     return (terms.double().var(0).sum() / num_samples).sqrt().item() / terms.shape[1]
 
 
@@ -206,7 +206,7 @@ def test_active_units_of_two_layers_are_counted_each():
 
 
 def test_ppca_with_its_exact_posterior_is_scored_exactly():
-    """A guide with full covariance: no KL per dimension, but exact all the same, and the exact number beside it."""
+    """A guide with full covariance has no KL per dimension; the evidence is still exact."""
     x = torch.randn(80, 4, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.5]))
     pair = pv.models.PPCA(4, 2)
     pair.fit_closed_form(x)
@@ -253,7 +253,7 @@ def test_discrete_guide_is_scored():
 
 @pytest.mark.parametrize("widen", [1.0, 1.5])
 def test_global_latent_has_one_weight_for_all_data(widen):
-    """One weight for the whole data set; its evidence is still reported per datum."""
+    """The whole data set has one weight, and its evidence is still reported per datum."""
     x = torch.randn(150, 1, generator=torch.Generator().manual_seed(0)) + 1  # more than a chunk of local data
     pair = GlobalMean(x, widen)
     found = evaluate(pair, x, num_samples=2000)
@@ -317,7 +317,7 @@ def test_every_datum_gets_every_sample(monkeypatch, floats):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_data_times_samples():
-    """All at once, either call would hold several tensors of 90 MiB; in chunks, their number does not matter."""
+    """Without chunks, either call would hold several tensors of 90 MiB."""
     program = """
 import resource, torch, pyrovae as pv
 from pyrovae.evaluation import evaluate
@@ -588,7 +588,7 @@ def test_pair_without_data_dim_needs_it_as_an_argument():
 @pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["vae", "iwae", "ppca"])
 def test_compiled_scores_equal_the_eager_ones(name, compiles, monkeypatch):
-    """At equal noise, with chunks of data and particles that do not fill up: those stay eager."""
+    """The noise is equal. Chunks of data and particles that do not fill up stay eager."""
     monkeypatch.setitem(FLOATS_PER_CHUNK, "cpu", 400)
     if not compiles:
         monkeypatch.setattr(Program, "compile", lambda self, args: None)
