@@ -17,7 +17,7 @@ from pyrovae.cli.names import versions
 from pyrovae.comparison.folder import read_comparison
 from pyrovae.comparison.tables import lead, to_rows
 from pyrovae.evaluation import evaluate
-from pyrovae.evaluation.prepare import prepared
+from pyrovae.evaluation.measurement import prepared
 from pyrovae.evaluation.scores import title_of
 from pyrovae.plots.run_pictures import Picture, pictures_of_run, pictures_of_scores
 

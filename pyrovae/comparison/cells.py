@@ -18,7 +18,7 @@ from pyrovae.comparison.methods import CLOSED_FORM, EM, Method, samples_latents
 from pyrovae.comparison.result import Cell
 from pyrovae.evaluation import evaluate
 from pyrovae.evaluation.gaps import inference_gaps
-from pyrovae.evaluation.prepare import NotApplicable
+from pyrovae.evaluation.measurement import NotApplicable
 from pyrovae.evaluation.scores import importance_scores
 from pyrovae.infer import fit_em
 from pyrovae.pair import Pair

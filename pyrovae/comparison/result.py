@@ -34,7 +34,7 @@ class Cell:
     """ELBO of the guide that the method trained, or of the exact posterior where that replaces the guide."""
     approximation_gap: float | None = None
     amortization_gap: float | None = None
-    """Both gaps are those of the first 500 rows, see :func:`pyrovae.evaluation.gaps.inference_gaps`."""
+    """Both gaps are those of the first 500 rows, see :func:`pyrovae.evaluation.inference_gaps`."""
     seconds: float | None = None
     """Time of training."""
     steps: int | None = None

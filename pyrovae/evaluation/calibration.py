@@ -1,4 +1,4 @@
-"""Is the guide calibrated? Ranks of true latents among its draws, on data that the model makes."""
+"""Calibration of a guide: ranks of true latents among its draws, on data that the model makes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from pyrovae.checks import check_choice, check_positive, not_a_pair
-from pyrovae.evaluation.prepare import NotApplicable, prepared, progress_bar
-from pyrovae.evaluation.simulate import Simulator, two_data
+from pyrovae.evaluation.generation import Simulator, two_data
+from pyrovae.evaluation.measurement import Result, not_applicable, prepared, progress_bar
 from pyrovae.pair import Pair
 
 __all__ = [
@@ -28,6 +28,7 @@ LIKELIHOOD = "log p(x | z)"
 """Name of the rank test of the log likelihood."""
 LEVEL = 0.01  # of the verdicts, and of what lies outside the bands in pictures
 UNIFORM = "no misfit found"
+QUANTITY = "simulation_based_calibration"
 
 
 @dataclass(frozen=True, repr=False)
@@ -41,19 +42,19 @@ class RankTest:
     counts: list[list[int]]
     """The histogram of each dimension, (dimensions, bins)."""
     p_values: list[float]
-    """χ² test of uniformity, by dimension."""
+    """p-value of the χ² test of uniformity, by dimension."""
     adjusted: list[float]
-    """The same for all dimensions together (Holm 1979): right however the dimensions depend on each other."""
+    """p-values adjusted for all dimensions together (Holm 1979): right however the dimensions depend on each other."""
     shift: list[float]
     """z score of the ranks' mean, by dimension: above 0 the draws are too low."""
     shape: list[float]
     """z score of the ranks' distance from their middle, by dimension: above 0 the draws are too narrow."""
     verdicts: list[str]
-    """By dimension, in words. Not ``no misfit found`` only where ``adjusted`` is below 0.01."""
+    """Verdict on each dimension, in words: ``no misfit found`` unless ``adjusted`` is below 0.01."""
 
     @property
     def p_value(self) -> float:
-        """Of the hypothesis that the ranks of every dimension are uniform: the smallest of ``adjusted``."""
+        """p-value of the hypothesis that the ranks of every dimension are uniform: the smallest of ``adjusted``."""
         return min(self.adjusted)
 
     @property
@@ -67,26 +68,26 @@ class RankTest:
         return "; ".join(f"{verdict} in {times} of {count} dimensions" for verdict, times in found.most_common())
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON; without the ranks themselves."""
+        """Return plain numbers, for JSON; without the ranks themselves."""
         names = ("counts", "p_values", "adjusted", "shift", "shape", "verdicts", "p_value", "verdict")
         return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, repr=False)
-class Calibration:
+class Calibration(Result):
     """What :func:`simulation_based_calibration` found."""
 
     num_simulations: int
     num_draws: int
     num_bins: int
     source: str
-    """Where the draws are from: ``guide`` or ``exact``."""
+    """Source of the draws: ``guide`` or ``exact``."""
     tests: dict[str, RankTest]
-    """By latent; and under ``"log p(x | z)"`` that of the log likelihood, where it can be had."""
+    """Rank test of each latent, by name; under ``"log p(x | z)"`` that of the log likelihood, where it can be had."""
 
     @property
     def p_value(self) -> float:
-        """Of the hypothesis that all ranks are uniform (Holm over latents)."""
+        """p-value of the hypothesis that all ranks are uniform (Holm over latents)."""
         return min(1.0, len(self.tests) * min(test.p_value for test in self.tests.values()))
 
     @property
@@ -96,16 +97,10 @@ class Calibration:
         return "; ".join(wrong) or UNIFORM
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON; without the ranks themselves."""
-        own = {name: getattr(self, name) for name in ("num_simulations", "num_draws", "num_bins", "source")}
-        return own | {
-            "p_value": self.p_value,
-            "verdict": self.verdict,
-            "tests": {name: test.to_dict() for name, test in self.tests.items()},
-        }
+        """Return plain numbers, for JSON; without the ranks themselves."""
+        return super().to_dict() | {"p_value": self.p_value, "verdict": self.verdict}
 
-    def __repr__(self) -> str:
-        """A table, for reading."""
+    def _table(self) -> list[str]:
         source = "guide" if self.source == "guide" else "exact posterior"
         width = max(8, *map(len, self.tests)) + 2
         lines = [
@@ -115,7 +110,7 @@ class Calibration:
         ]
         for name, test in self.tests.items():
             lines.append(f"{name:<{width}}{len(test.p_values):>10}{test.p_value:>10.3g}  {test.verdict}")
-        return "\n".join(lines)
+        return lines
 
 
 def simulation_based_calibration(
@@ -139,20 +134,18 @@ def simulation_based_calibration(
     A guide that ignores x and draws from the prior has uniform ranks of z, too. So log p(x | z) is ranked beside them,
     where such a guide fails (Modrák, Moon, Kim, Bürkner, Huurre, Faltejsková, Gelman and Vehtari 2023).
 
-    This is about the guide, on data *of the model*. Whether the model fits the data at hand says
-    :func:`~pyrovae.evaluation.predictive.posterior_predictive_check`.
+    This test is about the guide, on data *of the model*. For the fit of the model to data at hand see
+    :func:`~pyrovae.evaluation.posterior_predictive_check`.
 
     Args:
-        pair: the model and guide. It is left as it was.
+        pair: the model and guide.
         num_simulations: S.
         num_draws: L. L + 1 needs a divisor to make bins of; 99 gives 20 bins.
         num_bins: must divide L + 1; by default the most up to 20 that leave 5 simulations a bin.
         source: draws from the ``guide``, or from ``exact``, ``pair.posterior``. By default the guide, or the exact
             posterior where the guide samples nothing.
         data_dim: D, where the pair does not say.
-        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``.
-        seed: of the simulations. The caller's random state is left as it was.
-        progress: show a bar; None shows it on a terminal.
+        device, seed, progress: as in :func:`pyrovae.evaluate`.
 
     Raises:
         NotApplicable: a global latent, which all data of one run share; nothing to draw from.
@@ -165,14 +158,16 @@ def simulation_based_calibration(
         check_choice("source", source, ("guide", "exact"))
     if not isinstance(pair, Pair):
         raise TypeError(not_a_pair(pair))
-    few = two_data(pair, data_dim, seed)
+    few = two_data(pair, data_dim, seed, QUANTITY)
     with prepared(pair, few, device=device, seed=seed) as few, torch.no_grad():
-        simulator = Simulator(pair, few, "calibration")
+        simulator = Simulator(pair, few, QUANTITY)
         source = simulator.check_source(source)
         if simulator.shared:
-            raise NotApplicable(
-                f"calibration does not apply to {type(pair).__name__}: its latent {', '.join(simulator.shared)} lies "
-                "outside the data plate, so all data of a run share it. Simulate data sets, and fit a guide to each."
+            raise not_applicable(
+                QUANTITY,
+                pair,
+                f"its latent {', '.join(simulator.shared)} lies outside the data plate, so all data of a run share it. "
+                "Simulate data sets, and fit a guide to each.",
             )
         ranks = _ranks(simulator, few, num_simulations, num_draws, source, progress)
     tests = {name: _rank_test(name, value, num_draws, num_bins) for name, value in ranks.items()}
@@ -180,6 +175,7 @@ def simulation_based_calibration(
 
 
 def _num_bins(num_simulations: int, num_draws: int, num_bins: int | None) -> int:
+    """Check or choose the number of bins."""
     possible = [b for b in range(2, num_draws + 2) if (num_draws + 1) % b == 0 and num_simulations >= 5 * b]
     if num_bins is not None:
         check_positive("num_bins", num_bins, integer=True)
@@ -203,7 +199,7 @@ def _num_bins(num_simulations: int, num_draws: int, num_bins: int | None) -> int
 def _ranks(
     simulator: Simulator, few: Tensor, num_simulations: int, num_draws: int, source: str, progress: bool | None
 ) -> dict[str, Tensor]:
-    """By latent: ranks of the true values among the draws, (S, dimensions), on the CPU."""
+    """Rank the true values among the draws, by latent: (S, dimensions), on the CPU."""
     rows_at_a_time, draws_at_a_time = simulator.chunks(num_simulations, num_draws)
     names = [name for name in simulator.local if name in simulator.guided or source == "exact"]
     with_likelihood = len(names) == len(simulator.local)
@@ -236,7 +232,7 @@ def _ranks(
 
 
 def _compared(draws: Tensor, truth: Tensor, *, rounded: bool) -> Tensor:
-    """How many draws lie below the truth, how many below or on it, how many are NaN: (3, N, scalars)."""
+    """Count draws below the truth, draws below or on it, and those that are NaN: (3, N, scalars)."""
     low = high = truth
     if rounded:  # a sum, known to rounding: where z plays no part, all are equal
         slack = 50 * torch.finfo(draws.dtype).eps * truth.abs()
@@ -269,6 +265,7 @@ def _rank_test(name: str, ranks: Tensor, num_draws: int, num_bins: int) -> RankT
 
 
 def _holm(p_values: np.ndarray) -> list[float]:
+    """Adjust p-values for all of them together (Holm 1979)."""
     order = np.argsort(p_values)
     steps = p_values[order] * np.arange(len(p_values), 0, -1)
     adjusted = np.empty_like(steps)
@@ -277,6 +274,7 @@ def _holm(p_values: np.ndarray) -> list[float]:
 
 
 def _verdict(shift: float, shape: float, *, likelihood: bool) -> str:
+    """Say in words how ranks that are not uniform deviate, from the z scores of their mean and of their spread."""
     if max(abs(shift), abs(shape)) < NormalDist().inv_cdf(1 - LEVEL / 2):
         return "not uniform"
     # Where the density of the ranks is monotone, |shift| ≥ √(3/5) |shape|, and equal when all lie at one end.

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyrovae.checks import check_choice, check_positive
-from pyrovae.evaluation.predict import decode, latents, local_latents, mean_or_value, model_latents
+from pyrovae.evaluation.generation import decode, latents, local_latents, model_latents
+from pyrovae.evaluation.sites import mean_or_value
 from pyrovae.infer.weights import same_random_state
 from pyrovae.pair import Pair
 from pyrovae.plots.figures import new_axes

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from pyro import poutine
 from torch import Tensor
 
+from pyrovae.evaluation.generation import latents, local_latents, reconstruct, sample
 from pyrovae.evaluation.mixtures import check_labels
-from pyrovae.evaluation.predict import latents, local_latents, reconstruct, sample
 from pyrovae.infer import log_weights
 from pyrovae.infer.weights import same_random_state
 from pyrovae.pair import Pair

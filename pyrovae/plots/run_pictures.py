@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pyrovae import plots
 from pyrovae.data import DataSet
-from pyrovae.evaluation.collapse import USED_NATS
-from pyrovae.evaluation.predict import latents, local_latents
+from pyrovae.evaluation.generation import latents, local_latents
+from pyrovae.evaluation.posterior_collapse import USED_NATS
 from pyrovae.pair import Pair
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from pyrovae.checks import check_choice, check_positive
 from pyrovae.evaluation.calibration import LEVEL, ecdf_band
-from pyrovae.evaluation.collapse import USED_NATS
 from pyrovae.evaluation.criteria import CRITERIA
-from pyrovae.evaluation.pareto import BAD_K
+from pyrovae.evaluation.guide_reliability import BAD_K
+from pyrovae.evaluation.posterior_collapse import USED_NATS
 from pyrovae.plots.figures import DATA, GAP, GREY, MODEL, add_legend_below, new_axes, new_figure, set_value_range
 
 if TYPE_CHECKING:

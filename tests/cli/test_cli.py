@@ -284,7 +284,7 @@ def test_evaluate_measures_more_on_demand(capsys, digits_run):
     assert call("evaluate", run, "--also", "collapse", "--also", "mixture_scores") == 0
     shown = capsys.readouterr().out
     assert re.search(r"^Collapse: 360 data", shown, re.M)
-    assert re.search(r"^LEFT OUT, Mixture scores: mixture scores do not apply to VAE", shown, re.M)
+    assert re.search(r"^LEFT OUT, Mixture scores: mixture_scores does not apply to VAE", shown, re.M)
     scores = json.loads((run / "scores.json").read_text())
     assert list(scores["also"]) == ["collapse"]
     assert list(scores["also"]["collapse"]["latents"]) == ["z"]

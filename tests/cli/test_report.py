@@ -24,7 +24,7 @@ from matplotlib.image import imread
 from pyrovae import plots
 from pyrovae.cli.runs import RunFolder
 from pyrovae.data import load
-from pyrovae.evaluation import ALSO, everything
+from pyrovae.evaluation import ALSO, full_evaluation
 
 SMALL = {
     "collapse": {"num_samples": 2},
@@ -44,7 +44,7 @@ def small():
     with pytest.MonkeyPatch.context() as patch:
         for name, settings in SMALL.items():
             function, most = ALSO[name]
-            patch.setitem(everything.ALSO, name, (partial(function, **settings), most))
+            patch.setitem(full_evaluation.ALSO, name, (partial(function, **settings), most))
         yield
 
 
@@ -214,7 +214,9 @@ def test_scores_are_those_of_the_run(digits, page):
     config, pair, data = folder.load()
     generator = torch.Generator().manual_seed(config.seed)
     rows = data.test[torch.randperm(len(data.test), generator=generator)[:30]]
-    scores = everything.evaluate(pair, rows, num_samples=40, also="all", binarize=True, device="cpu", seed=config.seed)
+    scores = full_evaluation.evaluate(
+        pair, rows, num_samples=40, also="all", binarize=True, device="cpu", seed=config.seed
+    )
     cells = [text for tag, text in page.texts if tag in ("th", "td")]
     for name, value, remark in scores.rows():
         at = cells.index(name.strip())

@@ -15,16 +15,15 @@ from sklearn.mixture import GaussianMixture
 
 import pyrovae as pv
 from pyrovae.evaluation.criteria import information_criteria, select_components
+from pyrovae.evaluation.measurement import FLOATS_PER_CHUNK, NotApplicable
 from pyrovae.evaluation.mixtures import mixture_scores
-from pyrovae.evaluation.prepare import NotApplicable
-from pyrovae.evaluation.traces import FLOATS_PER_CHUNK
 from pyrovae.models import GMM, IWAE, PPCA, VAE
 
 COVARIANCES = ("full", "tied", "diag", "spherical")
 
 
 class Coins(pv.Pair):
-    """Everyone has one posterior, ``exact``, and one guide, ``guessed``, over three components."""
+    """All data have one posterior, ``exact``, and one guide, ``guessed``, over three components."""
 
     data_dim = 1
 
@@ -52,7 +51,7 @@ class WrongPosterior(Coins):
 
 
 def blobs(count=150, distance=8.0):
-    """Three unit Gaussians in the plane; data and labels."""
+    """Draw from three unit Gaussians in the plane; return data and labels."""
     centres = distance * torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     labels = torch.arange(count) % 3
     return centres[labels] + torch.randn(count, 2), labels
@@ -78,7 +77,7 @@ def permuted(gmm, order):
 
 
 @pytest.mark.parametrize("one_hot", [False, True])
-def test_scores_in_closed_form(one_hot):
+def test_scores_equal_their_closed_form(one_hot):
     p, q = (0.5, 0.25, 0.25), (0.7, 0.3, 0.0)
     found = mixture_scores(Coins(p, q, one_hot), torch.zeros(7, 1), labels=[0, 0, 0, 0, 1, 1, 2])
     assert (found.num_data, found.num_components) == (7, 3)
@@ -90,7 +89,7 @@ def test_scores_in_closed_form(one_hot):
 
 
 def test_the_guide_costs_the_elbo_its_kl():
-    """log p(x) − ELBO, with the component summed out of both."""
+    """The KL equals log p(x) − ELBO, with the component summed out of both."""
     gmm = GMM(3, 2, amortized=True).double()
     x = 2 * torch.randn(40, 2).double()
     elbo = -float(gmm.default_loss().loss(gmm.model, gmm.guide, x)) / 40
@@ -99,7 +98,7 @@ def test_the_guide_costs_the_elbo_its_kl():
     assert found.kl >= 2 * found.total_variation**2  # Pinsker
 
 
-def test_clusters_against_scikit_learn():
+def test_clustering_scores_equal_those_of_scikit_learn():
     gmm, x, labels = fitted()
     found = mixture_scores(gmm, x, labels=labels)
     clusters = gmm.posterior(x).probs.argmax(-1).numpy()
@@ -134,7 +133,7 @@ def test_more_components_than_labels_and_fewer():
         assert found.accuracy == pytest.approx(accuracy) if accuracy else found.accuracy < 1
 
 
-def test_chunks_do_not_matter(monkeypatch):
+def test_chunks_do_not_change_the_scores(monkeypatch):
     gmm, x, labels = fitted()
     whole = mixture_scores(gmm, x, labels=labels), information_criteria(gmm, x)
     monkeypatch.setitem(FLOATS_PER_CHUNK, "cpu", 50)
@@ -159,7 +158,7 @@ def test_scores_read_as_a_table_and_as_json():
 
 
 @pytest.mark.parametrize("covariance", COVARIANCES)
-def test_criteria_against_scikit_learn(covariance):
+def test_criteria_equal_those_of_scikit_learn(covariance):
     gmm, x, _ = fitted(covariance=covariance)
     theirs = GaussianMixture(3, covariance_type=covariance)
     theirs.weights_, theirs.means_ = gmm.weights.detach().numpy(), gmm.loc.detach().numpy()
@@ -199,8 +198,8 @@ def test_pairs_without_components_have_no_icl():
 # Selection
 
 
-def test_old_faithful_has_two_clusters():
-    """By ICL, whose price for overlap BIC does not ask: BIC takes three tied components (as in Scrucca et al. 2016)."""
+def test_icl_finds_two_clusters_in_old_faithful():
+    """ICL charges for overlap and BIC does not: BIC takes three tied components (as in Scrucca et al. 2016)."""
     x = pv.data.load("faithful").train
     makers = {c: lambda k, c=c: GMM(k, 2, covariance=c) for c in ("full", "tied")}
     found = select_components(makers, x, range(1, 5), restarts=5)
@@ -212,7 +211,7 @@ def test_old_faithful_has_two_clusters():
     assert information_criteria(exact.pair, x).bic == pytest.approx(exact.criteria.bic, rel=1e-5)
 
 
-def test_three_clusters_are_three():
+def test_selection_finds_three_clusters():
     x, labels = blobs()
     found = select_components(lambda k: GMM(k, 2), x, range(1, 6), restarts=5)
     assert found.best().num_components == found.best("icl").num_components == 3
@@ -222,7 +221,7 @@ def test_three_clusters_are_three():
 
 
 def test_collapsed_fits_are_flagged_and_never_chosen():
-    """Five equal rows: a component on them has infinite density but for the floor, and the best criteria by far."""
+    """On five equal rows a component has infinite density but for the floor, and the best criteria by far."""
     x = torch.cat([torch.randn(40, 1), torch.full((5, 1), 9.0)])
     found = select_components(lambda k: GMM(k, 1), x, (1, 2), restarts=5)
     (two,) = (c for c in found.candidates if c.num_components == 2)
@@ -252,7 +251,7 @@ def test_free_parameters_of_ppca_are_the_dimensions_of_its_covariances(latent_di
     assert PPCA(5, latent_dim).num_parameters == 5 + rank
 
 
-def test_any_pair_with_em():
+def test_selection_takes_any_pair_with_em():
     """PPCA counts latent dimensions; it has no categorical posterior, and so no ICL."""
     x = torch.randn(400, 2) @ torch.tensor([[3.0, 0, 1, 0, 2], [0, 2.0, 1, 1, 0]]) + 0.5 * torch.randn(400, 5)
     found = select_components(lambda q: PPCA(5, q), x, range(1, 5), restarts=1)
@@ -342,13 +341,13 @@ class Uncounted(pv.Pair):
         ),
     ],
 )
-def test_bad_calls(call, exception, match):
+def test_bad_calls_are_refused(call, exception, match):
     with pytest.raises(exception, match=match):
         call()
 
 
 @pytest.mark.cuda
-def test_on_the_gpu():
+def test_scores_and_criteria_agree_on_the_gpu():
     gmm, x, labels = fitted()
     for a, b in (
         (mixture_scores(gmm, x, labels=labels, device=d).to_dict() for d in ("cpu", "cuda")),

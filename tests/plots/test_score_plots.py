@@ -12,8 +12,8 @@ from matplotlib.colors import to_hex
 import pyrovae as pv
 from pyrovae.evaluation import select_components, simulation_based_calibration
 from pyrovae.evaluation.calibration import LIKELIHOOD
-from pyrovae.evaluation.collapse import USED_NATS
 from pyrovae.evaluation.gaps import InferenceGaps
+from pyrovae.evaluation.posterior_collapse import USED_NATS
 from pyrovae.plots.figures import DATA, GREY
 from pyrovae.plots.score_plots import (
     plot_calibration,
