@@ -188,19 +188,21 @@ class SVI:
         return tuple(args) if self.prepare is None else (self.prepare(*args),)
 
     def _eager_step(self, args: tuple, kwargs: dict) -> Tensor:
-        if not self._names_params:
+        if isinstance(self.optim, Optimizer):
             self.optim.zero_grad(set_to_none=True)
+        if not self._names_params and hasattr(self.loss, "_bound"):
             with self._handlers():
                 loss = self.loss.loss_and_grads(self.model, self.guide, *self._prepared(args), **kwargs)
             self.optim.step()
             self.optim.zero_grad(set_to_none=True)
             return torch.as_tensor(loss)
-        # Parameters are those that this run names, as in Pyro.
+        # Parameters are those that this run names, as in Pyro, whose own losses look for them.
         with self._handlers(), poutine.trace(param_only=True) as captured:
             loss = self.loss.loss_and_grads(self.model, self.guide, *self._prepared(args), **kwargs)
         values: list[Any] = [site["value"] for site in captured.trace.nodes.values()]
         params = list(dict.fromkeys(v.unconstrained() if hasattr(v, "unconstrained") else v for v in values))
-        self._make_or_extend_optimizer(params)
+        if self._names_params:
+            self._make_or_extend_optimizer(params)
         if isinstance(self.optim, PyroOptim):
             self.optim(params)
         else:
