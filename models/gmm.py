@@ -278,7 +278,9 @@ class GMM(Pair):
         """Return log p(x, z = k), (..., K, N), and y = L_k⁻¹ (x − μ_k), (..., K, D, N)."""
         if x.shape[-1] != self.data_dim:
             raise ValueError(f"x: expected shape (N, {self.data_dim}); got {tuple(x.shape)}.")
-        scale, loc = self.scale, self.loc.unsqueeze(-1)
+        # Far from the origin the two products below would cancel, so both are taken about one point among the means.
+        centre = self.loc.detach().reshape(-1, self.data_dim).mean(0)
+        x, scale, loc = x - centre, self.scale, (self.loc - centre).unsqueeze(-1)
         if self._has_matrices:
             inverse = solve_triangular(scale, torch.eye(self.data_dim).to(scale), upper=False).expand(
                 *loc.shape[:-1], -1

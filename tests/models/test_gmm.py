@@ -69,6 +69,16 @@ def test_log_prob_is_right_far_from_the_means_and_from_the_origin():
 
 
 @pytest.mark.parametrize("covariance", COVARIANCES)
+def test_log_prob_in_float32_does_not_cancel_far_from_the_origin(covariance):
+    """The oracle takes the same float32 parameters and rows, in float64."""
+    gmm = random_gmm(covariance).float()
+    gmm.loc.data += 1e5
+    x = (1e5 + torch.randn(200, 2)).float()
+    found = gmm.log_prob(x).double()
+    torch.testing.assert_close(found, gmm.double().log_prob(x.double()), atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("covariance", COVARIANCES)
 def test_enumerated_elbo_is_the_log_likelihood(covariance):
     gmm, x = random_gmm(covariance), torch.randn(20, 2).double()
     loss = TraceEnum_ELBO(max_plate_nesting=1).loss(gmm.model, gmm.guide, x)
