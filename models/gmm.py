@@ -17,6 +17,7 @@ from torch.distributions import constraints
 from torch.linalg import solve_triangular
 
 from pyrovae.checks import check_choice, check_data, check_positive
+from pyrovae.infer import TraceEnum_ELBO
 from pyrovae.networks import MLP
 from pyrovae.pair import Pair
 
@@ -128,8 +129,6 @@ class GMM(Pair):
         return dist.Normal(self.loc[z], scale).to_event(1)
 
     def default_loss(self) -> ELBO:
-        from pyrovae.infer import TraceEnum_ELBO
-
         return TraceEnum_ELBO(max_plate_nesting=1)
 
     def log_prob(self, x: Tensor) -> Tensor:

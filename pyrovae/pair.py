@@ -71,7 +71,7 @@ class Pair(PyroModule):
     - ``posterior(x)``: the exact posterior p(z | x), a distribution with batch shape (batch,);
     - ``expected_statistics(x)`` and ``maximize(statistics)``: one EM iteration, see :func:`pyrovae.fit_em`;
     - ``num_parameters``: the number of the model's free parameters, which BIC and AIC count;
-    - ``default_loss()``: the objective that :func:`pyrovae.fit` uses when none is named.
+    - ``default_loss()``: the objective that :func:`pyrovae.fit` uses when none is named, in place of ``Trace_ELBO``.
     """
 
     data_dim: int
@@ -85,6 +85,7 @@ class Pair(PyroModule):
     posterior: ClassVar[Callable[..., Distribution] | None] = None
     expected_statistics: ClassVar[Callable[..., dict[str, Tensor]] | None] = None
     maximize: ClassVar[Callable[..., None] | None] = None
+    default_loss: ClassVar[Callable[..., ELBO] | None] = None
 
     def __init__(self) -> None:
         with local_params():
@@ -102,12 +103,6 @@ class Pair(PyroModule):
 
     def guide(self, x: Tensor) -> Any:
         """Sample the latents from q(z | x). The default samples none, for models whose latents are all enumerated."""
-
-    def default_loss(self) -> ELBO:
-        """Return the objective that :func:`pyrovae.fit` uses where none is named."""
-        from pyrovae.infer import Trace_ELBO
-
-        return Trace_ELBO()
 
     def save(self, path: str | Path) -> None:
         """Write every parameter and buffer to a ``.safetensors`` file."""

@@ -17,7 +17,7 @@ from torch.distributions import constraints
 from pyrovae import data as datasets
 from pyrovae.checks import check_choice
 from pyrovae.data import DataSet
-from pyrovae.infer import LOSSES
+from pyrovae.infer import LOSSES, default_loss
 from pyrovae.models import DEFAULT_DATA, DEFAULT_OPTIONS, REGISTRY
 from pyrovae.pair import Pair
 from pyrovae.random_state import seeded
@@ -205,7 +205,7 @@ def build_loss(pair: Pair, name: str | None, options: dict[str, Any]) -> ELBO:
                 f"{option}: name the loss that it is for, with --loss."
                 f"{own if option in constructor_options(type(pair)) else ''}"
             )
-        return pair.default_loss()
+        return default_loss(pair)
     check_choice("loss", name, LOSSES)
     for option in options:
         if option not in inspect.signature(LOSSES[name]).parameters:

@@ -220,7 +220,7 @@ def _summarize_pair(pair: Pair) -> str:
 def _list_facts(
     config: Config, pair: Pair, data: DataSet, history: list[dict[str, float]], seconds: float | None
 ) -> list[list[str]]:
-    fit, loss = config.fit, config.loss or type(pair.default_loss()).__name__
+    fit, loss = config.fit, config.loss or type(default_loss(pair)).__name__
     facts = {
         "pair": type(pair).__name__,
         "options": ", ".join(f"{k} = {v}" for k, v in config.options.items()) or "the defaults",

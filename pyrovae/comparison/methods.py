@@ -15,7 +15,7 @@ from pyro.poutine.enum_messenger import EnumMessenger
 from torch import Tensor
 
 from pyrovae.checks import check_choice
-from pyrovae.infer import LOSSES
+from pyrovae.infer import LOSSES, default_loss
 from pyrovae.infer.weights import Structure, same_random_state, sample_sites
 from pyrovae.pair import Pair
 
@@ -55,7 +55,7 @@ class Method:
     def make_loss(self, pair: Pair) -> ELBO:
         """Make a new loss, as a loss remembers the pair that it saw."""
         name, options = _read_spec(self.spec)
-        return pair.default_loss() if name == OWN else LOSSES[name](**options)
+        return default_loss(pair) if name == OWN else LOSSES[name](**options)
 
 
 def parse_method(spec: str) -> str:
@@ -238,7 +238,7 @@ def _find_latents(pair: Pair, few: Tensor) -> _Latents:
 
 def _own_loss(pair: Pair) -> str:
     """Return the spec of the pair's own loss, where that is one of ``LOSSES``; else ``default-loss``."""
-    loss: Any = pair.default_loss()
+    loss: Any = default_loss(pair)
     if type(loss) not in LOSSES.values():
         return OWN
     options = {"num_particles": loss.num_particles}

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from pyrovae.checkpoint import load_state, save_state
 from pyrovae.checks import check_choice, check_positive, not_a_pair, pick_device
-from pyrovae.infer import LOSSES, SVI
+from pyrovae.infer import LOSSES, SVI, default_loss
 from pyrovae.infer.lowering import product_choices, restore_product_choices
 from pyrovae.infer.svi import BACKENDS
 from pyrovae.infer.weights import same_random_state
@@ -73,7 +73,7 @@ def fit(
         pair: the model and guide, trained in place. The pair ends on the device it came from.
         x: data, shape (N, D), kept on the device; or a ``DataLoader`` that yields batches (or tuples that start with
             one), whose own batch size and order are used.
-        loss: a loss or its name. None: ``pair.default_loss()``.
+        loss: a loss or its name. None: the pair's own, or ``Trace_ELBO``.
         epochs: number of passes over the data. None: 50, or as many as make 2,000 steps.
         batch_size: number of data in a step.
         lr: first learning rate. None: the optimizer's own, or ``pair.default_lr`` for Adam.
@@ -170,7 +170,7 @@ def _make_loss(pair: Pair, loss: ELBO | str | None) -> ELBO:
     if not isinstance(pair, Pair):
         raise TypeError(not_a_pair(pair))
     if loss is None:
-        return pair.default_loss()
+        return default_loss(pair)
     if isinstance(loss, str):
         check_choice("loss", loss, LOSSES)
         return LOSSES[loss]()
