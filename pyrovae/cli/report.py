@@ -19,6 +19,7 @@ from pyrovae.comparison.tables import lead, to_rows
 from pyrovae.evaluation import evaluate
 from pyrovae.evaluation.measurement import prepared
 from pyrovae.evaluation.scores import title_of
+from pyrovae.infer import default_loss
 from pyrovae.plots.run_pictures import Picture, pictures_of_run, pictures_of_scores
 
 if TYPE_CHECKING:
