@@ -69,7 +69,7 @@ class Setting:
         of_owner = [(owner, [n for n, v in vars(owner).items() if isinstance(v, PLAIN)]) for owner in owners]
         options = [(group, [n for n in group if n not in ("params", "lr")]) for group in self._optimizer.param_groups]
         self._plain = [(vars(owner), itemgetter(*names, *names[:1])) for owner, names in of_owner if names]
-        self._plain += [(group, itemgetter(*names, names[0])) for group, names in options]  # two or more give a tuple
+        self._options = [itemgetter(*names, names[0]) for _, names in options]  # two or more give a tuple
         self._labels = [f"{type(owner).__name__}.{n}" for owner, names in of_owner for n in [*names, *names[:1]]]
         self._labels += [f"the optimizer's {n}" for _, names in options for n in [*names, names[0]]]
         self._spaces = [*map(vars, owners)]
@@ -78,7 +78,8 @@ class Setting:
 
     def _values(self) -> list[Any]:
         values: list[Any] = []
-        for space, get in self._plain:
+        groups = self._optimizer.param_groups  # others after ``load_state_dict``
+        for space, get in (*self._plain, *zip(groups, self._options, strict=False)):
             values += get(space)
         values += (
             torch.get_default_dtype(),
@@ -91,7 +92,7 @@ class Setting:
         for held in self._members:
             values += held.values()
         values += pyro.get_param_store()._params.values()
-        for group in self._optimizer.param_groups:
+        for group in groups:
             values += group["params"]
             values += [p.requires_grad for p in group["params"]]
         return values
