@@ -136,8 +136,6 @@ class Recorded:
             with _unvalidated(), same_random_state(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 yield
-        except CannotRecord as error:
-            raise CannotRecord(f"{error}{where(error.__traceback__)}") from error
         except Exception as error:
             raise CannotRecord(f"{_reason(error)}{where(error.__traceback__)}") from error
         finally:

@@ -29,7 +29,7 @@ class Setting:
     def __init__(self, parts: Sequence[Any], optimizer: Optimizer) -> None:
         owners = [getattr(part, "__self__", part) for part in parts]
         self.modules = list(dict.fromkeys(owner for owner in owners if isinstance(owner, nn.Module)))
-        self._others = [owner for owner in owners if not isinstance(owner, nn.Module) and not callable(owner)]
+        self._others = [owner for owner in owners if not isinstance(owner, nn.Module) and hasattr(owner, "__dict__")]
         self._optimizer = optimizer
         self._seen: list[Any] = []
         self._seen_layouts: list[tuple] = []
@@ -78,8 +78,7 @@ class Setting:
 
     def _values(self) -> list[Any]:
         values: list[Any] = []
-        groups = self._optimizer.param_groups  # others after ``load_state_dict``
-        for space, get in (*self._plain, *zip(groups, self._options, strict=False)):
+        for space, get in (*self._plain, *zip(self._optimizer.param_groups, self._options, strict=False)):
             values += get(space)
         values += (
             torch.get_default_dtype(),
@@ -92,7 +91,7 @@ class Setting:
         for held in self._members:
             values += held.values()
         values += pyro.get_param_store()._params.values()
-        for group in groups:
+        for group in self._optimizer.param_groups:
             values += group["params"]
             values += [p.requires_grad for p in group["params"]]
         return values

@@ -1,0 +1,701 @@
+"""What a recorded step holds fixed, what may move, and what is noticed: the contract in the docstring of ``SVI``."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from steps import Odd, Plain, adam, assert_same_run, batches, plain_and_sgd, run, sgd, vae, vae_and_adam
+from torch import Tensor, nn
+
+from pyrovae import Pair
+from pyrovae.infer import SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO
+from pyrovae.infer import record as record_module
+from pyrovae.infer import svi as svi_module
+
+pytestmark = pytest.mark.usefixtures("uncompiled")
+BOTH = ("eager", "compiled")
+
+
+def warns_if(backend: str, match: str) -> Any:
+    return pytest.warns(RuntimeWarning, match=match) if backend == "compiled" else nullcontext()
+
+
+# What may move ------------------------------------------------------------------------------------------------------
+
+FLOATS: dict[str, Callable[[Tensor, int], tuple[tuple, dict]]] = {
+    "in its place": lambda x, step: ((x, 1.0 + step), {}),
+    "by keyword": lambda x, step: ((x,), {"scale": 1.0 + step}),
+    "a tensor": lambda x, step: ((x, torch.tensor(1.0 + step)), {}),
+}
+
+
+@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_float_argument_moves_without_a_new_record(name: str, compiled: bool, seen: SimpleNamespace) -> None:
+    results = []
+    for backend in BOTH:
+        pair = Plain()
+        svi = SVI(pair.model, pair.guide, adam(pair), Trace_ELBO(), backend=backend)
+        losses = []
+        for step, x in enumerate(batches()):
+            args, kwargs = FLOATS[name](x, step)
+            losses.append(svi.step(*args, **kwargs))
+        results.append((losses, pair.state_dict()))
+    torch.testing.assert_close(*results, rtol=2e-5, atol=2e-6)
+    assert (len(seen.records), len(seen.steps)) == (1, 5)
+
+
+def test_a_float_promotes_as_little_as_a_number_does(seen: SimpleNamespace) -> None:
+    """Beside double precision it is of double precision."""
+    dtypes = []
+
+    def model(x: Tensor, scale: float) -> None:
+        dtypes.append((x * scale).dtype)
+        pair.model(x, scale)
+
+    pair = Plain().double()
+    svi = SVI(model, pair.guide, sgd(pair), Trace_ELBO(), backend="compiled")
+    exact = [pair.loc.clone()]
+    for step in range(3):
+        svi.step(batches()[0].double(), 0.1 + step)
+    assert set(dtypes) == {torch.float64}
+    assert exact[0].dtype == torch.float64
+    assert len(seen.steps) == 2
+
+
+class Changing(Pair):
+    """All sorts of things that a step depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.beta, self.kind = 1.0, "normal"
+        self.register_buffer("weight", torch.ones(()))
+        self.loc = nn.Parameter(torch.zeros(4))
+        self.layer, self.more = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.dropout = nn.Dropout(0.5)
+
+    def encoded(self, x: Tensor) -> Tensor:
+        for layer in (self.layer, self.more):
+            x = layer(x.to(layer.weight.dtype)).float()
+        return self.dropout(x)
+
+    def model(self, x: Tensor) -> None:
+        family = dist.Normal if self.kind == "normal" else dist.Laplace
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(4), 1.0 / (self.beta * self.weight)).to_event(1))
+            pyro.sample("x", family(z, 1.0).to_event(1), obs=x)
+
+    def wider(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(4), 3.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.loc + self.encoded(x), 1.0).to_event(1))
+
+
+def changing_and_sgd() -> tuple[Pair, Any]:
+    pair = Changing()
+    return pair, torch.optim.SGD([pair.loc, *pair.layer.parameters()], lr=0.01)
+
+
+def test_a_buffer_that_is_filled_in_place_moves_without_a_new_record(seen: SimpleNamespace) -> None:
+    def act(step: int, svi: SVI, pair: Any) -> None:
+        pair.weight.fill_(0.1 * (step + 1))
+
+    assert_same_run(changing_and_sgd, act=act)
+    assert (len(seen.records), len(seen.steps)) == (1, 5)
+
+
+def test_weights_that_are_loaded_move_without_a_new_record(seen: SimpleNamespace) -> None:
+    def act(step: int, svi: SVI, pair: Any) -> None:
+        pair.load_state_dict({name: value + 0.1 for name, value in pair.state_dict().items()})
+
+    assert_same_run(changing_and_sgd, act=act)
+    assert (len(seen.records), len(seen.steps)) == (1, 5)
+
+
+# What is noticed: the step is recorded anew -------------------------------------------------------------------------
+
+
+def other_strides(svi: SVI, pair: Any) -> None:
+    for layer in (pair.layer, pair.more):  # one is trained, one is not
+        layer.weight.data = layer.weight.data.t().contiguous().t()
+
+
+def double_precision(svi: SVI, pair: Any) -> None:
+    pair.more.double()
+
+
+CHANGES: dict[str, Callable[[SVI, Any], Any]] = {
+    "a number": lambda svi, pair: setattr(pair, "beta", 0.5),
+    "a string": lambda svi, pair: setattr(pair, "kind", "laplace"),
+    "a number of a module inside": lambda svi, pair: setattr(pair.dropout, "p", 0.1),
+    "the training flag": lambda svi, pair: pair.eval(),
+    "the training flag of a module inside": lambda svi, pair: pair.dropout.eval(),
+    "a new buffer": lambda svi, pair: setattr(pair, "weight", torch.tensor(0.5)),
+    "a new parameter": lambda svi, pair: setattr(pair, "loc", nn.Parameter(torch.ones(4))),
+    "a new module": lambda svi, pair: setattr(pair, "more", nn.Sequential(nn.Linear(4, 4), nn.Tanh())[0]),
+    "an option of the loss": lambda svi, pair: setattr(svi.loss, "num_particles", 3),
+    "another loss": lambda svi, pair: setattr(svi, "loss", RenyiELBO(num_particles=2)),
+    "another model": lambda svi, pair: setattr(svi, "model", pair.wider),
+    "another optimizer": lambda svi, pair: setattr(svi, "optim", adam(pair)),
+    "another prepare": lambda svi, pair: setattr(svi, "prepare", lambda x: 1 - x),
+    "the dataset's size": lambda svi, pair: setattr(svi, "dataset_size", 100),
+    "a frozen layer": lambda svi, pair: pair.layer.requires_grad_(False),
+    "parameters added to the optimizer": lambda svi, pair: svi.optim.add_param_group(
+        {"params": list(pair.more.parameters())}
+    ),
+    "strides": other_strides,
+    "dtype": double_precision,
+    "options after loading": lambda svi, pair: svi.optim.load_state_dict(
+        svi.optim.state_dict() | {"param_groups": [svi.optim.state_dict()["param_groups"][0] | {"momentum": 0.9}]}
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:grad and param do not obey the gradient layout contract")  # eagerly, by strides
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_of_the_setting_is_recorded_anew(name: str, seen: SimpleNamespace) -> None:
+    def act(step: int, svi: SVI, pair: Any) -> None:
+        if step == 3:
+            CHANGES[name](svi, pair)
+
+    assert_same_run(changing_and_sgd, act=act)
+    assert (len(seen.records), len(seen.steps)) == (2, 5)
+
+
+@pytest.mark.parametrize("make", [sgd, adam])
+def test_a_layer_that_is_frozen_and_thawed_trains_again(make: Callable, seen: SimpleNamespace) -> None:
+    def act(step: int, svi: SVI, pair: Any) -> None:
+        pair.encoder.requires_grad_(not 3 <= step < 5)
+
+    assert_same_run(lambda: (pair := vae(), make(pair)), [*batches(), *batches()], act=act)
+    assert (len(seen.records), len(seen.steps)) == (2, 11)  # the first comes back
+
+
+def test_the_default_dtype_is_part_of_the_setting(seen: SimpleNamespace) -> None:
+    def act(step: int, svi: SVI, pair: Any) -> None:
+        torch.set_default_dtype(torch.float64 if step in (3, 4) else torch.float32)
+
+    assert_same_run(plain_and_sgd, act=act)
+    assert (len(seen.records), len(seen.steps)) == (2, 5)
+
+
+@pytest.mark.parametrize("make", [sgd, adam])
+def test_autocast_is_part_of_the_setting(make: Callable, seen: SimpleNamespace) -> None:
+    results = []
+    for backend in BOTH:
+        pair = vae()
+        svi = SVI(pair.model, pair.guide, make(pair), Trace_ELBO(), backend=backend)
+        torch.manual_seed(7)
+        losses = []
+        for step, x in enumerate(batches()):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=step >= 3):
+                losses.append(svi.step(x))
+        results.append((losses, pair.state_dict()))
+    torch.testing.assert_close(*results, rtol=2e-5, atol=2e-6)
+    assert (len(seen.records), len(seen.steps)) == (2, 5)
+
+
+def test_a_setting_that_comes_back_is_not_recorded_again(seen: SimpleNamespace) -> None:
+    def act(step: int, svi: SVI, pair: Any) -> None:
+        pair.train(mode=step % 2 == 0)
+
+    assert_same_run(changing_and_sgd, batches(12), act=act)
+    assert (len(seen.records), len(seen.steps)) == (2, 11)
+
+
+def test_numbers_are_told_by_type_too(seen: SimpleNamespace) -> None:
+    def act(step: int, svi: SVI, pair: Any) -> None:
+        pair.beta = True if step > 3 else 1.0
+
+    assert_same_run(changing_and_sgd, act=act)
+    assert len(seen.records) == 2
+
+
+KEEPS_CHANGING: dict[str, tuple[Callable, list, Callable[[int, SVI, Any], None], str]] = {
+    "a number": (
+        changing_and_sgd,
+        [*batches(), *batches()],
+        lambda step, svi, pair: setattr(pair, "beta", 1.0 + step),
+        r"Changing\.beta",
+    ),
+    "an option of the loss": (
+        changing_and_sgd,
+        [*batches(), *batches()],
+        lambda step, svi, pair: setattr(svi.loss, "num_particles", 1 + step),
+        r"Trace_ELBO\.num_particles",
+    ),
+    "an option of the optimizer": (
+        changing_and_sgd,
+        [*batches(), *batches()],
+        lambda step, svi, pair: svi.optim.param_groups[0].update(weight_decay=0.01 * step),
+        "the optimizer's weight_decay",
+    ),
+    "a whole number": (
+        plain_and_sgd,
+        [(x, 1 + step) for step, x in enumerate([*batches(), *batches()])],
+        lambda step, svi, pair: None,
+        "the shape or a value of an argument",
+    ),
+    "shapes": (
+        plain_and_sgd,
+        [torch.ones(size, 4) for size in range(1, 13)],
+        lambda step, svi, pair: None,
+        "the shape or a value of an argument",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KEEPS_CHANGING)
+def test_after_eight_records_steps_run_eagerly_and_say_what_kept_changing(name: str, seen: SimpleNamespace) -> None:
+    setup, calls, act, what = KEEPS_CHANGING[name]
+    with pytest.warns(RuntimeWarning, match=rf"{what}.* keeps changing, and 8 steps were recorded; from now") as warned:
+        assert_same_run(setup, calls, act=act)
+    assert len(warned) == 1
+    assert (len(seen.records), len(seen.steps)) == (8, 8)
+
+
+# What cannot be recorded --------------------------------------------------------------------------------------------
+
+
+def branching(pair: Odd, x: Tensor) -> float:
+    return 0.5 if pair.loc.sum() > 0.1 else 1.0
+
+
+def counting(pair: Odd, x: Tensor) -> float:
+    pair.count += 1
+    return 1 / pair.count
+
+
+READ = "it reads the value of a tensor into Python"
+ODDITIES: dict[str, tuple[Callable[[Odd, Tensor], Any], str]] = {
+    "item": (lambda pair, x: x.mean().item(), rf"{READ}.*, at test_step_contract.py:\d+: `.*item"),
+    "item of a parameter": (lambda pair, x: 1 + pair.loc[0].item(), rf"{READ}.*, at test_step_contract.py:\d+"),
+    "float": (lambda pair, x: float(x.mean()), rf"{READ}.*, at test_step_contract.py:\d+: `.*float"),
+    "if": (branching, rf"{READ}.*, at test_step_contract.py:\d+: `return 0.5 if pair"),
+    "numpy": (lambda pair, x: float(x.numpy().mean()), r"values of a tensor .*\(\.numpy\(\)\), at test_step_contract"),
+    "asarray": (
+        lambda pair, x: float(np.asarray(x).mean()),
+        r"values of a tensor .*__array__.*, at test_step_contract",
+    ),
+    "tolist": (lambda pair, x: max(x[:, 0].tolist()) + 1, r"values of a tensor .*\(\.tolist\(\)\), at test_step_co"),
+    "a counter": (counting, r"it changes the attribute Odd\.count as it runs"),
+    "a boolean index": (
+        lambda pair, x: 1 + x[x > 0.5].mean(),
+        r"the shape of a result depends on values.*, at test_step_contract.py:\d+: `.*x > 0.5",
+    ),
+    "nonzero": (lambda pair, x: 1.0 + len(x.nonzero()), "the shape of a result depends on values"),
+    "unique": (lambda pair, x: 1.0 + len(torch.unique(x)), "the shape of a result depends on values"),
+}
+
+
+@pytest.mark.parametrize("name", ODDITIES)
+def test_what_cannot_be_recorded_runs_eagerly_and_is_named_once(name: str, seen: SimpleNamespace) -> None:
+    scale, match = ODDITIES[name]
+
+    def setup() -> tuple[Pair, Any]:
+        pair = Odd(scale)
+        return pair, sgd(pair)
+
+    expected = run(setup, "eager")
+    with pytest.warns(RuntimeWarning, match=f"this step runs eagerly: .*{match}") as warned:
+        actual = run(setup, "compiled")
+    assert len(warned) == 1
+    assert warned[0].filename.endswith("steps.py")  # where the step was asked for
+    torch.testing.assert_close(actual[:2], expected[:2], rtol=0, atol=0)
+    assert actual[2].model.__self__.count == expected[2].model.__self__.count
+    assert not seen.steps
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [lambda: np.random.rand(), lambda: random.random()],  # noqa: NPY002
+    ids=["NumPy", "Python"],
+)
+def test_random_numbers_of_others_than_torch_run_eagerly(noise: Callable, seen: SimpleNamespace) -> None:
+    with pytest.warns(RuntimeWarning, match="runs eagerly: its record computes something else.*Python's or NumPy's"):
+        losses, _, _ = run(lambda: (pair := Odd(lambda pair, x: 1 + noise()), sgd(pair)), "compiled")
+    assert torch.isfinite(losses).all()
+    assert not seen.steps
+
+
+def test_a_kind_of_call_that_cannot_be_recorded_leaves_others_recorded(seen: SimpleNamespace) -> None:
+    def setup() -> tuple[Pair, Any]:
+        pair = Odd(lambda pair, x: 1.0 if len(x) == 8 else x.mean().item() + 1)
+        return pair, sgd(pair)
+
+    with pytest.warns(RuntimeWarning, match=READ) as warned:
+        assert_same_run(setup, [x[: 3 if i % 3 == 2 else 8] for i, x in enumerate([*batches(), *batches()])])
+    assert len(warned) == 1
+    assert len(seen.steps) == 12 - 1 - 4
+
+
+def moving_an_attribute(pair: Odd, x: Tensor) -> Tensor:
+    return 1 + pair.average.mul_(0.5).add_(x.mean()).clone()
+
+
+def moving_a_parameter(pair: Odd, x: Tensor) -> Tensor:
+    pair.table.weight.data.mul_(0.5).add_(x[:4])
+    return 1 + pair.table.weight.abs().mean()
+
+
+def moving_its_batch(pair: Odd, x: Tensor) -> Tensor:
+    return 1 + x.mul_(1.5).mean()
+
+
+WRITES: dict[str, Callable[[Odd, Tensor], Any]] = {
+    "a tensor attribute": moving_an_attribute,
+    "a parameter that the pair moves": moving_a_parameter,
+    "its batch": moving_its_batch,
+}
+
+
+@pytest.mark.parametrize("name", [*WRITES, pytest.param("a parameter that the pair moves", marks=pytest.mark.slow)])
+def test_recording_leaves_what_it_runs_with_as_it_was(name: str, seen: SimpleNamespace) -> None:
+    """So that what the pair writes in place has moved once a step."""
+    eager, mine = (run(lambda: (pair := Odd(WRITES[name]), sgd(pair)), backend) for backend in BOTH)
+    torch.testing.assert_close(mine[:2], eager[:2], rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(mine[2].model.__self__.average, eager[2].model.__self__.average)
+    assert len(seen.steps) == 5
+
+
+def test_compile_takes_no_step(seen: SimpleNamespace) -> None:
+    """And leaves parameters, buffers, attributes, random state and gradients as they were."""
+    pair = Changing()
+    optim = adam(pair)
+    svi = SVI(pair.model, pair.guide, optim, Trace_ELBO(), backend="compiled")
+    pair.loc.grad = gradient = torch.ones(4)
+    before, noise = copy.deepcopy(pair.state_dict()), torch.get_rng_state()
+    attributes = {name: value for name, value in vars(pair).items() if isinstance(value, float | str | bool)}
+    assert svi.compile(batches()[0])
+    assert torch.equal(torch.get_rng_state(), noise)
+    torch.testing.assert_close(pair.state_dict(), before, rtol=0, atol=0)
+    assert {name: vars(pair)[name] for name in attributes} == attributes
+    assert pair.loc.grad is gradient
+    assert torch.equal(gradient, torch.ones(4))
+    assert not any(state["step"] for state in optim.state.values())
+    torch.manual_seed(7)
+    losses = torch.stack([svi.step(x) for x in batches()])
+    assert (len(seen.records), len(seen.steps)) == (1, 6)
+    expected = run(lambda: (pair := Changing(), adam(pair)), "eager")
+    torch.testing.assert_close((losses, pair.state_dict()), expected[:2], rtol=2e-5, atol=2e-6)
+
+
+def test_compile_says_why_not() -> None:
+    pair = Plain()
+    svi = SVI(lambda x: x.sum() > 0 and pair.model(x), pair.guide, sgd(pair), Trace_ELBO(), backend="compiled")
+    with pytest.warns(RuntimeWarning, match=r"this step runs eagerly: it reads the value of a tensor.*x.sum"):
+        assert not svi.compile(batches()[0])
+    svi.step(batches()[0])
+    svi.step(batches()[0])
+    for optim in (partial(torch.optim.SGD, lr=0.1), pyro.optim.Adam({"lr": 0.1})):  # they have to meet their parameters
+        assert not SVI(pair.model, pair.guide, optim, Trace_ELBO(), backend="compiled").compile(batches()[0])
+    assert not SVI(pair.model, pair.guide, sgd(pair), Trace_ELBO(), backend="eager").compile(batches()[0])
+
+
+# What is fixed, and found by comparing ------------------------------------------------------------------------------
+
+SCALE = 1.0
+
+
+def by_global(x: Tensor, pair: Plain) -> None:
+    pair.model(x, SCALE)
+
+
+@pytest.mark.parametrize("make", [sgd, adam])
+def test_a_global_that_changes_is_found_by_the_comparison(
+    make: Callable, compared_at: Callable, seen: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared_at(4)
+    pair = Plain()
+    svi = SVI(partial(by_global, pair=pair), pair.guide, make(pair), Trace_ELBO(), backend="compiled")
+    for x in batches():  # one eager step, five recorded ones
+        svi.step(x)
+    monkeypatch.setitem(globals(), "SCALE", 2.0)
+    before = float(svi.evaluate_loss(batches()[0]))
+    assert float(svi.step(batches()[0])) != pytest.approx(before)  # it is fixed until the next comparison
+    svi.step(batches()[1])
+    expected = float(svi.evaluate_loss(batches()[2]))
+    with pytest.warns(RuntimeWarning, match=r"a global or an attribute.*the last 3 steps may be off; from now on"):
+        assert float(svi.step(batches()[2])) == pytest.approx(expected, rel=1e-6)
+    assert len(seen.steps) == 7
+    for x in batches():
+        assert float(svi.evaluate_loss(x)) == pytest.approx(float(svi.step(x)), rel=1e-6)
+
+
+def test_a_comparison_changes_nothing(compared_at: Callable, seen: SimpleNamespace) -> None:
+    compared_at(2)
+    assert_same_run(vae_and_adam)
+    eager, mine = (run(lambda: (pair := Odd(moving_an_attribute), sgd(pair)), backend) for backend in BOTH)
+    torch.testing.assert_close(mine[2].model.__self__.average, eager[2].model.__self__.average)
+    assert len(seen.steps) == 10
+
+
+def test_programs_are_compared_ever_more_rarely() -> None:
+    compared = []
+
+    class Stub:
+        """Of a record: its calls are counted."""
+
+        inputs = ()
+        calls = 0
+
+        def holds(self, args: tuple) -> bool:
+            compared.append(self.calls + 1)
+            return True
+
+        def __call__(self, *args: Tensor) -> tuple:
+            self.calls += 1
+            return (torch.zeros(()),)
+
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+    step = svi_module._RecordedStep(Stub(), [], optimizer, (), compiled=False)  # type: ignore[arg-type]
+    for _ in range(3500):
+        step(())
+    assert compared == [2, 8, 32, 128, 512, 1000, 2000, 3000]
+
+
+def test_a_record_that_has_come_to_fail_is_given_up() -> None:
+    """A tensor that no module holds comes to have another shape."""
+    table = torch.ones(4)
+    pair = Plain()
+    svi = SVI(
+        lambda x: pair.model(x, table.view(2, len(table) // 2).sum()),
+        pair.guide,
+        sgd(pair),
+        Trace_ELBO(),
+        backend="compiled",
+    )
+    for x in batches():
+        svi.step(x)
+    table.data = torch.ones(6)
+    expected = float(svi.evaluate_loss(batches()[0]))
+    with pytest.warns(RuntimeWarning, match=r"its record does not run: .*from now on steps run eagerly"):
+        assert float(svi.step(batches()[0])) == pytest.approx(expected, rel=1e-6)
+    svi.step(batches()[1])
+
+
+# Kinds of calls -----------------------------------------------------------------------------------------------------
+
+
+class Supervised(Plain):
+    """With labels, or without: then they are summed out."""
+
+    def model(self, x: Any, y: Any = None, scale: Any = 1.0, *, kind: str = "normal", sizes: Any = (1, 1)) -> None:
+        x, extra = (x["x"], x["extra"]) if isinstance(x, dict) else (x[0], x[1]) if isinstance(x, list) else (x, 0.0)
+        means = torch.stack([self.loc - 1, self.loc + 1])
+        family = dist.Normal if kind == "normal" else dist.Laplace
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Categorical(torch.tensor([0.3, 0.7])), obs=y, infer={"enumerate": "parallel"})
+            pyro.sample("x", family(means[y] + extra, scale * sum(sizes)).to_event(1), obs=x)
+
+    def guide(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+def labels(x: Tensor) -> Tensor:
+    return (x[:, 0] > 0.5).long()
+
+
+CALLS: dict[str, tuple[Callable[[SVI, Tensor, int], Tensor], int]] = {
+    "None": (lambda svi, x, step: svi.step(x, None), 1),
+    "None or a tensor": (lambda svi, x, step: svi.step(x, labels(x) if step % 2 else None), 2),
+    "or nothing": (lambda svi, x, step: svi.step(x, y=labels(x)) if step % 2 else svi.step(x), 2),
+    "text": (lambda svi, x, step: svi.step(x, kind="normal" if step < 6 else "laplace"), 2),
+    "a float in a tuple": (lambda svi, x, step: svi.step(x, sizes=(1.0 + step, 1)), 1),
+    "a dict": (lambda svi, x, step: svi.step({"x": x, "extra": 0.1 * x}), 1),
+    "a float in a list": (lambda svi, x, step: svi.step([x, 0.1 * step]), 1),
+    "whole numbers": (lambda svi, x, step: svi.step(x, None, 1 + step % 2), 2),
+    "bools and numbers": (lambda svi, x, step: svi.step(x, None, True if step % 2 else 1), 2),
+    "strides": (lambda svi, x, step: svi.step(x.t().contiguous().t() if step % 2 else x), 2),
+    "expanded": (lambda svi, x, step: svi.step(x[:1].expand(8, 4)), 1),
+}
+
+
+def called(call: Callable, backend: str) -> Tensor:
+    pair = Supervised()
+    loss = TraceEnum_ELBO(strict_enumeration_warning=False)
+    svi = SVI(pair.model, pair.guide, sgd(pair), loss, backend=backend)
+    return torch.stack([call(svi, x, step) for step, x in enumerate([*batches(), *batches()])])
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_each_kind_of_arguments_has_a_record(name: str, seen: SimpleNamespace) -> None:
+    call, records = CALLS[name]
+    torch.testing.assert_close(called(call, "compiled"), called(call, "eager"), rtol=2e-5, atol=2e-6)
+    assert (len(seen.records), len(seen.steps)) == (records, 11)
+
+
+REFUSED_CALLS: dict[str, tuple[Callable[[SVI, Tensor, int], Tensor], str]] = {
+    "a gradient": (lambda svi, x, step: svi.step(x.clone().requires_grad_()), "is sparse, or wants a gradient"),
+    "a range": (lambda svi, x, step: svi.step(x, sizes=range(3)), r"an argument is of type builtins\.range"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_CALLS)
+def test_arguments_of_other_types_run_eagerly(name: str, seen: SimpleNamespace) -> None:
+    call, reason = REFUSED_CALLS[name]
+    expected = called(call, "eager")
+    with pytest.warns(RuntimeWarning, match=f"{reason}; from now on steps run eagerly") as warned:
+        actual = called(call, "compiled")
+    assert len(warned) == 1
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    assert not seen.steps
+
+
+def test_steps_under_handlers_run_eagerly_and_those_between_recorded(seen: SimpleNamespace) -> None:
+    def call(svi: SVI, x: Tensor, step: int) -> Tensor:
+        return poutine.scale(svi.step, scale=0.5 + step)(x) if step % 2 else svi.step(x)
+
+    torch.testing.assert_close(called(call, "compiled"), called(call, "eager"), rtol=2e-5, atol=2e-6)
+    assert (len(seen.records), len(seen.steps)) == (1, 5)
+
+
+def test_an_argument_that_was_an_attribute_too_when_recorded_is_an_argument(seen: SimpleNamespace) -> None:
+    results = []
+    for backend in BOTH:
+        scales = list(1 + batches())
+        pair = Odd(lambda pair, x: pair.average.mean())
+        pair.average = scales[1]
+        svi = SVI(pair.model, pair.guide, sgd(pair), Trace_ELBO(), backend=backend)
+        torch.manual_seed(0)
+        results.append([svi.step(scales[max(step, 1)]) for step in range(6)])
+    torch.testing.assert_close(*results, rtol=2e-5, atol=2e-6)
+    assert (len(seen.records), len(seen.steps)) == (1, 5)
+
+
+def test_only_the_first_shape_is_compiled(monkeypatch: pytest.MonkeyPatch, seen: SimpleNamespace) -> None:
+    compiled = []
+    monkeypatch.setattr(svi_module, "compile_or_warn", lambda graph, inputs: compiled.append(len(inputs[-1])))
+    assert_same_run(vae_and_adam, [x[:n] for x, n in zip(batches(), (8, 8, 3, 8, 3, 8), strict=True)])
+    assert compiled == [8]
+    assert [shapes[0][0] for shapes in seen.records] == [8, 3]
+
+
+# When ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_steps", "recorded"), [(None, 3), (3, 3), (4, 5), (100, 5)])
+def test_auto_changes_over_when_it_is_worth_compiling(
+    num_steps: int | None, recorded: int, monkeypatch: pytest.MonkeyPatch, seen: SimpleNamespace
+) -> None:
+    monkeypatch.setattr(svi_module, "WORTH_COMPILING", 4)
+    assert_same_run(vae_and_adam, backend="auto", num_steps=num_steps)
+    assert len(seen.steps) == (0 if num_steps == 3 else recorded)
+
+
+def test_evaluating_between_recorded_steps(seen: SimpleNamespace) -> None:
+    pair = vae()
+    svi = SVI(pair.model, pair.guide, sgd(pair, 1e-3), Trace_ELBO(), backend="compiled")
+    for x in batches():
+        svi.step(x)
+        pair.eval()
+        noise = torch.get_rng_state()
+        before = svi.evaluate_loss(x)
+        torch.set_rng_state(noise)
+        pair.train()
+        assert float(svi.step(x)) == pytest.approx(float(before), rel=2e-5)
+    assert (len(seen.records), len(seen.steps)) == (1, 11)
+
+
+def test_pyros_losses_run_eagerly(seen: SimpleNamespace) -> None:
+    loss = lambda: pyro.infer.Trace_ELBO(max_plate_nesting=1)  # noqa: E731
+    expected = run(vae_and_adam, "eager", loss=loss)
+    with pytest.warns(RuntimeWarning, match=r"runs eagerly: pyro.*Trace_ELBO reads tensors") as warned:
+        actual = run(vae_and_adam, "compiled", loss=loss)
+    assert len(warned) == 1
+    torch.testing.assert_close(actual[:2], expected[:2], rtol=0, atol=0)
+    assert not seen.steps
+
+
+class WrongShape(Plain):
+    def model(self, x: Tensor, scale: Any = 1.0) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(self.loc, scale), obs=x)
+
+
+@pytest.mark.parametrize(("make", "x"), [(WrongShape, batches()[0]), (Plain, torch.full((8, 4), math.nan))])
+def test_the_first_step_is_validated(make: Callable, x: Tensor) -> None:
+    pair = make()
+    svi = SVI(pair.model, pair.guide, sgd(pair), Trace_ELBO(), backend="compiled")
+    with pyro.validation_enabled(False), pytest.raises(ValueError, match=r"[Ss]hape|constraint|support"):
+        svi.step(x)
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(8, 3), torch.zeros(8, 4, dtype=torch.float64)], ids=["features", "dtype"])
+def test_a_later_error_is_the_eager_one_and_recorded_steps_go_on(bad: Tensor, seen: SimpleNamespace) -> None:
+    messages = []
+    for backend in BOTH:
+        pair, optim = vae_and_adam()
+        svi = SVI(pair.model, pair.guide, optim, Trace_ELBO(), backend=backend)
+        for good in batches():
+            svi.step(good)
+        weights = copy.deepcopy(pair.state_dict())
+        with pytest.raises((RuntimeError, ValueError)) as error:
+            svi.step(bad)
+        messages.append((error.type, str(error.value)))
+        torch.testing.assert_close(pair.state_dict(), weights, rtol=0, atol=0)
+        svi.step(batches()[0])
+    assert messages[0] == messages[1]
+    assert len(seen.steps) == 6
+
+
+def test_what_svi_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    pair = vae()
+    with pytest.raises(TypeError, match=r"optim: LBFGS runs the loss several times.*Use Adam"):
+        SVI(pair.model, pair.guide, torch.optim.LBFGS(pair.parameters()), Trace_ELBO())
+    with pytest.raises(ValueError, match=r"backend: 'cudagraph' was asked for, and torch sees no CUDA device"):
+        SVI(pair.model, pair.guide, sgd(pair), Trace_ELBO(), backend="cudagraph")
+    with pytest.raises(ValueError, match=r"backend: expected .*'jit'"):
+        SVI(pair.model, pair.guide, sgd(pair), Trace_ELBO(), backend="jit")
+
+
+# Without torch's internals ------------------------------------------------------------------------------------------
+
+
+def test_where_torch_cannot_record_steps_run_eagerly(monkeypatch: pytest.MonkeyPatch, seen: SimpleNamespace) -> None:
+    def fails(*args: object) -> None:
+        raise ImportError("no tracer here")
+
+    monkeypatch.setattr(record_module, "make_fx", fails)
+    with pytest.warns(RuntimeWarning, match="this step runs eagerly: no tracer here") as warned:
+        assert_same_run(vae_and_adam)
+    assert len(warned) == 1
+    assert not seen.steps
+
+
+@pytest.mark.parametrize("setup", [vae_and_adam, lambda: (pair := vae(), sgd(pair, 1e-3))], ids=["adam", "sgd"])
+def test_where_torch_cannot_compile_steps_run_recorded(
+    setup: Callable, monkeypatch: pytest.MonkeyPatch, seen: SimpleNamespace
+) -> None:
+    import torch._inductor
+
+    def fails(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no C++ compiler\nand more of it")
+
+    monkeypatch.undo()  # of the fixture that compiles nothing
+    monkeypatch.setattr(record_module, "_warned", set())
+    monkeypatch.setattr(torch._inductor, "compile", fails)
+    with pytest.warns(
+        RuntimeWarning, match=r"cannot compile the step here \(no C\+\+ compiler\); it runs rec"
+    ) as warned:
+        svi = assert_same_run(setup)
+    assert len(warned) == 1
+    assert svi._records
