@@ -99,7 +99,9 @@ def run(
     return torch.stack(losses), {name: value.clone() for name, value in pair.state_dict().items()}, svi
 
 
-def assert_same_run(setup: Setup, calls: Iterable[Any] | None = None, *, backend: str = "compiled", **options: Any) -> SVI:
+def assert_same_run(
+    setup: Setup, calls: Iterable[Any] | None = None, *, backend: str = "compiled", **options: Any
+) -> SVI:
     """A recorded run equals an eager one to rounding. Returns the recorded one."""
     calls = list(batches() if calls is None else calls)
     eager, mine = run(setup, "eager", calls, **options), run(setup, backend, calls, **options)
