@@ -1,0 +1,320 @@
+"""A record repeats a computation, reads every tensor anew, and refuses what it cannot hold."""
+
+from __future__ import annotations
+
+import logging
+import random
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pyrovae.infer import record as record_module
+from pyrovae.infer.record import CannotRecord, Recorded, compile_or_warn, recorded_or_itself, warn_once
+
+X = torch.arange(1.0, 4.0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record_module, "_warned", set())
+
+
+# What a record is ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("torchs_context", [True, False])
+def test_it_repeats_the_computation_and_draws_anew(torchs_context: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With torch's internals, which it is quicker with, and without."""
+    if not torchs_context:
+        monkeypatch.delattr("torch._guards.tracing")
+
+    def function(x: Tensor) -> Tensor:
+        return x + torch.randn(3) + pyro.sample("z", dist.Normal(x, 1.0))
+
+    record = Recorded(function, (X,))
+    pyro.set_rng_seed(3)
+    expected = [function(X), function(2 * X)]
+    pyro.set_rng_seed(3)
+    actual = [record(X), record(2 * X)]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_it_reads_tensors_anew() -> None:
+    weight, table = nn.Parameter(torch.ones(3)), torch.ones(3)
+    record = Recorded(lambda x: (x * weight + table + table).sum(), (X,))
+    assert {id(each) for each in record.inputs} == {id(weight), id(table)}
+    with torch.no_grad():
+        weight.fill_(2.0)
+        table.fill_(10.0)
+    assert record(X) == 2 * 6 + 60
+    assert not record(X).requires_grad
+
+
+def test_a_function_without_arguments() -> None:
+    weights = [torch.ones(3), torch.full((3,), 2.0)]
+    record = Recorded(lambda: weights[0] + weights[1], ())
+    weights[1].fill_(5.0)
+    assert torch.equal(record(), torch.full((3,), 6.0))
+
+
+def test_it_moves_what_the_function_moves() -> None:
+    norm = nn.BatchNorm1d(2)
+    x = torch.randn(4, 2)
+    record = Recorded(norm, (x,), [norm])
+    assert torch.equal(norm.running_mean, torch.zeros(2))
+    assert norm.num_batches_tracked == 0
+    twin = nn.BatchNorm1d(2)
+    for _ in range(3):
+        torch.testing.assert_close(record(x), twin(x).detach())
+    torch.testing.assert_close(norm.state_dict(), twin.state_dict())
+
+
+def test_recording_draws_no_random_numbers_of_torch() -> None:
+    state = torch.get_rng_state()
+    Recorded(lambda x: x * torch.rand(()), (X,))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_autocast_that_it_was_not_recorded_under_does_not_touch_it() -> None:
+    weight = torch.randn(3, 3)
+    record = Recorded(lambda x: x @ weight, (X,))
+    expected = X @ weight
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(record(X), expected)
+
+
+def test_what_the_first_run_sets_up_stays() -> None:
+    class Lazy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if not hasattr(self, "net"):
+                self.net = nn.Linear(3, 3)
+                nn.init.constant_(self.net.weight, 3.0)
+            return self.net(x)
+
+    lazy = Lazy()
+    record = Recorded(lazy, (X,), [lazy])
+    assert torch.equal(lazy.net.weight, torch.full((3, 3), 3.0))
+    torch.testing.assert_close(record(X), lazy(X).detach())
+
+
+def test_it_runs_without_validation() -> None:
+    """Which reads values; that of a distribution that was made while it was on, too."""
+    with pyro.validation_enabled(True):
+        normal = dist.Normal(torch.zeros(3), torch.ones(3))
+        record = Recorded(lambda x: normal.log_prob(x) + dist.Normal(x, 1.0).log_prob(x), (X,))
+        with pytest.raises(ValueError, match="support"):
+            normal.log_prob(torch.tensor([torch.nan] * 3))
+    torch.testing.assert_close(record(X), normal.log_prob(X) + dist.Normal(0.0, 1.0).log_prob(torch.zeros(())))
+
+
+def test_tensors_in_the_place_of_floats_are_compared_with_floats() -> None:
+    def reference(scale: Tensor) -> Tensor:
+        return X * float(scale)
+
+    record = Recorded(lambda scale: X * scale, (torch.tensor(2.0),), reference=reference)
+    assert torch.equal(record(torch.tensor(5.0)), 5 * X)
+    with pytest.raises(CannotRecord, match="its record computes something else"):
+        Recorded(lambda scale: X + scale, (torch.tensor(2.0),), reference=reference)
+
+
+def test_it_holds_until_the_function_computes_something_else() -> None:
+    scale, calls = [2.0], torch.zeros(())
+
+    def function(x: Tensor) -> Tensor:
+        calls.add_(1)
+        return x * scale[0] * torch.rand(3)
+
+    record = Recorded(function, (X,))
+    state = torch.get_rng_state()
+    assert record.holds((X,))
+    assert record.holds((100 * X,))
+    scale[0] = 2.0 * (1 + 1e-5)  # rounding, say
+    assert record.holds((X,))
+    scale[0] = 2.1
+    assert not record.holds((X,))
+    assert calls == 0
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_infinities_and_nans_hold_where_they_are_the_same() -> None:
+    scale = [1.0]
+    record = Recorded(lambda x: x.log() * scale[0], (X,))
+    odd = torch.tensor([0.0, -1.0, 2.0])
+    assert record.holds((odd,))
+    scale[0] = -1.0
+    assert not record.holds((odd,))
+
+
+@pytest.mark.parametrize("classes", [4, 100_000])
+def test_one_hot_is_recorded(classes: int) -> None:
+    """It would read its classes; one that is out of bounds stays an error."""
+    words = torch.tensor([0, 3])
+    record = Recorded(lambda x: nn.functional.one_hot(x, classes), (words,))
+    assert torch.equal(record(words), nn.functional.one_hot(words, classes))
+    for bad in (-1, classes):
+        with pytest.raises((RuntimeError, IndexError)):
+            record(torch.tensor([0, bad]))
+
+
+# What no record can hold --------------------------------------------------------------------------------------------
+
+
+class Module(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("rate", torch.tensor(2.0))
+        self.calls = 0
+
+    def count(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * self.calls
+
+    def read(self, x: Tensor) -> Tensor:
+        return x * self.rate.item()
+
+    def convert(self, x: Tensor) -> Tensor:
+        return x * float(np.exp(self.rate))
+
+
+READ = r"it reads the value of a tensor into Python.*, at test_record.py:\d+: `.*"
+REFUSED: dict[str, tuple[Callable[[Module, Tensor], Tensor], str]] = {
+    "item": (lambda m, x: x * x.sum().item(), READ + "item"),
+    "float": (lambda m, x: x * float(x.sum()), READ + "float"),
+    "if": (lambda m, x: x if x.sum() > 0 else -x, READ + "if"),
+    "item of an argument": (lambda m, x: x * x[0].item(), READ + "item"),
+    "item of a buffer": (Module.read, READ + "item"),
+    "numpy of a buffer": (Module.convert, r"values of a tensor .*, at test_record.py:\d+: `.*exp"),
+    "numpy": (lambda m, x: x * float(x.numpy().sum()), r"values of a tensor .*\(\.numpy\(\)\), at test_record.py:\d+"),
+    "tolist": (lambda m, x: x * sum(x.tolist()), r"values of a tensor .*\(\.tolist\(\)\), at test_record.py:\d+"),
+    "nonzero": (lambda m, x: x[x.nonzero()], r"the shape of a result depends on values.*, at test_record.py:\d+"),
+    "counter": (Module.count, r"it changes the attribute Module\.calls as it runs"),
+    "NumPy's noise": (lambda m, x: x * np.random.rand(), "its record computes something else"),  # noqa: NPY002
+    "Python's noise": (lambda m, x: x * random.random(), "its record computes something else"),
+    "an error": (lambda m, x: x @ torch.ones(4), r"size.*, at test_record.py:\d+: `.*torch.ones"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_it_refuses(name: str) -> None:
+    function, match = REFUSED[name]
+    module = Module()
+    with pytest.raises(CannotRecord, match=match) as error:
+        Recorded(lambda x: function(module, x), (X,), [module])
+    assert "\n" not in str(error.value)
+    assert module.calls == 0
+
+
+def test_constants_may_be_read() -> None:
+    record = Recorded(lambda x: x * torch.tensor([1.0, 2.0, 4.0]) + int(torch.tensor(3)), (X,))
+    torch.testing.assert_close(record(2 * X), 2 * X * torch.tensor([1.0, 2.0, 4.0]) + 3)
+
+
+@pytest.mark.parametrize("file", ["<stdin>", "<ipython-input-1-0>"])
+def test_lines_of_no_file_are_named(file: str) -> None:
+    space: dict[str, Any] = {}
+    exec(compile("def read(x):\n    return x * float(x.sum())", file, "exec"), space)  # as a prompt does
+    with pytest.raises(CannotRecord, match=rf"reads the value of a tensor.*, at {file}:2$"):
+        Recorded(space["read"], (X,))
+
+
+# A record, or the function itself -----------------------------------------------------------------------------------
+
+
+def test_a_function_that_cannot_be_recorded_runs_itself() -> None:
+    function: Callable = lambda x: x * float(x.sum())  # noqa: E731
+    with pytest.warns(RuntimeWarning, match="pyrovae: scoring runs eagerly: it reads the value of a tensor"):
+        assert recorded_or_itself(function, (X,), [], "scoring", compiled=False) is function
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_an_error_of_the_record_is_the_functions(compiled: bool) -> None:
+    table = torch.randn(3, 4)
+    function: Callable = lambda rows: table.index_select(0, rows) + torch.rand(4)  # noqa: E731
+    good, bad = torch.tensor([2, 0]), torch.tensor([0, 3])
+    run = recorded_or_itself(function, (good,), [], "picking", compiled=compiled)
+    assert run is not function
+    state = torch.get_rng_state()
+    expected = function(good)
+    torch.set_rng_state(state)
+    torch.testing.assert_close(run(good), expected)
+    with pytest.raises(IndexError) as error:
+        function(bad)
+    with pytest.raises(IndexError, match=re.escape(str(error.value))):
+        run(bad)
+
+
+# Compiling ----------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_compiler_the_record_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._inductor
+
+    def missing(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no C++ compiler\nand more")
+
+    monkeypatch.setattr(torch._inductor, "compile", missing)
+    record = Recorded(torch.sin, (X,))
+    with pytest.warns(RuntimeWarning, match=r"cannot compile the step here \(no C\+\+ compiler\); it runs recorded"):
+        record.compile((X,))
+    assert compile_or_warn(record.graph, (X,)) is None  # said once
+    assert not record.is_compiled
+    assert torch.equal(record(X), X.sin())
+
+
+def test_where_the_fast_way_fails_the_plain_one_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._inductor
+
+    asked: list[dict] = []
+
+    def compile_without_cpp(graph: Callable, inputs: list, options: dict) -> Callable:
+        asked.append(options)
+        if "cpp_wrapper" in options:
+            raise NotImplementedError("an operation that C++ cannot call")
+        return graph
+
+    monkeypatch.setattr(torch._inductor, "compile", compile_without_cpp)
+    logger = logging.getLogger("torch._inductor.ir")
+    level = logger.level
+    record = Recorded(torch.sin, (X,))
+    record.compile((X,))
+    assert ["cpp_wrapper" in options for options in asked] == [True, False]
+    assert record.is_compiled
+    assert logger.level == level
+    assert torch.equal(record(X), X.sin())
+
+
+@pytest.mark.slow
+def test_compiled_is_recorded_and_compiling_moves_nothing() -> None:
+    """Random numbers in their order too, of sizes that a compiler would like to draw in another."""
+    weight, norm = nn.Parameter(torch.ones(3)), nn.BatchNorm1d(3)
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        last, first = torch.randn(100_000), torch.randn(8, 3)
+        loss = (norm(x) * weight * first).sum()
+        return loss.detach(), loss.detach() * last, torch.randn(5000).sum(), *torch.autograd.grad(loss, [weight])
+
+    x = torch.randn(8, 3)
+    record = Recorded(function, (x,), [norm])
+    state = torch.get_rng_state()
+    record.compile((x,))
+    assert record.is_compiled
+    assert not norm.running_mean.any()
+    assert torch.equal(torch.get_rng_state(), state)
+    found = record(x), norm.running_mean.clone()
+    norm.reset_running_stats()
+    torch.set_rng_state(state)
+    torch.testing.assert_close(found, (function(x), norm.running_mean), rtol=1e-4, atol=1e-3)
+
+
+def test_a_warning_is_given_once_a_process() -> None:
+    with pytest.warns(RuntimeWarning, match="hello") as warned:
+        warn_once("hello")
+    assert warned[0].filename == __file__
+    warn_once("hello")  # warnings are errors here
