@@ -292,10 +292,10 @@ class SVI:
             loss_and_gradients, tensors, self._setting.modules, partial(loss_and_gradients, as_floats=True)
         )
         # Another shape, a short last batch say, is recorded too, but is not worth a compiler's time.
-        kind = (self._setting.key(), form)
-        recorded = _RecordedStep(record, list(used), optimizer, tensors, compiled=kind not in self._compiled)
+        is_first = (kind := (self._setting.key(), form)) not in self._compiled
+        recorded = _RecordedStep(record, list(used), optimizer, tensors, compiled=is_first)
         self._compiled.add(kind)
-        if self.backend in ("auto", "cudagraph"):
+        if is_first and self.backend in ("auto", "cudagraph"):
             recorded.capture(tensors, asked=self.backend == "cudagraph")
         return recorded
 

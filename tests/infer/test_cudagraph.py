@@ -1,0 +1,367 @@
+"""A step as a CUDA graph: when it is captured, replayed and captured again, and that it computes the eager numbers.
+
+The first part runs anywhere, on a stand-in for CUDA that has what decides this: capturing runs nothing, and a replay
+repeats what was launched with the memory that it was launched on. The second part needs a GPU.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from pyro import poutine
+from steps import batches, vae
+from test_step_numbers import FIT, GREY, IN_THE_PROGRAM, LOSSES, fit_in_two
+from torch import Tensor
+
+import pyrovae as pv
+from pyrovae import Pair
+from pyrovae.infer import SVI, Trace_ELBO
+from pyrovae.infer import svi as svi_module
+from pyrovae.infer.cudagraph import WARM_UP, Captured
+from pyrovae.models import VAE
+
+pytestmark = pytest.mark.usefixtures("uncompiled")
+STEPS = 9
+
+
+class StandIn:
+    """``torch.cuda`` as far as graphs go, counting them."""
+
+    def __init__(self) -> None:
+        self.captures = self.replays = 0
+        self._capturing: list | None = None
+        self.CUDAGraph = lambda: SimpleNamespace(launched=[], replay=None)
+        self.Stream = lambda: SimpleNamespace(wait_stream=lambda other: None)
+        self.current_stream = self.Stream
+        self.stream = nullcontext
+        self.set_stream = lambda stream: None
+
+    @contextmanager
+    def graph(self, graph: SimpleNamespace, stream: object, capture_error_mode: str) -> Iterator[None]:
+        self.captures += 1
+        self._capturing = graph.launched
+        try:
+            yield
+        finally:
+            self._capturing = None
+
+        def replay() -> None:
+            self.replays += 1
+            for kernel in graph.launched:
+                kernel()
+
+        graph.replay = replay
+
+    def launch(self, kernel: Callable[[], object]) -> None:
+        if self._capturing is None:
+            kernel()
+        else:
+            self._capturing.append(kernel)
+
+    def refuse_to_capture(self) -> None:
+        if self._capturing is not None:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    stand_in = StandIn()
+    for name in ("CUDAGraph", "Stream", "current_stream", "stream", "set_stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, getattr(stand_in, name))
+    return stand_in
+
+
+class Run:
+    """A step on two tensors, whose kernels read the memory that these have when they are launched."""
+
+    def __init__(self, cuda: StandIn, *, captured: bool) -> None:
+        self.cuda = cuda
+        self.weights, self.mean = torch.tensor([1.0, -2.0]), torch.zeros(2)
+        self.losses: list[Tensor] = []
+        capture = Captured(self.step)
+        self._call = capture if captured else lambda held, args: self.step(*held, *args)
+
+    def step(self, weights: Tensor, mean: Tensor, x: Tensor) -> Tensor:
+        loss, weights, mean = torch.empty(()), weights.detach(), mean.detach()
+
+        def kernel() -> None:
+            loss.copy_((x * weights).sum())
+            mean.mul_(0.9).add_(x)
+            weights.sub_(0.1 * mean)
+
+        self.cuda.launch(kernel)
+        return loss
+
+    def __call__(self, act: Callable[[Run], None] = lambda run: None) -> list[float]:
+        generator = torch.Generator().manual_seed(0)
+        for step in range(STEPS):
+            if step == 6:
+                act(self)
+            x = torch.randn(2, generator=generator)  # elsewhere at each step
+            self.losses.append(self._call([self.weights, self.mean], [x]))
+        return [*map(float, self.losses), *self.weights.tolist()]
+
+
+def fill(run: Run) -> None:
+    run.weights.fill_(5.0)
+
+
+def move_weights(run: Run) -> None:
+    run.weights.data = torch.full((2,), 5.0)
+
+
+def replace_mean(run: Run) -> None:
+    run.mean = torch.ones(2)
+
+
+@pytest.mark.parametrize(("act", "captures"), [(lambda run: None, 1), (fill, 1), (move_weights, 2), (replace_mean, 2)])
+def test_a_graph_is_captured_again_when_a_tensor_lies_elsewhere(
+    act: Callable[[Run], None], captures: int, cuda: StandIn
+) -> None:
+    plain = Run(cuda, captured=False)(act)
+    assert Run(cuda, captured=True)(act) == plain
+    assert (cuda.captures, cuda.replays) == (captures, STEPS - WARM_UP)
+
+
+def test_losses_are_kept_apart(cuda: StandIn) -> None:
+    run = Run(cuda, captured=True)
+    run()
+    assert len({loss.data_ptr() for loss in run.losses}) == STEPS
+
+
+def test_a_capture_that_fails_is_said_once_and_steps_go_on(cuda: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *args, device="cpu", **options: zeros(*args, **options))
+    plain = Run(cuda, captured=False)()
+
+    class Stubborn(Run):
+        def step(self, *tensors: Tensor) -> Tensor:
+            self.cuda.refuse_to_capture()
+            return super().step(*tensors)
+
+    with pytest.warns(RuntimeWarning, match=r"without a CUDA graph: operation not permitted .* capturing$") as warned:
+        assert Stubborn(cuda, captured=True)() == plain
+    assert len(warned) == 1
+    assert (cuda.captures, cuda.replays) == (2, 0)  # the second only ends the first
+
+
+def test_what_does_not_lie_on_a_gpu_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    pair = vae()
+    optim = torch.optim.Adam(pair.parameters(), lr=0.01)
+    svi = SVI(pair.model, pair.guide, optim, Trace_ELBO(), backend="cudagraph")
+    svi.step(batches()[0])
+    with pytest.warns(RuntimeWarning, match=r"without a CUDA graph: it needs Adam with capturable=True, and every"):
+        svi.step(batches()[1])
+    svi.step(batches()[2])
+
+
+def test_only_the_first_shape_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a short last batch gives no warning."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    asked: list[int] = []
+    monkeypatch.setattr(svi_module._RecordedStep, "capture", lambda self, args, **_: asked.append(len(args[0])))
+    pair = vae()
+    optim = torch.optim.Adam(pair.parameters(), lr=0.01)
+    svi = SVI(pair.model, pair.guide, optim, Trace_ELBO(), backend="cudagraph")
+    for x in batches():
+        svi.step(x)
+        if asked:
+            svi.step(x[:3])
+    assert asked == [8]
+
+
+# On a GPU -----------------------------------------------------------------------------------------------------------
+
+
+def on_gpu(**options: Any) -> tuple[VAE, torch.optim.Optimizer, Tensor]:
+    pair = vae().cuda()
+    options = {"lr": torch.tensor(0.01, device="cuda"), "capturable": True} | options
+    return pair, torch.optim.Adam(pair.parameters(), **options), batches(12).cuda()
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list:
+    """The graphs that were replayed."""
+    found: list = []
+    replay = torch.cuda.CUDAGraph.replay
+
+    def spy(self: torch.cuda.CUDAGraph) -> None:
+        found.append(self)
+        replay(self)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", spy)
+    return found
+
+
+def assert_same_on_gpu(act: Callable, loss: Callable = Trace_ELBO, **options: Any) -> None:
+    """A captured run, with something done in the middle, equals an eager one at equal noise."""
+    results = []
+    for backend in ("eager", "cudagraph"):
+        pair, optim, xs = on_gpu(**options)
+        svi = SVI(pair.model, pair.guide, optim, loss(), backend=backend)
+        torch.manual_seed(7)
+        losses = []
+        for step, x in enumerate(xs):
+            if step == 8:
+                act(pair, optim)
+            losses.append(svi.step(x))
+        results.append((torch.stack(losses), pair.state_dict(), optim.state_dict()["state"]))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+def fill_rate(pair: Pair, optim: Any) -> None:
+    optim.param_groups[0]["lr"].fill_(0.1)
+
+
+def replace_rate(pair: Pair, optim: Any) -> None:
+    optim.param_groups[0]["lr"] = torch.tensor(0.1, device="cuda")
+
+
+def load_state(pair: Pair, optim: Any) -> None:
+    state = copy.deepcopy(optim.state_dict())
+    for each in state["state"].values():
+        each["exp_avg"].mul_(3)
+    optim.load_state_dict(state)
+
+
+def load_weights(pair: Pair, optim: Any) -> None:
+    pair.load_state_dict({name: value + 0.5 for name, value in pair.state_dict().items()})
+
+
+def move_parameters(pair: Pair, optim: Any) -> None:
+    for parameter in pair.parameters():
+        parameter.data = parameter.data + 0.1
+
+
+GPU_ACTS: dict[str, Callable] = {
+    "nothing": lambda pair, optim: None,
+    "rate": fill_rate,
+    "another rate": replace_rate,
+    "state": load_state,
+    "weights": load_weights,
+    "moved weights": move_parameters,
+}
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", GPU_ACTS)
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_captured_step_is_the_eager_one(name: str, fused: bool, replays: list) -> None:
+    assert_same_on_gpu(GPU_ACTS[name], fused=fused)
+    assert len(replays) == 12 - 1 - WARM_UP  # the first step is eager
+
+
+@pytest.mark.cuda
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["Trace", "MeanField-4", "Enum-4", "Renyi-4"])
+def test_a_compiled_and_captured_step_is_the_eager_one(loss: str, replays: list) -> None:
+    assert_same_on_gpu(GPU_ACTS["nothing"], LOSSES[loss])
+    assert len(replays) == 12 - 1 - WARM_UP
+
+
+@pytest.mark.cuda
+def test_noise_is_fresh_at_every_replay_and_follows_the_seed(replays: list) -> None:
+    pair, optim, xs = on_gpu(lr=0.0)
+    svi = SVI(pair.model, pair.guide, optim, Trace_ELBO(), backend="cudagraph")
+    for x in xs[:6]:
+        svi.step(x)
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        runs.append([float(svi.step(xs[0])) for _ in range(10)])
+    assert runs[0] == runs[1]
+    assert len(set(runs[0])) == 10
+    assert len(replays) == 2 + 20
+
+
+@pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_a_captured_step_never_waits_and_losses_are_kept_apart(replays: list, compared_at: Callable) -> None:
+    compared_at(100)  # a comparison reads
+    pair, optim, xs = on_gpu()
+    svi = SVI(pair.model, pair.guide, optim, Trace_ELBO(), backend="cudagraph")
+    for x in xs[:6]:
+        svi.step(x)
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        losses = []
+        for x in xs[6:]:
+            losses.append(svi.step(x))
+            optim.param_groups[0]["lr"].fill_(0.001)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(math.isfinite(loss) for loss in losses)
+    assert len({float(loss) for loss in losses}) == 6
+    assert len(replays) == 2 + 6
+
+
+@pytest.mark.cuda
+def test_a_float_argument_moves_in_a_captured_step(replays: list) -> None:
+    results = []
+    for backend in ("eager", "cudagraph"):
+        pair, optim, xs = on_gpu()
+        model = lambda x, beta, pair=pair: poutine.scale(pair.model, scale=beta)(x)  # noqa: E731
+        guide = lambda x, beta, pair=pair: poutine.scale(pair.guide, scale=beta)(x)  # noqa: E731
+        svi = SVI(model, guide, optim, Trace_ELBO(), backend=backend)
+        torch.manual_seed(7)
+        results.append((torch.stack([svi.step(x, 0.1 * (i + 1)) for i, x in enumerate(xs)]), pair.state_dict()))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    assert len(set(map(id, replays))) == 1
+
+
+@pytest.mark.cuda
+def test_short_batches_run_beside_a_captured_step(replays: list) -> None:
+    results = []
+    for backend in ("eager", "cudagraph"):
+        pair, optim, xs = on_gpu()
+        svi = SVI(pair.model, pair.guide, optim, Trace_ELBO(), backend=backend, dataset_size=50)
+        torch.manual_seed(7)
+        losses = [svi.step(rows) for x in xs for rows in (x, x[:3])]
+        results.append((torch.stack(losses), pair.state_dict()))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    assert len(set(map(id, replays))) == 1  # a short batch is recorded only
+
+
+@pytest.mark.cuda
+def test_what_cannot_be_captured_is_named_once_and_runs(replays: list) -> None:
+    match = r"without a CUDA graph: it needs Adam with capturable=True, and every tensor on the GPU"
+    pair, _, xs = on_gpu()
+    optim = torch.optim.Adam(pair.parameters(), lr=0.01)  # it counts its steps on the CPU
+    svi = SVI(pair.model, pair.guide, optim, Trace_ELBO(), backend="cudagraph")
+    svi.step(xs[0])
+    with pytest.warns(RuntimeWarning, match=match):
+        svi.step(xs[1])
+    svi.step(xs[2])
+    assert not replays
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["fused", "AdamW", "two groups"])
+def test_other_optimizers_on_a_gpu(name: str) -> None:
+    results = []
+    for backend in ("eager", "auto"):
+        pair, _, xs = on_gpu()
+        optim = IN_THE_PROGRAM[name](list(pair.parameters()))
+        svi = SVI(pair.model, pair.guide, optim, Trace_ELBO(), backend=backend, num_steps=svi_module.WORTH_COMPILING)
+        torch.manual_seed(7)
+        results.append((torch.stack([svi.step(x) for x in xs]), pair.state_dict()))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.cuda
+def test_a_resumed_captured_fit_is_bit_identical(tmp_path: Path, replays: list) -> None:
+    options = {"binarize": True, "device": "cuda", "backend": "cudagraph"}
+    whole = vae()
+    pv.fit(whole, GREY, **FIT, **options)
+    assert replays
+    pair, _ = fit_in_two(tmp_path / "run", GREY, 6, **options)
+    torch.testing.assert_close(pair.state_dict(), whole.state_dict(), rtol=0, atol=0)
