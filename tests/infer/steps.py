@@ -69,11 +69,6 @@ def adam(pair: Pair, **options: Any) -> torch.optim.Optimizer:
     return torch.optim.Adam(pair.parameters(), **{"lr": 0.01, **options})
 
 
-def plain_and_sgd() -> tuple[Pair, Any]:
-    pair = Plain()
-    return pair, sgd(pair)
-
-
 def vae_and_adam() -> tuple[Pair, Any]:
     pair = vae()
     return pair, adam(pair)
@@ -88,14 +83,19 @@ def run(
     act: Callable[[int, SVI, Any], None] = lambda step, svi, pair: None,
     **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor], SVI]:
-    """Losses of steps at fixed noise and the state that they lead to; ``act`` is done before each step."""
+    """Losses of steps at fixed noise and the state that they lead to; ``act`` is done before each step. A call is a
+    batch, or a tuple of positional or a dict of named arguments.
+    """
     pair, optim = setup()
     svi = SVI(pair.model, pair.guide, optim, loss(), backend=backend, **options)
     torch.manual_seed(7)
     losses = []
     for step, args in enumerate(batches() if calls is None else calls):
         act(step, svi, pair)
-        losses.append(svi.step(*(args if isinstance(args, tuple) else (args,))))
+        if isinstance(args, dict):
+            losses.append(svi.step(**args))
+        else:
+            losses.append(svi.step(*args) if isinstance(args, tuple) else svi.step(args))
     return torch.stack(losses), {name: value.clone() for name, value in pair.state_dict().items()}, svi
 
 

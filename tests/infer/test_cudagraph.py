@@ -16,13 +16,11 @@ from typing import Any
 
 import pytest
 import torch
-from pyro import poutine
-from steps import batches, vae
-from test_step_numbers import FIT, GREY, IN_THE_PROGRAM, LOSSES, fit_in_two
+from steps import adam, batches, vae
+from test_step_numbers import FIT, GREY, LOSSES, fit_in_two
 from torch import Tensor
 
 import pyrovae as pv
-from pyrovae import Pair
 from pyrovae.infer import SVI, Trace_ELBO
 from pyrovae.infer import svi as svi_module
 from pyrovae.infer.cudagraph import WARM_UP, Captured
@@ -110,31 +108,21 @@ class Run:
         return [*map(float, self.losses), *self.weights.tolist()]
 
 
-def fill(run: Run) -> None:
-    run.weights.fill_(5.0)
+ACTS: dict[str, tuple[Callable[[Run], Any], int]] = {  # and the number of captures
+    "nothing": (lambda run: None, 1),
+    "weights in place": (lambda run: run.weights.fill_(5.0), 1),
+    "weights elsewhere": (lambda run: setattr(run.weights, "data", torch.full((2,), 5.0)), 2),
+    "another state": (lambda run: setattr(run, "mean", torch.ones(2)), 2),
+}
 
 
-def move_weights(run: Run) -> None:
-    run.weights.data = torch.full((2,), 5.0)
-
-
-def replace_mean(run: Run) -> None:
-    run.mean = torch.ones(2)
-
-
-@pytest.mark.parametrize(("act", "captures"), [(lambda run: None, 1), (fill, 1), (move_weights, 2), (replace_mean, 2)])
-def test_a_graph_is_captured_again_when_a_tensor_lies_elsewhere(
-    act: Callable[[Run], None], captures: int, cuda: StandIn
-) -> None:
-    plain = Run(cuda, captured=False)(act)
-    assert Run(cuda, captured=True)(act) == plain
-    assert (cuda.captures, cuda.replays) == (captures, STEPS - WARM_UP)
-
-
-def test_losses_are_kept_apart(cuda: StandIn) -> None:
+@pytest.mark.parametrize("name", ACTS)
+def test_a_graph_is_captured_again_when_a_tensor_lies_elsewhere(name: str, cuda: StandIn) -> None:
+    act, captures = ACTS[name]
     run = Run(cuda, captured=True)
-    run()
-    assert len({loss.data_ptr() for loss in run.losses}) == STEPS
+    assert run(act) == Run(cuda, captured=False)(act)
+    assert (cuda.captures, cuda.replays) == (captures, STEPS - WARM_UP)
+    assert len({loss.data_ptr() for loss in run.losses}) == STEPS  # losses are kept apart
 
 
 def test_a_capture_that_fails_is_said_once_and_steps_go_on(cuda: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,29 +141,20 @@ def test_a_capture_that_fails_is_said_once_and_steps_go_on(cuda: StandIn, monkey
     assert (cuda.captures, cuda.replays) == (2, 0)  # the second only ends the first
 
 
-def test_what_does_not_lie_on_a_gpu_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_lie_on_a_gpu_is_named_once_and_a_short_batch_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    capture, asked = svi_module._RecordedStep.capture, []
+    monkeypatch.setattr(
+        svi_module._RecordedStep,
+        "capture",
+        lambda self, args, **options: (asked.append(len(args[0])), capture(self, args, **options)),
+    )
     pair = vae()
-    optim = torch.optim.Adam(pair.parameters(), lr=0.01)
-    svi = SVI(pair.model, pair.guide, optim, Trace_ELBO(), backend="cudagraph")
+    svi = SVI(pair.model, pair.guide, adam(pair), Trace_ELBO(), backend="cudagraph")
     svi.step(batches()[0])
     with pytest.warns(RuntimeWarning, match=r"without a CUDA graph: it needs Adam with capturable=True, and every"):
         svi.step(batches()[1])
-    svi.step(batches()[2])
-
-
-def test_only_the_first_shape_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So a short last batch gives no warning."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    asked: list[int] = []
-    monkeypatch.setattr(svi_module._RecordedStep, "capture", lambda self, args, **_: asked.append(len(args[0])))
-    pair = vae()
-    optim = torch.optim.Adam(pair.parameters(), lr=0.01)
-    svi = SVI(pair.model, pair.guide, optim, Trace_ELBO(), backend="cudagraph")
-    for x in batches():
-        svi.step(x)
-        if asked:
-            svi.step(x[:3])
+    svi.step(batches()[2][:3])
     assert asked == [8]
 
 
@@ -202,70 +181,46 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list:
     return found
 
 
-def assert_same_on_gpu(act: Callable, loss: Callable = Trace_ELBO, **options: Any) -> None:
-    """A captured run, with something done in the middle, equals an eager one at equal noise."""
-    results = []
-    for backend in ("eager", "cudagraph"):
-        pair, optim, xs = on_gpu(**options)
-        svi = SVI(pair.model, pair.guide, optim, loss(), backend=backend)
-        torch.manual_seed(7)
-        losses = []
-        for step, x in enumerate(xs):
-            if step == 8:
-                act(pair, optim)
-            losses.append(svi.step(x))
-        results.append((torch.stack(losses), pair.state_dict(), optim.state_dict()["state"]))
-    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
-
-
-def fill_rate(pair: Pair, optim: Any) -> None:
-    optim.param_groups[0]["lr"].fill_(0.1)
-
-
-def replace_rate(pair: Pair, optim: Any) -> None:
-    optim.param_groups[0]["lr"] = torch.tensor(0.1, device="cuda")
-
-
-def load_state(pair: Pair, optim: Any) -> None:
+def load_state(pair: Any, optim: Any) -> None:
     state = copy.deepcopy(optim.state_dict())
     for each in state["state"].values():
         each["exp_avg"].mul_(3)
     optim.load_state_dict(state)
 
 
-def load_weights(pair: Pair, optim: Any) -> None:
-    pair.load_state_dict({name: value + 0.5 for name, value in pair.state_dict().items()})
-
-
-def move_parameters(pair: Pair, optim: Any) -> None:
-    for parameter in pair.parameters():
-        parameter.data = parameter.data + 0.1
-
-
-GPU_ACTS: dict[str, Callable] = {
+GPU_ACTS: dict[str, Callable[[Any, Any], Any]] = {
     "nothing": lambda pair, optim: None,
-    "rate": fill_rate,
-    "another rate": replace_rate,
+    "rate": lambda pair, optim: optim.param_groups[0]["lr"].fill_(0.1),
+    "another rate": lambda pair, optim: optim.param_groups[0].update(lr=torch.tensor(0.1, device="cuda")),
     "state": load_state,
-    "weights": load_weights,
-    "moved weights": move_parameters,
+    "weights": lambda pair, optim: pair.load_state_dict({k: v + 0.5 for k, v in pair.state_dict().items()}),
+    "moved weights": lambda pair, optim: [setattr(p, "data", p.data + 0.1) for p in pair.parameters()],
 }
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("name", GPU_ACTS)
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_captured_step_is_the_eager_one(name: str, fused: bool, replays: list) -> None:
-    assert_same_on_gpu(GPU_ACTS[name], fused=fused)
-    assert len(replays) == 12 - 1 - WARM_UP  # the first step is eager
-
-
-@pytest.mark.cuda
-@pytest.mark.slow
-@pytest.mark.parametrize("loss", ["Trace", "MeanField-4", "Enum-4", "Renyi-4"])
-def test_a_compiled_and_captured_step_is_the_eager_one(loss: str, replays: list) -> None:
-    assert_same_on_gpu(GPU_ACTS["nothing"], LOSSES[loss])
-    assert len(replays) == 12 - 1 - WARM_UP
+@pytest.mark.parametrize(
+    ("act", "loss", "fused"),
+    [
+        *((name, "Trace", fused) for name in GPU_ACTS for fused in (False, True)),
+        *(pytest.param("nothing", loss, False, marks=pytest.mark.slow) for loss in ("Trace", "Enum-4", "Renyi-4")),
+    ],
+)
+def test_a_captured_step_is_the_eager_one(act: str, loss: str, fused: bool, replays: list) -> None:
+    """And compiled, where it is slow."""
+    results = []
+    for backend in ("eager", "cudagraph"):
+        pair, optim, xs = on_gpu(fused=fused)
+        svi = SVI(pair.model, pair.guide, optim, LOSSES[loss](), backend=backend, dataset_size=50, checked=True)
+        torch.manual_seed(7)
+        losses = []
+        for step, x in enumerate(xs):
+            if step == 8:
+                GPU_ACTS[act](pair, optim)
+            losses += [svi.step(x), svi.step(x[:3])]  # a short batch is recorded, and not captured
+        results.append((torch.stack(losses), pair.state_dict(), optim.state_dict()["state"]))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+    assert len(replays) == 12 - WARM_UP
 
 
 @pytest.mark.cuda
@@ -302,59 +257,6 @@ def test_a_captured_step_never_waits_and_losses_are_kept_apart(replays: list, co
     assert all(math.isfinite(loss) for loss in losses)
     assert len({float(loss) for loss in losses}) == 6
     assert len(replays) == 2 + 6
-
-
-@pytest.mark.cuda
-def test_a_float_argument_moves_in_a_captured_step(replays: list) -> None:
-    results = []
-    for backend in ("eager", "cudagraph"):
-        pair, optim, xs = on_gpu()
-        model = lambda x, beta, pair=pair: poutine.scale(pair.model, scale=beta)(x)  # noqa: E731
-        guide = lambda x, beta, pair=pair: poutine.scale(pair.guide, scale=beta)(x)  # noqa: E731
-        svi = SVI(model, guide, optim, Trace_ELBO(), backend=backend)
-        torch.manual_seed(7)
-        results.append((torch.stack([svi.step(x, 0.1 * (i + 1)) for i, x in enumerate(xs)]), pair.state_dict()))
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
-    assert len(set(map(id, replays))) == 1
-
-
-@pytest.mark.cuda
-def test_short_batches_run_beside_a_captured_step(replays: list) -> None:
-    results = []
-    for backend in ("eager", "cudagraph"):
-        pair, optim, xs = on_gpu()
-        svi = SVI(pair.model, pair.guide, optim, Trace_ELBO(), backend=backend, dataset_size=50)
-        torch.manual_seed(7)
-        losses = [svi.step(rows) for x in xs for rows in (x, x[:3])]
-        results.append((torch.stack(losses), pair.state_dict()))
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
-    assert len(set(map(id, replays))) == 1  # a short batch is recorded only
-
-
-@pytest.mark.cuda
-def test_what_cannot_be_captured_is_named_once_and_runs(replays: list) -> None:
-    match = r"without a CUDA graph: it needs Adam with capturable=True, and every tensor on the GPU"
-    pair, _, xs = on_gpu()
-    optim = torch.optim.Adam(pair.parameters(), lr=0.01)  # it counts its steps on the CPU
-    svi = SVI(pair.model, pair.guide, optim, Trace_ELBO(), backend="cudagraph")
-    svi.step(xs[0])
-    with pytest.warns(RuntimeWarning, match=match):
-        svi.step(xs[1])
-    svi.step(xs[2])
-    assert not replays
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("name", ["fused", "AdamW", "two groups"])
-def test_other_optimizers_on_a_gpu(name: str) -> None:
-    results = []
-    for backend in ("eager", "auto"):
-        pair, _, xs = on_gpu()
-        optim = IN_THE_PROGRAM[name](list(pair.parameters()))
-        svi = SVI(pair.model, pair.guide, optim, Trace_ELBO(), backend=backend, num_steps=svi_module.WORTH_COMPILING)
-        torch.manual_seed(7)
-        results.append((torch.stack([svi.step(x) for x in xs]), pair.state_dict()))
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.cuda
