@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,14 +38,3 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(svi._RecordedStep, "__init__", spy_on_making)
     monkeypatch.setattr(svi._RecordedStep, "__call__", spy_on_steps)
     return SimpleNamespace(records=records, steps=steps)
-
-
-@pytest.fixture
-def compared_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Compare programs with their pair every so many steps."""
-
-    def set_every(steps: int) -> None:
-        monkeypatch.setattr(svi, "FIRST_COMPARISONS", (steps,))
-        monkeypatch.setattr(svi, "BETWEEN_COMPARISONS", steps)
-
-    return set_every

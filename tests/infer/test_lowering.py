@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -223,15 +222,6 @@ def test_products_of_double_precision_or_without_numbers_stay_and_a_small_gain_i
     assert not is_faster_in_onednn(*layouts(torch.randn(2, 3), torch.randn(3, 4)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_measuring_runs_both_libraries_and_draws_nothing(dtype: torch.dtype) -> None:
-    torch.set_default_dtype(dtype)
-    before = torch.get_rng_state()
-    seconds = lowering._seconds_of_products(((20, 30), (30, 1)), ((30, 40), (1, 30)))
-    assert torch.equal(torch.get_rng_state(), before)
-    assert all(0 < each < 1 for each in seconds)
-
-
 def test_each_layout_is_measured_once_and_a_run_goes_on_with_its_choices(measured: list, choices: dict) -> None:
     shapes, other = layouts(torch.randn(2, 3), torch.randn(3, 4)), layouts(torch.randn(2, 3), torch.randn(4, 3).t())
     assert is_faster_in_onednn(*shapes)
@@ -249,27 +239,6 @@ def test_each_layout_is_measured_once_and_a_run_goes_on_with_its_choices(measure
 
 
 # Densities of many data: triangular solves and the order of products -------------------------------------------------
-
-
-@pytest.mark.parametrize("condition", [1e1, 1e4, 1e7])
-def test_wide_triangular_solves_become_products_of_like_precision(condition: float) -> None:
-    torch.manual_seed(0)
-    basis = torch.linalg.qr(torch.randn(2, 20, 20, dtype=torch.float64)).Q
-    scale = torch.linalg.cholesky(basis @ torch.logspace(0, math.log10(condition), 20).double().diag() @ basis.mT)
-    x = (scale @ torch.randn(2, 20, 200, dtype=torch.float64)).float()  # data of that covariance
-    scale = scale.float()
-
-    def function(x: Tensor) -> tuple[Tensor, Tensor]:
-        y = torch.linalg.solve_triangular(scale, x, upper=False)
-        return y, torch.linalg.solve_triangular(scale.mT, y, upper=True)
-
-    record = Recorded(function, (x,))
-    graph = lowered(record, x)
-    assert sum(node.target is aten.bmm.default for node in graph.graph.nodes) == 2
-    y = torch.linalg.solve_triangular(scale.double(), x.double(), upper=False)
-    exact = y, torch.linalg.solve_triangular(scale.double().mT, y, upper=True)
-    for fast, eager, true in zip(graph(*record.inputs, x), function(x), exact, strict=True):
-        assert (fast - true).norm() <= 5 * (eager - true).norm()
 
 
 N, D, K = 400, 20, 3

@@ -312,9 +312,10 @@ SCALE = 1.0
 
 @pytest.mark.parametrize("make", [sgd, adam])
 def test_a_global_that_changes_is_found_by_the_comparison(
-    make: Callable, compared_at: Callable, seen: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    make: Callable, seen: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compared_at(4)
+    monkeypatch.setattr(svi_module, "FIRST_COMPARISONS", (4,))
+    monkeypatch.setattr(svi_module, "BETWEEN_COMPARISONS", 4)
     pair = Plain()
     svi = SVI(lambda x: pair.model(x, SCALE), pair.guide, make(pair), Trace_ELBO(), backend="compiled")
     for x in batches():  # one eager step, five recorded ones
@@ -332,40 +333,31 @@ def test_a_global_that_changes_is_found_by_the_comparison(
 
 
 def test_programs_are_compared_ever_more_rarely() -> None:
-    compared = []
-
     class Stub:
-        """Of a record: its calls are counted."""
+        """Of a record: it counts its calls, and notes when it is compared."""
 
-        inputs = ()
-        calls = 0
+        inputs, calls, compared = (), 0, ()
 
         def holds(self, args: tuple) -> bool:
-            compared.append(self.calls + 1)
+            self.compared += (self.calls + 1,)
             return True
 
         def __call__(self, *args: Tensor) -> tuple:
             self.calls += 1
             return (torch.zeros(()),)
 
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
-    step = svi_module._RecordedStep(Stub(), [], optimizer, (), compiled=False)  # type: ignore[arg-type]
+    stub: Any = Stub()
+    step = svi_module._RecordedStep(stub, [], sgd(Plain()), (), compiled=False)
     for _ in range(3500):
         step(())
-    assert compared == [2, 8, 32, 128, 512, 1000, 2000, 3000]
+    assert stub.compared == (2, 8, 32, 128, 512, 1000, 2000, 3000)
 
 
 def test_a_record_that_has_come_to_fail_is_given_up() -> None:
     """A tensor that no module holds comes to have another shape."""
-    table = torch.ones(4)
-    pair = Plain()
-    svi = SVI(
-        lambda x: pair.model(x, table.view(2, len(table) // 2).sum()),
-        pair.guide,
-        sgd(pair),
-        Trace_ELBO(),
-        backend="compiled",
-    )
+    pair, table = Plain(), torch.ones(4)
+    model = lambda x: pair.model(x, table.view(2, len(table) // 2).sum())  # noqa: E731
+    svi = SVI(model, pair.guide, sgd(pair), Trace_ELBO(), backend="compiled")
     for x in batches():
         svi.step(x)
     table.data = torch.ones(6)
