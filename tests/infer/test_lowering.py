@@ -108,7 +108,6 @@ DRAWN: dict[str, Callable[[Tensor], Tensor]] = {
     "dropout": lambda x: nn.functional.dropout(x, 0.3),
     "normal_": lambda x: torch.empty_like(x).normal_(),
     "rand_like": torch.rand_like,
-    "randn_like": torch.randn_like,
     "bernoulli": lambda x: torch.bernoulli(torch.full_like(x, 0.3)),
     "bernoulli of one number": lambda x: torch.bernoulli(x, 0.3),
 }
