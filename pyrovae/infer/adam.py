@@ -22,28 +22,19 @@ class AdamOperations:
     """
 
     def __init__(self, optimizer: Optimizer, params: Sequence[Tensor]) -> None:
-        self._state, self._params = optimizer.state, list(params)
+        self._optimizer, self._params = optimizer, list(params)
         self._decoupled = isinstance(optimizer, AdamW)
         of_param = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-        self._groups = optimizer.param_groups
+        groups, device = optimizer.param_groups, self._params[0].device
         self._group_of = [of_param[id(p)] for p in params]
-        self._rates: list[float | None] = [None] * len(self._groups)
-        self._rate_tensors = [
-            group["lr"]
-            if isinstance(group["lr"], Tensor)
-            else torch.zeros((), dtype=torch.float64, device=self._params[0].device)
-            for group in self._groups
-        ]
-        device = self._params[0].device
+        self._rates: list[Any] = [None] * len(groups)
+        self._rate_tensors = [torch.zeros((), dtype=torch.float64, device=device) for _ in groups]
         self._constants = [
             torch.tensor(
                 [[math.log(max(beta, 1e-300)) for beta in group["betas"]], [1.0, 0.5]], dtype=torch.float64
             ).to(device)
-            for group in self._groups
+            for group in groups
         ]
-        for param, index in zip(self._params, self._group_of, strict=True):
-            if not self._state[param]:
-                self._state[param].update(_new_state(param, self._groups[index]))
 
     @staticmethod
     def can_replace(optimizer: Optimizer) -> bool:
@@ -54,25 +45,26 @@ class AdamOperations:
 
     def tensors(self) -> list[Tensor]:
         """Learning rates and constants of each group; (mean, mean of squares, step) of each parameter, as of now."""
-        for index, group in enumerate(self._groups):
+        state, groups = self._optimizer.state, self._optimizer.param_groups  # others after ``load_state_dict``
+        for index, group in enumerate(groups):
             rate = group["lr"]
-            if isinstance(rate, Tensor):
-                self._rate_tensors[index] = rate
-            elif rate != self._rates[index]:
+            if isinstance(rate, Tensor) or rate is not self._rates[index]:
                 self._rate_tensors[index].fill_(rate)
                 self._rates[index] = rate
         found = [*self._rate_tensors, *self._constants]
-        for param in self._params:
-            entry = self._state[param]
+        for param, index in zip(self._params, self._group_of, strict=True):
+            entry = state[param]
+            if not entry:
+                entry.update(_new_state(param, groups[index]))
             found += (entry["exp_avg"], entry["exp_avg_sq"], entry["step"])
         return found
 
     def update(self, params: Sequence[Tensor], gradients: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
         """Move ``params`` in place, and ``tensors``, which are like those of :meth:`tensors`."""
-        number = len(self._groups)
-        moments = iter(tensors[2 * number :])
+        groups = self._optimizer.param_groups
+        moments = iter(tensors[2 * len(groups) :])
         for param, gradient, index in zip(params, gradients, self._group_of, strict=True):
-            rate, constants, group = tensors[index], tensors[number + index], self._groups[index]
+            rate, constants, group = tensors[index], tensors[len(groups) + index], groups[index]
             mean, square, step = next(moments), next(moments), next(moments)
             beta1, beta2 = group["betas"]
             gradient = -gradient if group["maximize"] else gradient

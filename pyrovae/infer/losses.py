@@ -60,6 +60,9 @@ class _Objective(ELBO):
         self._pair: Any = None  # the one last seen, and its structure by kind of call
         self._seen: dict[Any, Structure] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_pair": None, "_seen": {}}  # copies look anew
+
     def _structure(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Structure:
         """Looked at once for each pair and kind of call: a second one, without labels say, gets a look of its own."""
         if self._pair != (model, guide):

@@ -110,7 +110,10 @@ def _is_in_place(node: Node) -> bool:
 
 
 def _is_written(node: Node) -> bool:
-    return any(_is_in_place(use) and use.args and use.args[0] is node for use in node.users)
+    return any(
+        node in use.args[3:5] if "batch_norm" in str(use.target) else _is_in_place(use) and node is use.args[0]
+        for use in node.users  # the schema of batch norm does not say that it writes to its running statistics
+    )
 
 
 def _call(graph: GraphModule, target: OpOverload, *args: Any) -> Node:
@@ -226,6 +229,7 @@ def _reorder_products(graph: GraphModule) -> None:
         is_inside = node.target in _VIEWS and not any(use.op == "output" for use in node.users)
         if is_inside and _layout(node) == _layout(node.args[0]):
             node.replace_all_uses_with(node.args[0])
+    graph.graph.eliminate_dead_code()
     for target in _PRODUCTS:
         for product in graph.graph.find_nodes(op="call_function", target=target):
             _sum_first(graph, product)

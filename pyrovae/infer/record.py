@@ -133,8 +133,7 @@ class Recorded:
                 warnings.simplefilter("ignore")
                 yield
         except Exception as error:
-            why = str(error) if isinstance(error, CannotRecord) else _reason(error)
-            raise CannotRecord(f"{why}{where(error.__traceback__)}") from error
+            raise CannotRecord(f"{_reason(error)}{where(error.__traceback__)}") from error
         finally:
             for tensor, value in held:
                 if not torch.equal(tensor, value):

@@ -29,7 +29,7 @@ class Setting:
     def __init__(self, parts: Sequence[Any], optimizer: Optimizer) -> None:
         owners = [getattr(part, "__self__", part) for part in parts]
         self.modules = list(dict.fromkeys(owner for owner in owners if isinstance(owner, nn.Module)))
-        self._others = [owner for owner in owners if not isinstance(owner, nn.Module) and not callable(owner)]
+        self._others = [owner for owner in owners if not isinstance(owner, nn.Module) and hasattr(owner, "__dict__")]
         self._optimizer = optimizer
         self._seen: list[Any] = []
         self._seen_layouts: list[tuple] = []
@@ -69,7 +69,7 @@ class Setting:
         of_owner = [(owner, [n for n, v in vars(owner).items() if isinstance(v, PLAIN)]) for owner in owners]
         options = [(group, [n for n in group if n not in ("params", "lr")]) for group in self._optimizer.param_groups]
         self._plain = [(vars(owner), itemgetter(*names, *names[:1])) for owner, names in of_owner if names]
-        self._plain += [(group, itemgetter(*names, names[0])) for group, names in options]  # two or more give a tuple
+        self._options = [itemgetter(*names, names[0]) for _, names in options]  # two or more give a tuple
         self._labels = [f"{type(owner).__name__}.{n}" for owner, names in of_owner for n in [*names, *names[:1]]]
         self._labels += [f"the optimizer's {n}" for _, names in options for n in [*names, names[0]]]
         self._spaces = [*map(vars, owners)]
@@ -78,7 +78,7 @@ class Setting:
 
     def _values(self) -> list[Any]:
         values: list[Any] = []
-        for space, get in self._plain:
+        for space, get in (*self._plain, *zip(self._optimizer.param_groups, self._options, strict=False)):
             values += get(space)
         values += (
             torch.get_default_dtype(),

@@ -114,7 +114,7 @@ class SVI:
     def _forget_records(self) -> None:
         self._parts = (self.model, self.guide, self.prepare, self.loss, self.optim)
         self._setting: Setting | None = None
-        self._records: dict[Any, _RecordedStep | None] = {}
+        self._records: dict[Any, _RecordedStep | str] = {}  # or why there is none
         self._compiled: set[Any] = set()
         self._named: set[Any] = set()
         self._runs_eagerly = self.backend == "eager"
@@ -134,7 +134,7 @@ class SVI:
             return self._eager_step(args, kwargs)
         try:
             recorded, tensors = self._recorded(args, kwargs)
-            if recorded is not None:
+            if isinstance(recorded, _RecordedStep):
                 return recorded(tensors)
         except (CannotRecord, RuntimeError, IndexError) as error:
             loss = self._eager_step(args, kwargs)  # where the pair fails too, this says how
@@ -142,7 +142,10 @@ class SVI:
             what = str(error) if isinstance(error, CannotRecord) else f"its record does not run: {error}"
             warn(f"pyrovae: {what}; from now on steps run eagerly.")
             return loss
-        return self._eager_step(args, kwargs)
+        loss = self._eager_step(args, kwargs)
+        if recorded is not None:
+            warn_once(f"pyrovae: this step runs eagerly: {recorded}.")
+        return loss
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Tensor:
         """The loss on one batch, without an update."""
@@ -157,10 +160,12 @@ class SVI:
             return False
         self._checked = True
         try:
-            return self._recorded(args, kwargs)[0] is not None
+            recorded, _ = self._recorded(args, kwargs)
         except CannotRecord as error:
-            warn_once(f"pyrovae: this step runs eagerly: {error}.")
-            return False
+            recorded = str(error)
+        if isinstance(recorded, str):
+            warn_once(f"pyrovae: this step runs eagerly: {recorded}.")
+        return isinstance(recorded, _RecordedStep)
 
     def _should_record(self, step: int) -> bool:
         if any(a is not b for a, b in zip(self._parts, self._now(), strict=True)):
@@ -230,10 +235,10 @@ class SVI:
 
     # Records --------------------------------------------------------------------------------------------------------
 
-    def _recorded(self, args: tuple, kwargs: dict) -> tuple[_RecordedStep | None, Sequence[Tensor]]:
-        """The recorded step for these arguments, and the tensors that it takes; None where it runs eagerly."""
+    def _recorded(self, args: tuple, kwargs: dict) -> tuple[_RecordedStep | str | None, Sequence[Tensor]]:
+        """The recorded step for these arguments, or why it runs eagerly, and the tensors that it takes."""
         self._setting = setting = self._setting or Setting((self.model, self.guide, self.loss), self.optim)
-        plain = not kwargs and all(type(x) is Tensor for x in args)
+        plain = not kwargs and all(type(x) is Tensor and not x.requires_grad for x in args)
         tensors, form = (args, None) if plain else _take_apart(args, kwargs, self._float_dtype)
         layouts = [(x.shape, x.stride(), x.dtype, x.device) for x in tensors]
         call = (form, self.dataset_size, *layouts)
@@ -248,8 +253,7 @@ class SVI:
             try:
                 recorded = self._record(tensors, form)
             except CannotRecord as error:
-                warn_once(f"pyrovae: this step runs eagerly: {error}.")
-                recorded = None
+                recorded = str(error)
             self._records[setting.key(), call] = recorded  # a first run may have set attributes up
         return recorded, tensors
 
@@ -282,13 +286,14 @@ class SVI:
             used[:] = [p for p, g in zip(wanted, gradients, strict=True) if g is not None]
             return (loss.detach(), *[g for g in gradients if g is not None])
 
-        reference = partial(loss_and_gradients, as_floats=True)
-        record = Recorded(loss_and_gradients, tensors, self._setting.modules, reference)
+        record = Recorded(
+            loss_and_gradients, tensors, self._setting.modules, partial(loss_and_gradients, as_floats=True)
+        )
         # Another shape, a short last batch say, is recorded too, but is not worth a compiler's time.
-        kind = (self._setting.key(), form)
-        recorded = _RecordedStep(record, list(used), self.optim, tensors, compiled=kind not in self._compiled)
+        is_first = (kind := (self._setting.key(), form)) not in self._compiled
+        recorded = _RecordedStep(record, list(used), self.optim, tensors, compiled=is_first)
         self._compiled.add(kind)
-        if self.backend in ("auto", "cudagraph"):
+        if is_first and self.backend in ("auto", "cudagraph"):
             recorded.capture(tensors, asked=self.backend == "cudagraph")
         return recorded
 
@@ -313,13 +318,14 @@ class _RecordedStep:
             if all(owners.count(memory(x)) == 1 for x in moved):  # compiled code writes to no memory that two share
                 self._places = [next(i for i, x in enumerate(record.inputs) if x is p) for p in params]
                 held = [*record.inputs, *self._adam.tensors()]
+                self._number = len(held)
                 self._program = compile_or_warn(self._with_update, [*held, *args])
                 return
         record.compile(args)
 
     def _with_update(self, *tensors: Tensor) -> Tensor:
         assert self._adam is not None
-        first, last = len(self._record.inputs), len(self._record.inputs) + len(self._adam.tensors())
+        first, last = len(self._record.inputs), self._number
         inputs, state, args = tensors[:first], tensors[first:last], tensors[last:]
         loss, *gradients = self._record.graph(*inputs, *args)
         self._adam.update([inputs[place] for place in self._places], gradients, state)
