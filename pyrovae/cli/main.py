@@ -32,7 +32,7 @@ from pyrovae.evaluation import ALSO
 from pyrovae.evaluation import sample as draw_data
 from pyrovae.infer import LOSSES
 from pyrovae.models import DEFAULT_OPTIONS, REGISTRY
-from pyrovae.training.schedules import default_epochs
+from pyrovae.training.loop import default_epochs
 
 app = typer.Typer(
     help="Latent-variable models as Pyro model/guide pairs: fit, score, sample and compare them.",

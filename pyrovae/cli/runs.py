@@ -16,7 +16,7 @@ from pyrovae.checks import check_free_folder
 from pyrovae.cli.names import build_pair, constructor_options, file_digest, file_of, find_pair, load_data
 from pyrovae.data import DataSet
 from pyrovae.pair import Pair
-from pyrovae.training.progress import Progress, read_progress
+from pyrovae.training.loop import Progress, read_progress
 
 __all__ = ["Config", "RunFolder", "check_unchanged", "load_run"]
 
@@ -150,10 +150,7 @@ class RunFolder:
 
     def progress(self) -> Progress | None:
         """Return how far the training has come, by its checkpoint; None where that is missing or damaged."""
-        try:
-            return read_progress(self.checkpoint)
-        except (OSError, ValueError):
-            return None
+        return read_progress(self.checkpoint)
 
     def unfinished(self) -> str | None:
         """Return a notice where the training was stopped before its end."""

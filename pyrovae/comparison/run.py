@@ -19,7 +19,7 @@ from pyrovae.comparison.result import Cell, Comparison
 from pyrovae.comparison.tables import describe_cell
 from pyrovae.data import DataSet
 from pyrovae.pair import Pair
-from pyrovae.training.schedules import default_epochs
+from pyrovae.training.loop import default_epochs
 
 __all__ = ["compare"]
 
