@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,13 +53,14 @@ class Request:
             raise ValueError(f"pair: expected pairs of different names; got {', '.join(pairs)}.")
         options = {name: _options_of(c, set_options, list(classes.values())) for name, c in classes.items()}
         dataset = names.load_data(data, binarize)
-        resolved, is_binary = "none", dict[str, bool]()
+        resolved, values = "none", {}
         for name, pair_class in classes.items():
             built = names.build_pair(pair_class, options[name], dataset.data_dim, settings["seed"])
             resolved = names.resolve_binarize(binarize, built, dataset)
-            is_binary[name] = observed_support(built, dataset.train[:2]) is constraints.boolean
-        if len(set(is_binary.values())) > 1:
-            each = ", ".join(f"{name} over {'{0, 1}' if binary else 'reals'}" for name, binary in is_binary.items())
+            is_binary = observed_support(built, dataset.train[:2]) is constraints.boolean
+            values[name] = "{0, 1}" if is_binary else "reals"
+        if len(set(values.values())) > 1:
+            each = ", ".join(f"{name} over {its_values}" for name, its_values in values.items())
             raise ValueError(
                 f"pair: expected likelihoods over the same values; got {each}: a probability and a density do not "
                 "compare. Choose one likelihood with --set, or compare these pairs apart."
@@ -103,9 +104,6 @@ class Request:
             name: partial(_make_pair, names.find_pair(pair), self.options[name], dataset.data_dim)
             for name, pair in self.pairs.items()
         }
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def _make_pair(pair_class: type[Pair], given: dict[str, Any], data_dim: int, **more: Any) -> Pair:

@@ -6,6 +6,8 @@ import csv
 import io
 from typing import TYPE_CHECKING
 
+from pyrovae.checks import count
+
 if TYPE_CHECKING:
     from pyrovae.comparison.result import Cell, Comparison, Row
 
@@ -43,13 +45,10 @@ def to_text(comparison: Comparison) -> str:
 def to_rows(comparison: Comparison) -> list[list[str]]:
     """Return the header, and a row for each pair and method."""
     names, columns = ["pair", "method"][-_num_names(comparison) :], _columns(comparison)
-    return [
-        [*names, *(title for title, _, _ in columns)],
-        *(
-            [*(getattr(row, name) for name in names), *(_number(row, name, factor) for _, name, factor in columns)]
-            for row in comparison.table
-        ),
-    ]
+    header = [*names, *(title for title, _, _ in columns)]
+    starts = [[getattr(row, name) for name in names] for row in comparison.table]
+    numbers = [[_number(row, name, factor) for _, name, factor in columns] for row in comparison.table]
+    return [header, *(start + values for start, values in zip(starts, numbers, strict=True))]
 
 
 def to_markdown(comparison: Comparison) -> str:
@@ -96,20 +95,17 @@ def to_csv(comparison: Comparison) -> str:
 
 def describe_cell(cell: Cell) -> str:
     """Return the numbers of a cell and its note in one line."""
-    numbers = [
-        f"{label} {value:.4f}"
-        for label, value in (("log evidence", cell.log_evidence), ("ELBO", cell.elbo))
-        if value is not None
-    ]
-    numbers += [] if cell.seconds is None else [f"{cell.seconds:.2f} s", f"{cell.steps} step{'s' * (cell.steps != 1)}"]
+    bounds = {"log evidence": cell.log_evidence, "ELBO": cell.elbo}
+    numbers = [f"{label} {value:.4f}" for label, value in bounds.items() if value is not None]
+    numbers += [] if cell.seconds is None else [f"{cell.seconds:.2f} s", count(cell.steps or 0, "step")]
     numbers += [] if cell.note is None else [cell.note]
     return f"{cell.pair}, {cell.method}, seed {cell.seed}: {', '.join(numbers)}"
 
 
 def lead(comparison: Comparison) -> list[str]:
     """Return two lines that say what the numbers are."""
-    count = len(comparison.seeds)
-    seeds = f" Mean ± standard error over {count} seeds." if count > 1 else ""
+    num_seeds = len(comparison.seeds)
+    seeds = f" Mean ± standard error over {num_seeds} seeds." if num_seeds > 1 else ""
     exact = [cell.exact for cell in comparison.cells if cell.log_evidence is not None]
     sampled = f"by importance sampling, {comparison.num_samples} samples"
     how = "exact" if all(exact) else f"exact where the pair has it, else {sampled}" if any(exact) else sampled
@@ -148,9 +144,7 @@ def _number(row: Row, name: str, factor: int) -> str:
         return f"{value:.0f}"
     decimals = DECIMALS.get(name, 4)
     text = f"{round(factor * value, decimals) + 0.0:.{decimals}f}"  # + 0.0 turns −0 into 0
-    if error is None:
-        return text
-    return f"{text} ± {factor * error:.{decimals}f}"
+    return text if error is None else f"{text} ± {factor * error:.{decimals}f}"
 
 
 def _escaped(text: str) -> str:
