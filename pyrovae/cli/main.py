@@ -152,7 +152,7 @@ SetOption = Annotated[
 
 
 @app.callback()
-def options(
+def show_version(
     show: Annotated[bool, Option("--version", help="Show the version and exit.", is_eager=True)] = False,
 ) -> None:
     if show:
@@ -423,8 +423,7 @@ def sample(
 def compare(
     context: typer.Context,
     pair: Annotated[
-        list[str] | None,
-        Argument(metavar="PAIR...", help="Names from `pyrovae list`, or path/to/file.py:ClassName."),
+        list[str] | None, Argument(metavar="PAIR...", help="Names from `pyrovae list`, or path/to/file.py:ClassName.")
     ] = None,
     data: DataOption = None,
     settings: SetOption = None,
@@ -440,9 +439,7 @@ def compare(
     batch_size: BatchSizeOption = 128,
     lr: LrOption = None,
     num_samples: SamplesOption = 1000,
-    gaps: Annotated[
-        bool, Option("--gaps", help="Split each gap into approximation and amortization. Takes its time.")
-    ] = False,
+    gaps: Annotated[bool, Option("--gaps", help="Split each gap into approximation and amortization. Slow.")] = False,
     binarize: BinarizeOption = "auto",
     device: DeviceOption = "auto",
     seed: Annotated[int, Option(help="First seed; the others follow it.", callback=_check_seed)] = 0,
@@ -469,32 +466,17 @@ def compare(
         request, dataset = Request.read(folder)
     else:
         if not pair:
-            raise ValueError(
-                "pair: expected names from `pyrovae list`, file.py:ClassName, or --resume FOLDER; got none."
-            )
+            raise ValueError("pair: expected names of `pyrovae list`, file.py:ClassName, or --resume FOLDER; got none.")
         data = data or DEFAULT_DATA.get(pair[0], "digits")
-        request, dataset = Request.make(
-            pair,
-            data,
-            settings or [],
-            binarize,
-            split_methods(losses or []),
-            seeds=seeds,
-            epochs=epochs,
-            batch_size=batch_size,
-            lr=lr,
-            num_samples=num_samples,
-            gaps=gaps,
-            seed=seed,
-        )
+        options: dict[str, Any] = {"seeds": seeds, "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
+        options |= {"num_samples": num_samples, "gaps": gaps, "methods": split_methods(losses or [])}
+        request, dataset = Request.make(pair, data, settings or [], binarize, options)
         folder = out or _free_path(Path("runs") / f"compare-{'-'.join(map(names.short_name, pair))}-{Path(data).stem}")
     try:
         comparison = compare_pairs(
             request.makers(dataset),
             dataset,
-            methods=request.methods,
             **request.settings,
-            binarize=request.binarize == "dynamic",
             device=device,
             folder=folder,
             overwrite=overwrite,
@@ -522,9 +504,7 @@ def bench(context: typer.Context) -> None:
 
 
 @command()
-def new(
-    file: Annotated[Path, Argument(metavar="FILE", help="The Python file to write, e.g. mypair.py.")],
-) -> None:
+def new(file: Annotated[Path, Argument(metavar="FILE", help="The Python file to write, e.g. mypair.py.")]) -> None:
     """Write a small working pair to start your own from."""
     if file.suffix != ".py" or not file.stem.isidentifier():
         raise ValueError(f"file: expected a Python file such as mypair.py; got {file}.")

@@ -106,9 +106,9 @@ def report_run(folder: RunFolder, also: Sequence[str], *, num_data: int, num_sam
     if num_rows > num_data:
         chosen = torch.randperm(num_rows, generator=torch.Generator().manual_seed(config.seed))[:num_data]
         rows, labels = rows[chosen], None if labels is None else labels[chosen]
-    options: Any = {"binarize": config.draws_pixels, "device": device, "seed": config.seed}
-    scores = evaluate(pair, rows, num_samples=num_samples or config.num_samples, also=also, labels=labels, **options)
-    with prepared(pair, rows, **options) as placed:  # the same pixels as those scored
+    num_samples = num_samples or config.num_samples
+    scores = evaluate(pair, rows, num_samples=num_samples, also=also, labels=labels, **config.shared_options(device))
+    with prepared(pair, rows, **config.shared_options(device)) as placed:  # the same pixels as those scored
         rows = placed.cpu()
     facts = _list_facts(config, pair, data, history, folder.read_scores().get("training_seconds"))
     summary = (type(pair).__doc__ or type(pair).__name__).strip().splitlines()[0]

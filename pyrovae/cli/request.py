@@ -32,7 +32,6 @@ class Request:
     data: str
     binarize: str
     """``dynamic``, ``static`` or ``none``."""
-    methods: list[str]
     settings: dict[str, Any]
     """Other arguments of :func:`pyrovae.compare`."""
     digests: dict[str, str | None] = field(default_factory=dict)
@@ -41,7 +40,7 @@ class Request:
 
     @classmethod
     def make(
-        cls, pairs: list[str], data: str, set_options: list[str], binarize: str, methods: list[str], **settings: Any
+        cls, pairs: list[str], data: str, set_options: list[str], binarize: str, settings: dict[str, Any]
     ) -> tuple[Request, DataSet]:
         """Check the options of a user, load the data, and return the request with them.
 
@@ -68,14 +67,12 @@ class Request:
         # An option that some pair lacks does not reach it: the title says which options each pair was built with.
         built_with = {name: ", ".join(f"{k}={v}" for k, v in given.items()) for name, given in options.items()}
         shown = ", ".join(f"{name} ({text})" if text else name for name, text in built_with.items())
-        settings["title"] = f"{shown} on {Path(data).name}"
         request = cls(
             pairs={names.short_name(name): names.absolute_name(name) for name in pairs},
             options=options,
             data=names.absolute_name(data),
             binarize=resolved,
-            methods=methods,
-            settings=settings,
+            settings=settings | {"title": f"{shown} on {Path(data).name}", "binarize": resolved == "dynamic"},
             digests={names.absolute_name(name): names.file_digest(name) for name in (*pairs, data)},
             versions=names.versions(),
         )

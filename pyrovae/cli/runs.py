@@ -10,7 +10,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,10 @@ class Config:
     def draws_pixels(self) -> bool:
         """True where pixels are drawn as 0 or 1 anew at every use."""
         return self.binarize == "dynamic"
+
+    def shared_options(self, device: str) -> dict[str, Any]:
+        """Return the arguments that training and every measurement share."""
+        return {"binarize": self.draws_pixels, "device": device, "seed": self.seed}
 
 
 def load_run(path: str | Path) -> tuple[Config, Pair, DataSet]:
@@ -239,9 +243,7 @@ def train_run(folder: RunFolder, config: Config, pair: Pair, data: DataSet, devi
             data.train,
             loss=names.build_loss(pair, config.loss, config.loss_options),
             **config.fit,
-            binarize=config.draws_pixels,
-            device=device,
-            seed=config.seed,
+            **config.shared_options(device),
             checkpoint=folder.checkpoint,
             resume=resume,
             on_start=start,
@@ -286,7 +288,7 @@ def score_run(
     *,
     earlier: dict[str, Any],
     num_samples: int | None = None,
-    also: Iterable[str] = (),
+    also: Sequence[str] = (),
 ) -> str:
     """Score a pair on the test rows, or on the training rows where there are no others, and write scores.json.
 
@@ -300,16 +302,8 @@ def score_run(
     """
     start = time.perf_counter()
     which, rows, labels = data.scored
-    scores = evaluate(
-        pair,
-        rows,
-        num_samples=num_samples or config.num_samples,
-        also=list(also),
-        labels=labels,
-        binarize=config.draws_pixels,
-        device=device,
-        seed=config.seed,
-    )
+    num_samples = num_samples or config.num_samples
+    scores = evaluate(pair, rows, num_samples=num_samples, also=also, labels=labels, **config.shared_options(device))
     if (notice := folder.unfinished()) is not None:
         scores.notes.append(f"{notice}. Go on with: pyrovae fit --resume {folder.path}")
     record = {"data": config.data, "rows": which, **scores.to_dict(), "evaluation_seconds": time.perf_counter() - start}

@@ -148,7 +148,7 @@ def _number(row: Row, name: str, factor: int) -> str:
 
 
 def _escaped(text: str) -> str:
-    return "".join(LATEX.get(character, character) for character in text)
+    return text.translate(str.maketrans(LATEX))
 
 
 def _math(number: str) -> str:

@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -269,44 +270,29 @@ class _Run:
     """Everything that changes while a pair is trained. ``state`` copies all of it, and ``restore`` puts it back."""
 
     def __init__(
-        self,
-        pair: Pair,
-        loss: ELBO,
-        data: Batches,
-        optimizer: Callable[[list[Tensor]], Optimizer] | None,
-        lr: float | None,
-        options: dict[str, Any],  # what a resumed run must have in common with this one
+        self, pair: Pair, loss: ELBO, data: Batches, optimizer: Any, lr: float | None, options: dict[str, Any]
     ) -> None:
+        """Make the optimizer and both objectives. ``options`` are those that a resumed run must have in common."""
         self.pair, self.data, self.device = pair, data, data.sample.device
         self.total_steps = options["epochs"] * data.steps_per_epoch
         parameters: list[Tensor] = [p for p in pair.parameters() if p.requires_grad]
         if not parameters:
             raise ValueError(f"pair: {type(pair).__name__} has no parameters to train.")
         first_lr = float(pair.default_lr if lr is None else lr)
+        on_gpu = self.device.type == "cuda"
         if optimizer is None:
-            on_gpu = self.device.type == "cuda"
             # Fused kernels read the learning rate as float32, whatever the default type.
             rate = torch.tensor(first_lr, dtype=torch.float32, device=self.device) if on_gpu else first_lr
-            self.optimizer: Optimizer = torch.optim.Adam(parameters, lr=rate, fused=True, capturable=on_gpu)
-        else:
-            self.optimizer = optimizer(parameters)
+            optimizer = partial(torch.optim.Adam, lr=rate, fused=True, capturable=on_gpu)
+        self.optimizer: Optimizer = optimizer(parameters)
         own = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.lr = own[0] if lr is None else first_lr
         self.base_lrs = [self.lr * rate / own[0] for rate in own]
-        self.svi = SVI(
-            pair.model,
-            pair.guide,
-            self.optimizer,
-            loss,
-            backend=options["backend"],
-            num_steps=self.total_steps,
-            prepare=data.batch,
-            dataset_size=data.size,
-            checked=True,  # a resumed run records its first step too
-        )
+        programs = (pair.model, pair.guide, self.optimizer, loss)
+        recording: Any = {"num_steps": self.total_steps, "checked": True}  # a resumed run records its first step too
+        self.svi = SVI(*programs, backend=options["backend"], prepare=data.batch, dataset_size=data.size, **recording)
         self.num_held_out = sum(map(len, data.validation))
-        size = self.num_held_out or data.size
-        self.scorer = SVI(pair.model, pair.guide, self.optimizer, loss, backend="eager", dataset_size=size)
+        self.scorer = SVI(*programs, backend="eager", dataset_size=self.num_held_out or data.size)
         with seeded(0, self.device):  # a loss that cannot take this pair says so here
             self.scorer.evaluate_loss(data.sample[:2])
         self.options = {
@@ -322,7 +308,7 @@ class _Run:
             "device": self.device.type,
         }
         self.generators: dict[str, torch.Generator] = {"cpu": torch.default_generator}
-        if self.device.type == "cuda":
+        if on_gpu:
             self.generators["cuda"] = torch.cuda.default_generators[self.device.index]
         if data.generator is not None:
             self.generators["loader"] = data.generator
