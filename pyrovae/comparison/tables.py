@@ -15,16 +15,11 @@ __all__ = ["describe_cell", "lead", "to_csv", "to_latex", "to_markdown", "to_row
 
 DECIMALS = {"seconds": 2, "steps": 1}
 MISSING = "–"
-LATEX = {c: rf"\{c}" for c in "&%$#_{}"} | {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "α": r"$\alpha$",
-    "∞": r"$\infty$",
-    "±": r"$\pm$",
-    "−": "$-$",
-    MISSING: "--",
-}
+LATEX = str.maketrans(
+    {c: rf"\{c}" for c in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {"α": r"$\alpha$", "∞": r"$\infty$", "±": r"$\pm$", "−": "$-$", MISSING: "--"}
+)
 
 
 def to_text(comparison: Comparison) -> str:
@@ -63,15 +58,16 @@ def to_markdown(comparison: Comparison) -> str:
 def to_latex(comparison: Comparison) -> str:
     header, *rows = to_rows(comparison)
     names = _num_names(comparison)
+    cells = [[*(text.translate(LATEX) for text in row[:names]), *map(_math, row[names:])] for row in rows]
     return "\n".join(
         [
             *(f"% {line}" for line in (*lead(comparison), *comparison.notes)),
             r"% needs \usepackage{booktabs}",
             rf"\begin{{tabular}}{{{'l' * names}{'r' * (len(header) - names)}}}",
             r"\toprule",
-            rf"{' & '.join(map(_escaped, header))} \\",
+            rf"{' & '.join(text.translate(LATEX) for text in header)} \\",
             r"\midrule",
-            *(rf"{' & '.join([*map(_escaped, row[:names]), *map(_math, row[names:])])} \\" for row in rows),
+            *(rf"{' & '.join(row)} \\" for row in cells),
             r"\bottomrule",
             r"\end{tabular}",
             "",
@@ -145,10 +141,6 @@ def _number(row: Row, name: str, factor: int) -> str:
     decimals = DECIMALS.get(name, 4)
     text = f"{round(factor * value, decimals) + 0.0:.{decimals}f}"  # + 0.0 turns −0 into 0
     return text if error is None else f"{text} ± {factor * error:.{decimals}f}"
-
-
-def _escaped(text: str) -> str:
-    return text.translate(str.maketrans(LATEX))
 
 
 def _math(number: str) -> str:
