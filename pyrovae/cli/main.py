@@ -230,10 +230,10 @@ def fit(
     if resume is not None:
         _check_resumed_alone(context)
         folder = RunFolder(resume)
-        config, built, dataset = folder.load(with_weights=False)
+        run = folder.load(with_weights=False)
         if not folder.checkpoint.is_file():
             raise FileNotFoundError(f"resume: {resume} has no checkpoint to go on from. Fit again, with --overwrite.")
-        train_run(folder, config, built, dataset, device, resume=True)
+        train_run(folder, run, device, resume=True)
         return
     if pair is None:
         raise ValueError("pair: expected a name from `pyrovae list`, file.py:ClassName, or --resume RUN; got none.")
@@ -249,6 +249,9 @@ def fit(
     if epochs is None:
         num_held_out = held_out * num_data if held_out < 1 else held_out
         epochs = default_epochs(math.ceil((num_data - num_held_out) / batch_size))
+    lr = built.default_lr if lr is None else lr
+    training: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "schedule": schedule}
+    training |= {"validation": held_out, "patience": patience, "threads": threads}
     config = Config(
         pair=names.absolute_name(pair),
         options=given,
@@ -256,15 +259,7 @@ def fit(
         binarize=names.resolve_binarize(binarize, built, dataset),
         loss=loss,
         loss_options=loss_options,
-        fit={
-            "epochs": epochs,
-            "batch_size": batch_size,
-            "lr": built.default_lr if lr is None else lr,
-            "schedule": schedule,
-            "validation": held_out,
-            "patience": patience,
-            "threads": threads,
-        },
+        fit=training,
         num_samples=num_samples,
         seed=seed,
         pair_sha256=names.file_digest(pair),
@@ -273,7 +268,7 @@ def fit(
     )
     folder = RunFolder(out or _free_path(Path("runs") / f"{names.short_name(pair)}-{Path(data).stem}"))
     check_free_folder("path", folder.path, "run", overwrite=overwrite, read=folder.read_config)
-    train_run(folder, config, built, dataset, device, resume=False)
+    train_run(folder, (config, built, dataset), device, resume=False)
 
 
 def _check_resumed_alone(context: typer.Context) -> None:
@@ -328,9 +323,7 @@ def evaluate(
     check_positive("num_samples", num_samples, integer=True, optional=True)
     measurements = _choose_measurements(also, everything, default=())
     folder = RunFolder(run)
-    config, pair, dataset = folder.load()
-    earlier = folder.read_scores()
-    print(score_run(folder, config, pair, dataset, device, earlier=earlier, num_samples=num_samples, also=measurements))
+    print(score_run(folder, folder.load(), device, folder.read_scores(), num_samples, measurements))
 
 
 def _choose_measurements(also: list[str] | None, everything: bool, default: Iterable[str]) -> list[str]:

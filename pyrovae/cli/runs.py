@@ -70,6 +70,9 @@ class Config:
         return {"binarize": self.draws_pixels, "device": device, "seed": self.seed}
 
 
+LoadedRun = tuple[Config, Pair, DataSet]
+
+
 def load_run(path: str | Path) -> tuple[Config, Pair, DataSet]:
     """Open a run folder that ``pyrovae fit`` wrote: ``config, pair, data = pyrovae.load_run("runs/vae-digits")``.
 
@@ -122,7 +125,7 @@ class RunFolder:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"path: {self.config} is damaged or no pyrovae configuration ({error}).") from error
 
-    def load(self, *, with_weights: bool = True) -> tuple[Config, Pair, DataSet]:
+    def load(self, *, with_weights: bool = True) -> LoadedRun:
         """Rebuild the pair and its data, see :func:`load_run`. Without its weights, the pair is as before training."""
         config = self.read_config()
         check_unchanged(config.pair, config.pair_sha256, self.path)
@@ -205,11 +208,12 @@ def check_unchanged(name: str, digest: str | None, folder: Path) -> None:
         raise ValueError(f"path: {file} has changed since this run was made. Put the old file back, or fit again.")
 
 
-def train_run(folder: RunFolder, config: Config, pair: Pair, data: DataSet, device: str, *, resume: bool) -> None:
+def train_run(folder: RunFolder, run: LoadedRun, device: str, *, resume: bool) -> None:
     """Train a pair, or go on with its training; then score it, draw its pictures and print what was done.
 
     A run that is stopped or diverges leaves its last good weights and its history in the folder.
     """
+    config, pair, data = run
     check_positive("num_samples", config.num_samples, integer=True)
     before = folder.progress() if resume else None
     epochs_before, also_before = len(folder.read_history()), folder.read_scores().get("also", {})
@@ -264,7 +268,7 @@ def train_run(folder: RunFolder, config: Config, pair: Pair, data: DataSet, devi
     if resume and len(result.history) == epochs_before:
         print("The run was finished already: nothing was trained.")
         earlier["also"] = also_before
-    scores = score_run(folder, config, pair, data, device, earlier=earlier)
+    scores = score_run(folder, run, device, earlier)
     print(f"\n{scores}\n", flush=True)  # before the pictures, as one of them may fail
     from pyrovae.plots import save_figures  # matplotlib is loaded when it is first needed
     from pyrovae.plots.run_pictures import pictures_of_run
@@ -281,14 +285,11 @@ def train_run(folder: RunFolder, config: Config, pair: Pair, data: DataSet, devi
 
 def score_run(
     folder: RunFolder,
-    config: Config,
-    pair: Pair,
-    data: DataSet,
+    run: LoadedRun,
     device: str,
-    *,
-    earlier: dict[str, Any],
+    earlier: dict,
     num_samples: int | None = None,
-    also: Sequence[str] = (),
+    also: Sequence = (),
 ) -> str:
     """Score a pair on the test rows, or on the training rows where there are no others, and write scores.json.
 
@@ -301,6 +302,7 @@ def score_run(
         The scores as a table.
     """
     start = time.perf_counter()
+    config, pair, data = run
     which, rows, labels = data.scored
     num_samples = num_samples or config.num_samples
     scores = evaluate(pair, rows, num_samples=num_samples, also=also, labels=labels, **config.shared_options(device))

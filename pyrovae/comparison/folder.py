@@ -35,7 +35,8 @@ class ComparisonFolder:
     def __init__(self, path: str | Path, jobs: list[Job]) -> None:
         self.path = Path(path)
         self.cells = self.path / "cells"
-        self.names = {id(job): f"{i:02d}-{_file_name(job)}" for i, job in enumerate(jobs)}
+        texts = [(job, f"{i:02d} {job.pair} {job.method.name} seed{job.seed}") for i, job in enumerate(jobs)]
+        self.names = {id(job): re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") for job, text in texts}
 
     def create(self, settings: dict[str, Any], config: dict[str, Any] | None, overwrite: bool) -> None:
         """Make the folder. Of an earlier comparison there, delete its own files and nothing else.
@@ -150,8 +151,3 @@ def read_comparison(path: Path) -> Comparison:
         return Comparison(**{name: value for name, value in record.items() if name in names} | {"cells": cells})
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"folder: {path / 'comparison.json'} is damaged ({error}).") from error
-
-
-def _file_name(job: Job) -> str:
-    text = f"{job.pair} {job.method.name} seed{job.seed}"
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

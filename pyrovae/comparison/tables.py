@@ -15,6 +15,7 @@ __all__ = ["describe_cell", "lead", "to_csv", "to_latex", "to_markdown", "to_row
 
 DECIMALS = {"seconds": 2, "steps": 1}
 MISSING = "–"
+FIRST_NUMBER = "log evidence"  # title of the first column that holds numbers, after those of names
 LATEX = str.maketrans(
     {c: rf"\{c}" for c in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
@@ -26,7 +27,7 @@ def to_text(comparison: Comparison) -> str:
     """Return aligned columns, with their meaning above and the notes below."""
     rows = to_rows(comparison)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    names = _num_names(comparison)
+    names = rows[0].index(FIRST_NUMBER)
     lines = [
         "  ".join(
             text.ljust(width) if i < names else text.rjust(width)
@@ -39,7 +40,7 @@ def to_text(comparison: Comparison) -> str:
 
 def to_rows(comparison: Comparison) -> list[list[str]]:
     """Return the header, and a row for each pair and method."""
-    names, columns = ["pair", "method"][-_num_names(comparison) :], _columns(comparison)
+    names, columns = ["pair", "method"] if comparison.num_pairs > 1 else ["method"], _columns(comparison)
     header = [*names, *(title for title, _, _ in columns)]
     starts = [[getattr(row, name) for name in names] for row in comparison.table]
     numbers = [[_number(row, name, factor) for _, name, factor in columns] for row in comparison.table]
@@ -48,7 +49,7 @@ def to_rows(comparison: Comparison) -> list[list[str]]:
 
 def to_markdown(comparison: Comparison) -> str:
     header, *rows = ([text.replace("|", r"\|") for text in row] for row in to_rows(comparison))
-    names = _num_names(comparison)
+    names = header.index(FIRST_NUMBER)
     rule = [":---"] * names + ["---:"] * (len(header) - names)
     table = [f"| {' | '.join(row)} |" for row in (header, rule, *rows)]
     notes = ["", *(f"- {note}" for note in comparison.notes)] if comparison.notes else []
@@ -57,7 +58,7 @@ def to_markdown(comparison: Comparison) -> str:
 
 def to_latex(comparison: Comparison) -> str:
     header, *rows = to_rows(comparison)
-    names = _num_names(comparison)
+    names = header.index(FIRST_NUMBER)
     cells = [[*(text.translate(LATEX) for text in row[:names]), *map(_math, row[names:])] for row in rows]
     return "\n".join(
         [
@@ -112,17 +113,12 @@ def lead(comparison: Comparison) -> list[str]:
     ]
 
 
-def _num_names(comparison: Comparison) -> int:
-    """Return the number of leading columns that hold names: pair and method, or the method alone."""
-    return 2 if comparison.num_pairs > 1 else 1
-
-
 def _columns(comparison: Comparison) -> list[tuple[str, str, int]]:
     """Return title, quantity and factor of each column of numbers."""
     splits_gap = any(row.mean["amortization_gap"] is not None for row in comparison.table)
     split = [("approximation", "approximation_gap", 1), ("amortization", "amortization_gap", 1)]
     return [
-        ("log evidence", "log_evidence", 1),
+        (FIRST_NUMBER, "log_evidence", 1),
         ("ELBO", "elbo", 1),
         ("gap", "gap", 1),
         *(split if splits_gap else []),
