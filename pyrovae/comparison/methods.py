@@ -174,11 +174,9 @@ def _reason_against(spec: str, pair: Pair, few: Tensor) -> str | None:
 
 def takes_amortized(make: Callable[..., Pair], pair: Pair) -> bool:
     """Return whether ``make(amortized=...)`` chooses between two guides of ``pair``."""
-    parameters = inspect.signature(make).parameters.values()
-    passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    return "amortized" in {p.name for p in parameters} or (
-        passes_on and "amortized" in inspect.signature(type(pair)).parameters
-    )
+    parameters = inspect.signature(make).parameters
+    passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return "amortized" in {*parameters, *(inspect.signature(type(pair)).parameters if passes_on else ())}
 
 
 @dataclass(frozen=True)
