@@ -457,11 +457,9 @@ def compare(
         _check_resumed_alone(context)
         folder = resume
         request, dataset = Request.read(folder)
+    elif not pair:
+        raise ValueError("pair: expected names from `pyrovae list`, file.py:ClassName, or --resume FOLDER; got none.")
     else:
-        if not pair:
-            raise ValueError(
-                "pair: expected names from `pyrovae list`, file.py:ClassName or --resume FOLDER; got none."
-            )
         data = data or DEFAULT_DATA.get(pair[0], "digits")
         options: dict[str, Any] = {"seeds": seeds, "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
         options |= {"num_samples": num_samples, "gaps": gaps, "methods": split_methods(losses or [])}

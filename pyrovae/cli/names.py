@@ -41,9 +41,6 @@ __all__ = [
 DATA_FILES = (".csv", ".npy")
 
 
-# Files ----------------------------------------------------------------------------------------------------------
-
-
 def file_of(name: str) -> Path | None:
     """Return the file that holds a pair, ``file.py:ClassName``, or data; None for a registered name."""
     path = name.rpartition(":")[0]
@@ -76,9 +73,6 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("pyrovae", "torch", "pyro-ppl")}
 
 
-# Pairs ----------------------------------------------------------------------------------------------------------
-
-
 def find_pair(name: str) -> type[Pair]:
     """Return the class of a pair: a registered name, or ``path/to/file.py:ClassName``.
 
@@ -104,11 +98,8 @@ def find_pair(name: str) -> type[Pair]:
         spec.loader.exec_module(module)
     except Exception as error:
         raise ValueError(f"pair: {file} cannot be imported. {type(error).__name__}: {error}") from error
-    found = {
-        key: value
-        for key, value in vars(module).items()
-        if isinstance(value, type) and issubclass(value, Pair) and value.__module__ == module.__name__
-    }
+    pairs = {name: c for name, c in vars(module).items() if isinstance(c, type) and issubclass(c, Pair)}
+    found = {name: c for name, c in pairs.items() if c.__module__ == module.__name__}
     if not found:
         raise ValueError(f"pair: {file} defines no subclass of pyrovae.Pair.")
     check_choice("pair", class_name, found)
@@ -181,9 +172,6 @@ def build_pair(pair_class: type[Pair], options: dict[str, Any], data_dim: int, s
         return pair_class(**options)
 
 
-# Losses ---------------------------------------------------------------------------------------------------------
-
-
 def build_loss(pair: Pair, name: str | None, options: dict[str, Any]) -> ELBO:
     """Make the loss of this name, or the pair's own.
 
@@ -203,9 +191,6 @@ def build_loss(pair: Pair, name: str | None, options: dict[str, Any]) -> ELBO:
         if option not in inspect.signature(LOSSES[name]).parameters:
             raise ValueError(f"{option}: {name} has no such option.")
     return LOSSES[name](**options)
-
-
-# Data -----------------------------------------------------------------------------------------------------------
 
 
 def load_data(name: str, binarize: str) -> DataSet:

@@ -74,6 +74,8 @@ class Section:
 
 @dataclass
 class Page:
+    """A page of a report: its title, first paragraph and sections."""
+
     title: str
     lead: str
     sections: list[Section]
