@@ -101,6 +101,7 @@ def run_cell(job: Job, settings: Settings, checkpoint: Path | None = None) -> tu
     """
     pair = make_start(job.make, job.method.pair_options, settings, job.seed)
     state, start = pair.state_dict(), make_start(job.make, job.start_options, settings, job.seed).state_dict()
+    # Every method starts from the parameters that the variants of the pair share.
     pair.load_state_dict(state | {k: v for k, v in start.items() if k in state and state[k].shape == v.shape})
     cell = Cell(job.pair, job.method.name, job.method.spec, job.seed)
     train = {CLOSED_FORM: _train_closed_form, EM: _train_em}.get(job.method.spec, _train_svi)
