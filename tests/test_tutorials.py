@@ -190,7 +190,7 @@ def test_code_uses_public_names_only(name):
         ("from pyrovae.infer import SVI\nimport torch\ntorch.no_such_thing\nSVI.anything", []),
         ("import pyrovae as pv\npv.models.no_such_pair", ["pyrovae.models.no_such_pair"]),
         ("import pyrovae\npyrovae.training.SCHEDULES", ["pyrovae.training"]),
-        ("from pyrovae.training.loop import default_epochs", ["pyrovae.training.loop.default_epochs"]),
+        ("from pyrovae.training.loop import make_batches", ["pyrovae.training.loop.make_batches"]),
         ("import pyrovae.plots\npyrovae.plots.figures.new_axes", ["pyrovae.plots", "pyrovae.plots.figures"]),
         ("from pyrovae import infer as i\ni.say_once", ["pyrovae.infer.say_once"]),
         ("pair._posterior(x)\nsuper().__init__()", ["_posterior"]),

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import csv
 import inspect
+import itertools
 import math
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -17,22 +22,75 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from tqdm import tqdm
+from typer import Argument, Option
+from typer.core import TyperCommand
 
-from pyrovae.checks import check_choice, check_positive
+from pyrovae.checks import check_choice, check_free_folder, check_positive
 from pyrovae.cli import names
-from pyrovae.cli.errors import MISTAKES, Command, explain_error, option_names
-from pyrovae.cli.fits import score_run, train_run
 from pyrovae.cli.request import Request
-from pyrovae.cli.runs import Config, RunFolder
-from pyrovae.cli.template import TEMPLATE
+from pyrovae.cli.runs import Config, RunFolder, score_run, train_run
 from pyrovae.comparison import compare as compare_pairs
-from pyrovae.comparison.methods import parse_method, split_methods
+from pyrovae.comparison.methods import split_methods
 from pyrovae.data import describe
 from pyrovae.evaluation import ALSO
 from pyrovae.evaluation import sample as draw_data
 from pyrovae.infer import LOSSES
-from pyrovae.models import DEFAULT_OPTIONS, REGISTRY
-from pyrovae.training.schedules import default_epochs
+from pyrovae.models import DEFAULT_DATA, DEFAULT_OPTIONS, REGISTRY
+from pyrovae.training.loop import default_epochs
+
+# Errors: the library names its arguments; here they become the options that a user types ------------------------
+
+MISTAKES = (ValueError, TypeError, NotImplementedError, OSError)
+"""Errors whose message tells a user what to change."""
+
+SYNONYMS = {
+    "options": ("settings",),
+    "methods": ("losses",),
+    "path": ("run", "resume", "out"),
+    "folder": ("resume", "compare", "out"),
+    "x": ("data",),
+}
+"""Arguments of the library, and the parameters of commands that may stand for each: the first one that was given."""
+
+
+class _Command(TyperCommand):
+    """A command whose errors name its options: ``batch_size: ...`` of the library reads ``--batch-size: ...``."""
+
+    def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]
+        try:
+            return super().invoke(ctx)
+        except MISTAKES as error:
+            if len(error.args) == 1 and isinstance(error.args[0], str):
+                error.args = (_name_options(error.args[0], ctx),)
+            raise
+
+
+def _option_names(context: typer.Context) -> dict[str, str]:
+    """Return what a user types for each parameter of a command: ``PAIR`` for ``pair``, ``--set`` for ``settings``."""
+    return {
+        str(p.name): str(p.metavar).rstrip(".") if p.param_type_name == "argument" else max(p.opts, key=len)
+        for p in context.command.params
+    }
+
+
+def _name_options(message: str, context: typer.Context) -> str:
+    shown = _option_names(context)
+    for name, candidates in SYNONYMS.items():
+        known = [candidate for candidate in candidates if candidate in shown]
+        given = [candidate for candidate in known if context.params.get(candidate) is not None]
+        if known:
+            shown[name] = shown[(given or known[-1:])[0]]
+    argument, colon, rest = message.partition(":")
+    if argument in shown:
+        message = f"{shown[argument]}{colon}{rest}"
+    resume = f"--resume {context.params.get('out') or 'FOLDER'}"
+    for written, typed in (("overwrite", "--overwrite"), ("resume", resume), ("binarize", "--binarize dynamic")):
+        if written in shown:
+            message = re.sub(rf"\b{written}=True\b", typed, message)
+    return message
+
+
+# Options that several commands share ----------------------------------------------------------------------------
 
 app = typer.Typer(
     help="Latent-variable models as Pyro model/guide pairs: fit, score, sample and compare them.",
@@ -42,7 +100,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-command = partial(app.command, cls=Command)
+command = partial(app.command, cls=_Command)
 
 
 def _check_seed(seed: int) -> int:
@@ -51,57 +109,42 @@ def _check_seed(seed: int) -> int:
     return seed
 
 
-# Options that several commands share ----------------------------------------------------------------------------
-
 AlsoOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--also",
+    Option(
         help="Further measurement, once for each: collapse, kl_decomposition, inference_gaps, annealed_evidence, "
-        "bidirectional_evidence, simulation_based_calibration, posterior_predictive_check, mixture_scores.",
+        "bidirectional_evidence, simulation_based_calibration, posterior_predictive_check, mixture_scores."
     ),
 ]
-BatchSizeOption = Annotated[int, typer.Option(help="Number of data in a step of SVI.")]
+BatchSizeOption = Annotated[int, Option(help="Number of data in a step of SVI.")]
 BinarizeOption = Annotated[
     str,
-    typer.Option(
+    Option(
         help="Treatment of pixels in [0, 1]: dynamic (drawn as 0 or 1 anew at every use), static (drawn once), none "
         "(as they are), or auto (dynamic, where the likelihood is over {0, 1} and the data are images)."
     ),
 ]
 DataOption = Annotated[
-    str | None,
-    typer.Option("--data", "-d", help="Data set: a name from `pyrovae list`, or a .csv or .npy file of rows."),
+    str | None, Option("--data", "-d", help="Data set: a name from `pyrovae list`, or a .csv or .npy file of rows.")
 ]
-DeviceOption = Annotated[str, typer.Option(help="Device: auto (CUDA where there is one), cpu or cuda.")]
-ThreadsOption = Annotated[
-    int | None,
-    typer.Option(help="Number of threads. By default one for small steps, otherwise as many as the machine allows."),
-]
+DeviceOption = Annotated[str, Option(help="Device: auto (CUDA where there is one), cpu or cuda.")]
 EpochsOption = Annotated[
-    int | None, typer.Option(help="Passes over the data by SVI. By default 50, or as many as make 2,000 steps.")
+    int | None, Option(help="Passes over the data by SVI. By default 50, or as many as make 2,000 steps.")
 ]
-EverythingOption = Annotated[bool, typer.Option("--all", help="Measure all that applies. It may take minutes.")]
+EverythingOption = Annotated[bool, Option("--all", help="Measure all that applies. It may take minutes.")]
 LrOption = Annotated[
-    float | None,
-    typer.Option(help="First learning rate of Adam, for SVI. By default 0.02 for gmm and ppca, 0.003 for the others."),
+    float | None, Option(help="First learning rate of Adam, for SVI. By default 0.02 for gmm and ppca, else 0.003.")
 ]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A folder that `pyrovae fit` wrote.")]
+OverwriteOption = Annotated[bool, Option("--overwrite", help="Replace what is there.")]
+RunArgument = Annotated[Path, Argument(metavar="RUN", help="A folder that `pyrovae fit` wrote.")]
 RunSamplesOption = Annotated[
-    int | None,
-    typer.Option(help="Importance samples for each datum's log evidence. By default as many as the run took."),
+    int | None, Option(help="Importance samples for each datum's log evidence. By default as many as the run took.")
 ]
-SamplesOption = Annotated[int, typer.Option("--num-samples", help="Importance samples for each datum's log evidence.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of everything random.", callback=_check_seed)]
+SamplesOption = Annotated[int, Option(help="Importance samples for each datum's log evidence.")]
+SeedOption = Annotated[int, Option(help="Seed of everything random.", callback=_check_seed)]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set",
-        "-s",
-        metavar="NAME=VALUE",
-        help="Option of every pair that has it, e.g. latent_dim=2 or hidden_dims=200,200.",
-    ),
+    Option("--set", "-s", metavar="NAME=VALUE", help="Option of every pair that has it, e.g. hidden_dims=200,200."),
 ]
 
 
@@ -109,8 +152,8 @@ SetOption = Annotated[
 
 
 @app.callback()
-def options(
-    show: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+def show_version(
+    show: Annotated[bool, Option("--version", help="Show the version and exit.", is_eager=True)] = False,
 ) -> None:
     if show:
         print(version("pyrovae"))
@@ -123,21 +166,19 @@ def list_() -> None:
     print("Pairs (options of --set in brackets)")
     for name, pair in REGISTRY.items():
         print(f"  {name:<10}{_summary(pair)}")
-        shown = []
-        for option, parameter in names.constructor_options(pair).items():
-            default = parameter.default
-            if default is parameter.empty:
-                default = DEFAULT_OPTIONS.get(name, {}).get(option, "required")
-            shown.append(f"{option}={default}".replace(" ", ""))
-        print(f"  {'':<10}[{', '.join(shown)}]")
+        defaults = {option: p.default for option, p in names.constructor_options(pair).items()}
+        defaults |= DEFAULT_OPTIONS.get(name, {})
+        shown = ", ".join(f"{option}={default}".replace(" ", "") for option, default in defaults.items())
+        print(f"  {'':<10}[{shown}]")
     print("\nData sets")
     for name, text in describe().items():
         print(f"  {name:<21}{text}")
     print("\nLosses")
     for name, loss in LOSSES.items():
         print(f"  {name:<21}{_summary(loss)}")
-        options = [o for o in ("num_particles", "alpha") if o in inspect.signature(loss).parameters]
-        print(f"  {'':<21}[{', '.join('--' + o.replace('_', '-') for o in options)}]")
+        parameters = inspect.signature(loss).parameters
+        options = {"num_particles": "--num-particles", "alpha": "--alpha"}
+        print(f"  {'':<21}[{', '.join(shown for option, shown in options.items() if option in parameters)}]")
 
 
 def _summary(thing: Any) -> str:
@@ -148,44 +189,33 @@ def _summary(thing: Any) -> str:
 def fit(
     context: typer.Context,
     pair: Annotated[
-        str | None, typer.Argument(metavar="PAIR", help="A name from `pyrovae list`, or path/to/file.py:ClassName.")
+        str | None, Argument(metavar="PAIR", help="A name from `pyrovae list`, or path/to/file.py:ClassName.")
     ] = None,
     data: DataOption = None,
     settings: SetOption = None,
-    loss: Annotated[str | None, typer.Option(help="Loss from `pyrovae list`. By default the pair's own.")] = None,
-    num_particles: Annotated[
-        int | None, typer.Option(help="Number of samples of the latents for each datum, for --loss.")
-    ] = None,
-    alpha: Annotated[float | None, typer.Option(help="Order of --loss RenyiELBO; 0 is the IWAE bound.")] = None,
+    loss: Annotated[str | None, Option(help="Loss from `pyrovae list`. By default the pair's own.")] = None,
+    num_particles: Annotated[int | None, Option(help="Samples of each datum's latents, for --loss.")] = None,
+    alpha: Annotated[float | None, Option(help="Order of --loss RenyiELBO; 0 is the IWAE bound.")] = None,
     epochs: EpochsOption = None,
     batch_size: BatchSizeOption = 128,
     lr: LrOption = None,
-    schedule: Annotated[str, typer.Option(help="Learning-rate schedule: constant, cosine or burda.")] = "cosine",
+    schedule: Annotated[str, Option(help="Learning-rate schedule: constant, cosine or burda.")] = "cosine",
     validation: Annotated[
-        float | None,
-        typer.Option(
-            help="Held-out data: a share below 1, or a count. By default a tenth of the data, at most 400; 0: none."
-        ),
+        float | None, Option(help="Held-out data: a share or a count. By default a tenth, at most 400; 0: none.")
     ] = None,
     patience: Annotated[
-        int | None,
-        typer.Option(
-            help="Epochs without a better held-out bound, after which training stops and the best weights are kept."
-        ),
+        int | None, Option(help="Epochs without a better held-out bound before training stops with the best weights.")
     ] = None,
     binarize: BinarizeOption = "auto",
     num_samples: SamplesOption = 5000,
     device: DeviceOption = "auto",
-    threads: ThreadsOption = None,
+    threads: Annotated[
+        int | None, Option(help="Number of threads. By default one for small steps, otherwise as many as allowed.")
+    ] = None,
     seed: SeedOption = 0,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The run folder. By default runs/PAIR-DATA, numbered.")
-    ] = None,
+    out: Annotated[Path | None, Option("--out", "-o", help="Run folder. By default runs/PAIR-DATA, numbered.")] = None,
     overwrite: OverwriteOption = False,
-    resume: Annotated[
-        Path | None,
-        typer.Option("--resume", metavar="RUN", help="Go on with a run that was stopped, exactly where it was."),
-    ] = None,
+    resume: Annotated[Path | None, Option(metavar="RUN", help="Go on with a stopped run, exactly as it was.")] = None,
 ) -> None:
     """Train a pair by SVI and write a run folder.
 
@@ -200,29 +230,28 @@ def fit(
     if resume is not None:
         _check_resumed_alone(context)
         folder = RunFolder(resume)
-        config, built, dataset = folder.load(with_weights=False)
+        run = folder.load(with_weights=False)
         if not folder.checkpoint.is_file():
-            raise FileNotFoundError(
-                f"resume: {folder.path} has no checkpoint to go on from. Fit again, with --overwrite."
-            )
-        train_run(folder, config, built, dataset, device, resume=True)
+            raise FileNotFoundError(f"resume: {resume} has no checkpoint to go on from. Fit again, with --overwrite.")
+        train_run(folder, run, device, resume=True)
         return
     if pair is None:
         raise ValueError("pair: expected a name from `pyrovae list`, file.py:ClassName, or --resume RUN; got none.")
     pair_class = names.find_pair(pair)
     given = names.parse_options(pair_class, settings or [])
-    data = data or names.default_data(pair)
+    data = data or DEFAULT_DATA.get(pair, "digits")
     dataset = names.load_data(data, binarize)
     built = names.build_pair(pair_class, given, dataset.data_dim, seed)
     loss_options = {k: v for k, v in {"num_particles": num_particles, "alpha": alpha}.items() if v is not None}
-    names.build_loss(built, loss, loss_options)  # a mistake in it is reported before anything is written
     check_positive("batch_size", batch_size, integer=True)
-    check_positive("threads", threads, integer=True, optional=True)
     num_data = len(dataset.train)
     held_out = _check_share_or_count(min(num_data // 10, 400) if validation is None else validation)
     if epochs is None:
         num_held_out = held_out * num_data if held_out < 1 else held_out
         epochs = default_epochs(math.ceil((num_data - num_held_out) / batch_size))
+    lr = built.default_lr if lr is None else lr
+    training: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "schedule": schedule}
+    training |= {"validation": held_out, "patience": patience, "threads": threads}
     config = Config(
         pair=names.absolute_name(pair),
         options=given,
@@ -230,15 +259,7 @@ def fit(
         binarize=names.resolve_binarize(binarize, built, dataset),
         loss=loss,
         loss_options=loss_options,
-        fit={
-            "epochs": epochs,
-            "batch_size": batch_size,
-            "lr": built.default_lr if lr is None else lr,
-            "schedule": schedule,
-            "validation": held_out,
-            "patience": patience,
-            "threads": threads,
-        },
+        fit=training,
         num_samples=num_samples,
         seed=seed,
         pair_sha256=names.file_digest(pair),
@@ -246,13 +267,13 @@ def fit(
         versions=names.versions(),
     )
     folder = RunFolder(out or _free_path(Path("runs") / f"{names.short_name(pair)}-{Path(data).stem}"))
-    folder.check_free(overwrite)
-    train_run(folder, config, built, dataset, device, resume=False)
+    check_free_folder("path", folder.path, "run", overwrite=overwrite, read=folder.read_config)
+    train_run(folder, (config, built, dataset), device, resume=False)
 
 
 def _check_resumed_alone(context: typer.Context) -> None:
     """Refuse other options beside --resume, rather than ignore them: the run has its own."""
-    for name, shown in option_names(context).items():
+    for name, shown in _option_names(context).items():
         source = context.get_parameter_source(name)
         if name not in ("resume", "device") and source is not None and source.name == "COMMANDLINE":
             raise ValueError(f"resume: the run goes on with the options that it was started with; leave {shown} out.")
@@ -270,11 +291,8 @@ def _check_share_or_count(validation: float) -> float | int:
 
 def _free_path(path: Path) -> Path:
     """Return ``path``, or the first of path-2, path-3, ... that is free."""
-    number, free = 1, path
-    while free.exists():
-        number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    return free
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(free for free in itertools.chain([path], numbered) if not free.exists())
 
 
 def _check_new_file(out: Path, kind: str, overwrite: bool) -> None:
@@ -305,44 +323,25 @@ def evaluate(
     check_positive("num_samples", num_samples, integer=True, optional=True)
     measurements = _choose_measurements(also, everything, default=())
     folder = RunFolder(run)
-    config, pair, dataset = folder.load()
-    before = folder.read_scores()
-    scores = score_run(
-        folder,
-        config,
-        pair,
-        dataset,
-        device,
-        num_samples=num_samples or config.num_samples,
-        seconds=before.get("training_seconds"),
-        also=measurements,
-        earlier=before.get("also"),
-    )
-    print(scores)
+    print(score_run(folder, folder.load(), device, folder.read_scores(), num_samples, measurements))
 
 
 def _choose_measurements(also: list[str] | None, everything: bool, default: Iterable[str]) -> list[str]:
     for name in also or []:
         check_choice("also", name, ALSO)
-    if everything:
-        return list(ALSO)
-    return list(default) if also is None else also
+    return list(ALSO) if everything else list(default) if also is None else also
 
 
 @command()
 def report(
-    run: Annotated[Path | None, typer.Argument(metavar="RUN", help="A folder that `pyrovae fit` wrote.")] = None,
-    compare: Annotated[
-        Path | None, typer.Option("--compare", metavar="FOLDER", help="A folder that `pyrovae compare` wrote.")
-    ] = None,
-    num_data: Annotated[int, typer.Option(help="Rows to measure on, drawn at random where there are more.")] = 500,
+    run: Annotated[Path | None, Argument(metavar="RUN", help="A folder that `pyrovae fit` wrote.")] = None,
+    compare: Annotated[Path | None, Option(metavar="FOLDER", help="A folder that `pyrovae compare` wrote.")] = None,
+    num_data: Annotated[int, Option(help="Rows to measure on, drawn at random where there are more.")] = 500,
     num_samples: RunSamplesOption = None,
     also: AlsoOption = None,
     everything: EverythingOption = False,
     device: DeviceOption = "auto",
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="An .html file. By default report.html in the folder.")
-    ] = None,
+    out: Annotated[Path | None, Option("--out", "-o", help=".html file. By default report.html in the folder.")] = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Write one HTML page about a run, a comparison or both, to send to somebody.
@@ -354,12 +353,10 @@ def report(
     pyrovae report runs/vae-digits
     pyrovae report --compare runs/compare-gmm-faithful
     """
-    from pyrovae.cli.report import Page, report_comparison, report_run  # matplotlib is loaded when it is first needed
+    from pyrovae.cli.report import report_comparison, report_run, write_pages  # this loads matplotlib
 
     if run is None and compare is None:
-        raise ValueError(
-            "run: expected the folder of a run, or --compare with the folder of a comparison; got neither."
-        )
+        raise ValueError("run: expected the folder of a run, or --compare and the folder of a comparison; got neither.")
     check_positive("num_data", num_data, integer=True)
     check_positive("num_samples", num_samples, integer=True, optional=True)
     measurements = _choose_measurements(also, everything, default=[name for name in ALSO if "evidence" not in name])
@@ -368,14 +365,12 @@ def report(
     folder = None if run is None else RunFolder(run)
     if folder is not None:
         folder.read_config()
-    pages: list[Page] = [] if compare is None else [report_comparison(compare)]
+    pages = [] if compare is None else [report_comparison(compare)]
     out = out or (run or compare or Path()) / "report.html"
     _check_new_file(out, "an .html", overwrite)
     if folder is not None:
-        pages.insert(
-            0, report_run(folder, num_data=num_data, num_samples=num_samples, also=measurements, device=device)
-        )
-    Page.join(pages).write(out)
+        pages.insert(0, report_run(folder, measurements, num_data=num_data, num_samples=num_samples, device=device))
+    write_pages(pages, out)
     if folder is not None and (notice := folder.unfinished()) is not None:
         print(f"NOTE: {notice}. Go on with: pyrovae fit --resume {run}")
     print(f"Wrote {out}")
@@ -384,13 +379,11 @@ def report(
 @command()
 def sample(
     run: RunArgument,
-    num: Annotated[int, typer.Option("--num", "-n", help="Number of data to draw.")] = 100,
+    num: Annotated[int, Option("--num", "-n", help="Number of data to draw.")] = 100,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="A .csv, .npy or .png file. By default rows are printed.")
+        Path | None, Option("--out", "-o", help="A .csv, .npy or .png file. By default rows are printed.")
     ] = None,
-    mean: Annotated[
-        bool, typer.Option("--mean", help="Return E[x | z] at drawn latents, in place of draws of x.")
-    ] = False,
+    mean: Annotated[bool, Option("--mean", help="Return E[x | z] at drawn latents, in place of draws of x.")] = False,
     seed: SeedOption = 0,
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -400,14 +393,13 @@ def sample(
         _check_new_file(out, "a .csv, .npy or .png", overwrite)
     _, pair, dataset = RunFolder(run).load()
     rows = draw_data(pair, num, mean=mean, data_dim=dataset.data_dim, seed=seed)
-    if out is None:
-        _write_csv(sys.stdout, dataset.feature_names, rows.tolist())
-        return
-    if out.suffix == ".npy":
+    if out is None or out.suffix == ".csv":
+        with nullcontext(sys.stdout) if out is None else out.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(dataset.feature_names)
+            writer.writerows([f"{value:.9g}" for value in row] for row in rows.tolist())  # nine digits are a float32
+    elif out.suffix == ".npy":
         np.save(out, rows.numpy())
-    elif out.suffix == ".csv":
-        with out.open("w", newline="", encoding="utf-8") as file:
-            _write_csv(file, dataset.feature_names, rows.tolist())
     else:
         from pyrovae import plots
 
@@ -416,50 +408,37 @@ def sample(
         else:
             figure = plots.plot_samples(pair, dataset.train, feature_names=dataset.feature_names, drawn=rows)
         figure.savefig(out, dpi=150)
-    print(f"Wrote {out}")
-
-
-def _write_csv(file: Any, header: Iterable[str], rows: list[list[float]]) -> None:
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows([f"{value:.9g}" for value in row] for row in rows)  # nine digits are a float32
+    if out is not None:
+        print(f"Wrote {out}")
 
 
 @command()
 def compare(
     context: typer.Context,
     pair: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="PAIR...", help="Names from `pyrovae list`, or path/to/file.py:ClassName."),
+        list[str] | None, Argument(metavar="PAIR...", help="Names from `pyrovae list`, or path/to/file.py:ClassName.")
     ] = None,
     data: DataOption = None,
     settings: SetOption = None,
     losses: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             help="Methods: EM, closed-form, default-loss, or losses such as RenyiELBO:K=50,alpha=0.5; several with "
             "commas or by repeating. By default all that each pair has."
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Number of seeds. The table has means and standard errors over them.")] = 1,
+    seeds: Annotated[int, Option(help="Number of seeds. The table has means and standard errors over them.")] = 1,
     epochs: EpochsOption = None,
     batch_size: BatchSizeOption = 128,
     lr: LrOption = None,
     num_samples: SamplesOption = 1000,
-    gaps: Annotated[
-        bool, typer.Option("--gaps", help="Split each gap into approximation and amortization. Takes its time.")
-    ] = False,
+    gaps: Annotated[bool, Option("--gaps", help="Split each gap into approximation and amortization. Slow.")] = False,
     binarize: BinarizeOption = "auto",
     device: DeviceOption = "auto",
-    seed: Annotated[int, typer.Option(help="First seed; the others follow it.", callback=_check_seed)] = 0,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="A folder. By default runs/compare-PAIR-DATA, numbered.")
-    ] = None,
+    seed: Annotated[int, Option(help="First seed; the others follow it.", callback=_check_seed)] = 0,
+    out: Annotated[Path | None, Option("--out", "-o", help="Folder. By default runs/compare-PAIR-DATA[-N].")] = None,
     overwrite: OverwriteOption = False,
-    resume: Annotated[
-        Path | None,
-        typer.Option("--resume", metavar="FOLDER", help="Go on with a comparison that was stopped, where it was."),
-    ] = None,
+    resume: Annotated[Path | None, Option(metavar="FOLDER", help="Go on with a stopped comparison.")] = None,
 ) -> None:
     """Train pairs by every method they have, and compare them.
 
@@ -478,39 +457,24 @@ def compare(
         _check_resumed_alone(context)
         folder = resume
         request, dataset = Request.read(folder)
+    elif not pair:
+        raise ValueError("pair: expected names from `pyrovae list`, file.py:ClassName, or --resume FOLDER; got none.")
     else:
-        if not pair:
-            raise ValueError(
-                "pair: expected names from `pyrovae list`, file.py:ClassName, or --resume FOLDER; got none."
-            )
-        data = data or names.default_data(pair[0])
-        request, dataset = Request.make(
-            pair,
-            data,
-            settings or [],
-            binarize,
-            [parse_method(method) for method in split_methods(losses or [])],
-            seeds=seeds,
-            epochs=epochs,
-            batch_size=batch_size,
-            lr=lr,
-            num_samples=num_samples,
-            gaps=gaps,
-            seed=seed,
-        )
+        data = data or DEFAULT_DATA.get(pair[0], "digits")
+        options: dict[str, Any] = {"seeds": seeds, "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
+        options |= {"num_samples": num_samples, "gaps": gaps, "methods": split_methods(losses or [])}
+        request, dataset = Request.make(pair, data, settings or [], binarize, options)
         folder = out or _free_path(Path("runs") / f"compare-{'-'.join(map(names.short_name, pair))}-{Path(data).stem}")
     try:
         comparison = compare_pairs(
             request.makers(dataset),
             dataset,
-            methods=request.methods,
             **request.settings,
-            binarize=request.binarize == "dynamic",
             device=device,
             folder=folder,
             overwrite=overwrite,
             resume=resume is not None,
-            config=request.to_dict(),
+            config=asdict(request),
             report=tqdm.write,
         )
     except KeyboardInterrupt:
@@ -533,9 +497,7 @@ def bench(context: typer.Context) -> None:
 
 
 @command()
-def new(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The Python file to write, e.g. mypair.py.")],
-) -> None:
+def new(file: Annotated[Path, Argument(metavar="FILE", help="The Python file to write, e.g. mypair.py.")]) -> None:
     """Write a small working pair to start your own from."""
     if file.suffix != ".py" or not file.stem.isidentifier():
         raise ValueError(f"file: expected a Python file such as mypair.py; got {file}.")
@@ -543,19 +505,38 @@ def new(
         raise FileExistsError(f"file: {file} exists. Choose another name.")
     if not file.parent.is_dir():
         raise FileNotFoundError(f"file: expected a folder that exists; found none at {file.parent}. Make it first.")
-    file.write_text(TEMPLATE, encoding="utf-8")
+    file.write_bytes(Path(__file__).with_name("mypair.txt").read_bytes())
     print(f"Wrote {file}. Train it with: pyrovae fit {file}:MyPair --data digits")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command. A user's mistake ends in a line on stderr and exit code 2; PYROVAE_TRACEBACK=1 shows where."""
-    run: Callable[..., Any] = app
     try:
-        run(arguments)
+        app(arguments)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
         if os.environ.get("PYROVAE_TRACEBACK"):
             raise
-        print(f"pyrovae: {explain_error(error)}", file=sys.stderr)
+        print(f"pyrovae: {_explain_error(error)}", file=sys.stderr)
         sys.exit(2 if isinstance(error, MISTAKES) else 1)
+
+
+def _explain_error(error: Exception) -> str:
+    """Return the message, with the line of the user's own file that the error came from."""
+    speaks_to_users = isinstance(error, (*MISTAKES, FloatingPointError))
+    text = str(error) if speaks_to_users else f"{type(error).__name__}: {error}"
+    frames: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        for frame, line in traceback.walk_tb(cause.__traceback__):
+            if frame.f_globals.get("__name__", "").startswith("pyrovae_user_"):
+                frames.append(f"{frame.f_code.co_filename}, line {line}")
+        cause = cause.__cause__
+    if frames or not speaks_to_users:
+        text += f"{_space(text)}({frames[-1] if frames else 'PYROVAE_TRACEBACK=1 shows where'})"
+    return _space(str(error)).join([text, *getattr(error, "__notes__", [])])
+
+
+def _space(text: str) -> str:
+    return "\n" if "\n" in text else " "  # Pyro's messages may end in a table of shapes

@@ -18,7 +18,7 @@ from pyrovae import data as datasets
 from pyrovae.checks import check_choice
 from pyrovae.data import DataSet
 from pyrovae.infer import LOSSES, default_loss
-from pyrovae.models import DEFAULT_DATA, DEFAULT_OPTIONS, REGISTRY
+from pyrovae.models import DEFAULT_OPTIONS, REGISTRY
 from pyrovae.pair import Pair
 from pyrovae.random_state import seeded
 from pyrovae.training.pair_checks import observed_support
@@ -28,7 +28,6 @@ __all__ = [
     "build_loss",
     "build_pair",
     "constructor_options",
-    "default_data",
     "file_digest",
     "file_of",
     "find_pair",
@@ -40,9 +39,6 @@ __all__ = [
 ]
 
 DATA_FILES = (".csv", ".npy")
-
-
-# Files ----------------------------------------------------------------------------------------------------------
 
 
 def file_of(name: str) -> Path | None:
@@ -77,9 +73,6 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("pyrovae", "torch", "pyro-ppl")}
 
 
-# Pairs ----------------------------------------------------------------------------------------------------------
-
-
 def find_pair(name: str) -> type[Pair]:
     """Return the class of a pair: a registered name, or ``path/to/file.py:ClassName``.
 
@@ -93,9 +86,9 @@ def find_pair(name: str) -> type[Pair]:
             raise ValueError(f"pair: which class of {name}? Write {name}:ClassName.")
         check_choice("pair", name, REGISTRY)
         return REGISTRY[name]
-    path, _, class_name = name.rpartition(":")
+    class_name = name.rpartition(":")[2]
     if not file.is_file():
-        raise FileNotFoundError(f"pair: expected a Python file; found none at {path}.")
+        raise FileNotFoundError(f"pair: expected a Python file; found none at {file}.")
     spec = importlib.util.spec_from_file_location(f"pyrovae_user_{file.stem}", file)
     assert spec is not None
     assert spec.loader is not None
@@ -104,26 +97,20 @@ def find_pair(name: str) -> type[Pair]:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise ValueError(f"pair: {path} cannot be imported. {type(error).__name__}: {error}") from error
-    found = {
-        key: value
-        for key, value in vars(module).items()
-        if isinstance(value, type) and issubclass(value, Pair) and value.__module__ == module.__name__
-    }
+        raise ValueError(f"pair: {file} cannot be imported. {type(error).__name__}: {error}") from error
+    pairs = {name: c for name, c in vars(module).items() if isinstance(c, type) and issubclass(c, Pair)}
+    found = {name: c for name, c in pairs.items() if c.__module__ == module.__name__}
     if not found:
-        raise ValueError(f"pair: {path} defines no subclass of pyrovae.Pair.")
+        raise ValueError(f"pair: {file} defines no subclass of pyrovae.Pair.")
     check_choice("pair", class_name, found)
     return found[class_name]
 
 
 def constructor_options(pair_class: type[Pair]) -> dict[str, inspect.Parameter]:
     """Return the constructor's arguments that a user may set; ``data_dim`` comes from the data."""
-    parameters = inspect.signature(pair_class).parameters
-    return {
-        name: p
-        for name, p in parameters.items()
-        if name != "data_dim" and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-    }
+    parameters = inspect.signature(pair_class).parameters.items()
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return {name: p for name, p in parameters if name != "data_dim" and p.kind not in variadic}
 
 
 def parse_options(pair_class: type[Pair], settings: list[str]) -> dict[str, Any]:
@@ -146,9 +133,9 @@ def parse_options(pair_class: type[Pair], settings: list[str]) -> dict[str, Any]
             value = literal_eval(text)
         except (ValueError, SyntaxError):
             value = {"true": True, "false": False}.get(text.lower(), text)
-        options[name] = _nest_like(known[name].default, value)
-        if _is_sequence_of(int, known[name].default) and isinstance(value, str):
+        if isinstance(value, str) and _holds_integers(known[name].default):
             raise ValueError(f"settings: {name}: expected whole numbers with commas, as in 200,200; got {value!r}.")
+        options[name] = _nest_like(known[name].default, value)
     return options
 
 
@@ -156,20 +143,16 @@ def _nest_like(default: Any, value: Any) -> Any:
     """Make a sequence of one value where the default is a sequence: ``hidden_dims=200``."""
     if not isinstance(default, tuple | list):
         return value
+    value = value if isinstance(value, tuple | list) else (value,)
+    is_nested = bool(default) and isinstance(default[0], tuple | list)
+    return (value,) if is_nested and not any(isinstance(v, tuple | list) for v in value) else value
+
+
+def _holds_integers(value: Any) -> bool:
+    """Return whether ``value`` is a sequence, nested or not, of whole numbers alone."""
     if not isinstance(value, tuple | list):
-        value = (value,)
-    if default and isinstance(default[0], tuple | list) and not any(isinstance(v, tuple | list) for v in value):
-        value = (value,)
-    return value
-
-
-def _is_sequence_of(kind: type, value: Any) -> bool:
-    """Return whether ``value`` is a sequence, nested or not, whose values are all of this kind."""
-    return (
-        isinstance(value, tuple | list)
-        and bool(value)
-        and all(isinstance(v, kind) or _is_sequence_of(kind, v) for v in value)
-    )
+        return False
+    return bool(value) and all(isinstance(v, int) or _holds_integers(v) for v in value)
 
 
 def build_pair(pair_class: type[Pair], options: dict[str, Any], data_dim: int, seed: int) -> Pair:
@@ -187,9 +170,6 @@ def build_pair(pair_class: type[Pair], options: dict[str, Any], data_dim: int, s
         options = {"data_dim": data_dim} | options
     with seeded(seed):
         return pair_class(**options)
-
-
-# Losses ---------------------------------------------------------------------------------------------------------
 
 
 def build_loss(pair: Pair, name: str | None, options: dict[str, Any]) -> ELBO:
@@ -211,14 +191,6 @@ def build_loss(pair: Pair, name: str | None, options: dict[str, Any]) -> ELBO:
         if option not in inspect.signature(LOSSES[name]).parameters:
             raise ValueError(f"{option}: {name} has no such option.")
     return LOSSES[name](**options)
-
-
-# Data -----------------------------------------------------------------------------------------------------------
-
-
-def default_data(pair: str) -> str:
-    """Return the name of the data set that a pair is fitted to where the user names none."""
-    return DEFAULT_DATA.get(pair, "digits")
 
 
 def load_data(name: str, binarize: str) -> DataSet:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,51 +23,14 @@ from pyrovae.infer import default_loss
 from pyrovae.plots.run_pictures import Picture, pictures_of_run, pictures_of_scores
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from pyrovae.cli.runs import Config, RunFolder
     from pyrovae.data import DataSet
-    from pyrovae.evaluation import Scores
     from pyrovae.pair import Pair
 
-__all__ = ["Page", "Section", "report_comparison", "report_run"]
+__all__ = ["Page", "Section", "report_comparison", "report_run", "write_pages"]
 
 DPI = 110
 TEMPLATE = Path(__file__).with_name("report.html")
-
-
-@dataclass
-class Image:
-    """A picture inside a page."""
-
-    png: str
-    """Content of the PNG file, in base64."""
-    width: int
-    height: int
-    alt: str
-    caption: str = ""
-
-    @staticmethod
-    def of(png: bytes, alt: str, caption: str = "") -> Image:
-        width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))  # as PNG prescribes
-        return Image(base64.b64encode(png).decode(), width, height, alt, caption)
-
-
-@dataclass
-class Block:
-    """The printed form of a result: its first line, a table in plain text, and its notes."""
-
-    title: str
-    lead: str
-    table: str
-    notes: list[str]
-
-    @staticmethod
-    def of(name: str, result: Any) -> Block:
-        lead, *lines = repr(result).splitlines()
-        notes = [line.removeprefix("NOTE: ").rstrip(".") for line in lines if line.startswith("NOTE: ")]
-        table = "\n".join(line for line in lines if not line.startswith("NOTE: "))
-        return Block(title_of(name), f"{lead}.", table, notes)
 
 
 @dataclass
@@ -81,96 +44,85 @@ class Section:
     rows: list[list[str]] = field(default_factory=list)
     numbers: int = 0
     """Number of columns after the first that hold numbers."""
-    pictures: list[Image] = field(default_factory=list)
-    blocks: list[Block] = field(default_factory=list)
-
-    @property
-    def is_empty(self) -> bool:
-        return not any((self.texts, self.notices, self.rows, self.blocks, self.pictures))
+    pictures: list[dict[str, Any]] = field(default_factory=list)
+    blocks: list[dict[str, Any]] = field(default_factory=list)
 
     def draw(self, pictures: Iterable[Picture]) -> Section:
         """Draw and add pictures. A picture that cannot be drawn is named on the page."""
         for picture in pictures:
+            buffer = io.BytesIO()
             try:
-                self.pictures.append(Image.of(_to_png(picture.draw()), picture.alt, picture.caption))
+                picture.draw().savefig(buffer, format="png", dpi=DPI)
             except Exception as error:  # the page is useful without it
                 self.notices.append(f"Not drawn ({picture.alt}): {type(error).__name__}: {error}")
+            else:
+                self.add_image(buffer.getvalue(), picture.alt, picture.caption)
         return self
 
-    def add_files(self, alts: Mapping[Path, str]) -> Section:
-        """Add PNG files, each with a description for those who cannot see it."""
-        self.pictures += [Image.of(path.read_bytes(), alt) for path, alt in alts.items()]
-        return self
+    def add_image(self, png: bytes, alt: str, caption: str = "") -> None:
+        """Add a PNG file; ``alt`` describes it for those who cannot see it."""
+        width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))  # as PNG prescribes
+        image = {"png": base64.b64encode(png).decode(), "width": width, "height": height}
+        self.pictures.append(image | {"alt": alt, "caption": caption})
+
+    def add_result(self, name: str, result: Any) -> None:
+        """Add the printed form of a result: its first line, a table in plain text, and its notes."""
+        lead, *lines = repr(result).splitlines()
+        notes = [line.removeprefix("NOTE: ").rstrip(".") for line in lines if line.startswith("NOTE: ")]
+        table = "\n".join(line for line in lines if not line.startswith("NOTE: "))
+        self.blocks.append({"title": title_of(name), "lead": f"{lead}.", "table": table, "notes": notes})
 
 
 @dataclass
 class Page:
+    """A page of a report: its title, first paragraph and sections."""
+
     title: str
     lead: str
     sections: list[Section]
 
-    @staticmethod
-    def join(pages: Sequence[Page]) -> Page:
-        """Join pages into one. The sections of every page after the first begin with that page's title."""
-        first, *rest = pages
-        sections = list(first.sections)
-        for page in rest:
-            sections += [Section(page.title, texts=[page.lead]), *page.sections]
-        return Page(first.title, first.lead, sections)
 
-    def write(self, path: Path) -> None:
-        """Write the page as a whole: a crash leaves the old file or the new."""
-        from jinja2 import Environment
+def write_pages(pages: Sequence[Page], path: Path) -> None:
+    """Write pages as one. The sections of every page after the first begin with that page's title."""
+    from jinja2 import Environment
 
-        environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-        template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-        makers = ", ".join(f"{name} {number}" for name, number in versions().items())
-        html = template.render(title=self.title, lead=self.lead, sections=self.sections, footer=f"Made by {makers}.")
-        write_text(path, html)
+    first, *rest = pages
+    sections = [*first.sections]
+    for page in rest:
+        sections += [Section(page.title, texts=[page.lead]), *page.sections]
+    sections = [s for s in sections if any((s.texts, s.notices, s.rows, s.blocks, s.pictures))]
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    makers = ", ".join(f"{name} {number}" for name, number in versions().items())
+    write_text(path, template.render(title=first.title, lead=first.lead, sections=sections, makers=makers))
 
 
-def _to_png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
-    return buffer.getvalue()
-
-
-def report_run(folder: RunFolder, *, num_data: int, num_samples: int | None, also: Sequence[str], device: str) -> Page:
+def report_run(folder: RunFolder, also: Sequence[str], *, num_data: int, num_samples: int | None, device: str) -> Page:
     """Make the page of a run: facts, scores, training, samples and latents, and measurements of the guide.
 
     The pair is measured anew, on the rows that its run was scored on, or on ``num_data`` of them drawn at random.
     """
     config, pair, data = folder.load()
-    history, seconds = folder.read_history(), folder.read_scores().get("training_seconds")
+    history = folder.read_history()
     which, rows, labels = data.scored
     num_rows = len(rows)
-    generator = torch.Generator().manual_seed(config.seed)
-    if len(rows) > num_data:
-        chosen = torch.randperm(len(rows), generator=generator)[:num_data]
+    if num_rows > num_data:
+        chosen = torch.randperm(num_rows, generator=torch.Generator().manual_seed(config.seed))[:num_data]
         rows, labels = rows[chosen], None if labels is None else labels[chosen]
-    is_drawn = config.binarize == "dynamic"
-    scores = evaluate(
-        pair,
-        rows,
-        num_samples=num_samples or config.num_samples,
-        also=also,
-        labels=labels,
-        binarize=is_drawn,
-        device=device,
-        seed=config.seed,
-    )
-    with prepared(
-        pair, rows, binarize=is_drawn, device=device, seed=config.seed
-    ) as placed:  # the same pixels as those scored
+    num_samples = num_samples or config.num_samples
+    scores = evaluate(pair, rows, num_samples=num_samples, also=also, labels=labels, **config.shared_options(device))
+    with prepared(pair, rows, **config.shared_options(device)) as placed:  # the same pixels as those scored
         rows = placed.cpu()
-    fitted = Section(
-        "What was fitted", texts=[_summarize_pair(pair)], rows=_list_facts(config, pair, data, history, seconds)
-    )
+    facts = _list_facts(config, pair, data, history, folder.read_scores().get("training_seconds"))
+    summary = (type(pair).__doc__ or type(pair).__name__).strip().splitlines()[0]
+    fitted = Section("What was fitted", texts=[summary], rows=facts)
     if (notice := folder.unfinished()) is not None:
         fitted.notices.append(f"{notice[0].upper()}{notice[1:]}.")
+    how = f"{scores.num_samples} importance samples each" if scores.num_samples else "exact: nothing is sampled"
+    some = f" of {num_rows} {which} rows, drawn at random" if scores.num_data < num_rows else f" {which} rows"
     table = Section(
         "Scores",
-        texts=[_describe_measurement(scores, which, num_rows)],
+        texts=[f"{scores.num_data}{some}; {how}. Nats per datum."],
         head=["quantity", "value", "remark"],
         rows=[[name.strip(), value, note] for name, value, note in scores.rows()],
         numbers=1,
@@ -181,11 +133,12 @@ def report_run(folder: RunFolder, *, num_data: int, num_samples: int | None, als
     model = Section("The model and its latents").draw(pictures.values())
     measured = Section("The guide and the latents, measured")
     measured.draw(pictures_of_scores(pair, data, rows, scores).values())
-    measured.blocks = [Block.of(name, result) for name, result in scores.also.items()]
+    for name, result in scores.also.items():
+        measured.add_result(name, result)
     if scores.left_out:
         measured.texts = [f"Does not apply to this pair: {', '.join(map(title_of, scores.left_out))}."]
-    sections = [section for section in (fitted, table, training, model, measured) if not section.is_empty]
     lead = f"Log evidence {scores.log_evidence:.3f} nats per datum, on {which} rows."
+    sections = [fitted, table, training, model, measured]
     return Page(f"{type(pair).__name__} on {Path(config.data).name}", lead, sections)
 
 
@@ -201,34 +154,25 @@ def report_comparison(folder: Path) -> Page:
         "responsibilities.png": "The data, coloured by the component that each method finds most probable.",
         "densities.png": "The data over contours of the density that each method fitted.",
     }
-    files = {folder / name: alt for name, alt in alts.items() if (folder / name).is_file()}
-    pictures = Section("Pictures").add_files(files)
+    pictures = Section("Pictures")
+    for name, alt in alts.items():
+        if (folder / name).is_file():
+            pictures.add_image((folder / name).read_bytes(), alt)
     text = " ".join(lead(comparison)).removeprefix(f"{comparison.title}: ")
-    return Page(comparison.title, text, [section for section in (table, pictures) if not section.is_empty])
-
-
-def _describe_measurement(scores: Scores, which: str, num_rows: int) -> str:
-    some = f" of {num_rows}" if scores.num_data < num_rows else ""
-    drawn = ", drawn at random" if some else ""
-    how = f"{scores.num_samples} importance samples each" if scores.num_samples else "exact: nothing is sampled"
-    return f"{scores.num_data}{some} {which} rows{drawn}; {how}. Nats per datum."
-
-
-def _summarize_pair(pair: Pair) -> str:
-    return (type(pair).__doc__ or type(pair).__name__).strip().splitlines()[0]
+    return Page(comparison.title, text, [table, pictures])
 
 
 def _list_facts(
     config: Config, pair: Pair, data: DataSet, history: list[dict[str, float]], seconds: float | None
 ) -> list[list[str]]:
+    drawn = " Pixels drawn as 0 or 1 anew at every use." if config.draws_pixels else ""
     fit, loss = config.fit, config.loss or type(default_loss(pair)).__name__
     facts = {
         "pair": type(pair).__name__,
         "options": ", ".join(f"{k} = {v}" for k, v in config.options.items()) or "the defaults",
         "parameters": f"{sum(p.numel() for p in pair.parameters()):,}",
         "data": repr(data),
-        "convention": data.convention
-        + {"dynamic": " Pixels drawn as 0 or 1 anew at every use."}.get(config.binarize, ""),
+        "convention": f"{data.convention}{drawn}",
         "source": data.source,
         "loss": " ".join([loss, *(f"{k}={v}" for k, v in config.loss_options.items())]),
         "training": f"{f'{len(history)} of' if history else 'up to'} {count(fit.get('epochs', 0), 'epoch')}, batches "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ class Request:
     data: str
     binarize: str
     """``dynamic``, ``static`` or ``none``."""
-    methods: list[str]
     settings: dict[str, Any]
     """Other arguments of :func:`pyrovae.compare`."""
     digests: dict[str, str | None] = field(default_factory=dict)
@@ -41,7 +40,7 @@ class Request:
 
     @classmethod
     def make(
-        cls, pairs: list[str], data: str, set_options: list[str], binarize: str, methods: list[str], **settings: Any
+        cls, pairs: list[str], data: str, set_options: list[str], binarize: str, settings: dict[str, Any]
     ) -> tuple[Request, DataSet]:
         """Check the options of a user, load the data, and return the request with them.
 
@@ -53,13 +52,14 @@ class Request:
             raise ValueError(f"pair: expected pairs of different names; got {', '.join(pairs)}.")
         options = {name: _options_of(c, set_options, list(classes.values())) for name, c in classes.items()}
         dataset = names.load_data(data, binarize)
-        resolved, is_binary = "none", dict[str, bool]()
+        resolved, values = "none", {}
         for name, pair_class in classes.items():
             built = names.build_pair(pair_class, options[name], dataset.data_dim, settings["seed"])
             resolved = names.resolve_binarize(binarize, built, dataset)
-            is_binary[name] = observed_support(built, dataset.train[:2]) is constraints.boolean
-        if len(set(is_binary.values())) > 1:
-            each = ", ".join(f"{name} over {'{0, 1}' if binary else 'reals'}" for name, binary in is_binary.items())
+            is_binary = observed_support(built, dataset.train[:2]) is constraints.boolean
+            values[name] = "{0, 1}" if is_binary else "reals"
+        if len(set(values.values())) > 1:
+            each = ", ".join(f"{name} over {its_values}" for name, its_values in values.items())
             raise ValueError(
                 f"pair: expected likelihoods over the same values; got {each}: a probability and a density do not "
                 "compare. Choose one likelihood with --set, or compare these pairs apart."
@@ -67,14 +67,12 @@ class Request:
         # An option that some pair lacks does not reach it: the title says which options each pair was built with.
         built_with = {name: ", ".join(f"{k}={v}" for k, v in given.items()) for name, given in options.items()}
         shown = ", ".join(f"{name} ({text})" if text else name for name, text in built_with.items())
-        settings["title"] = f"{shown} on {Path(data).name}"
         request = cls(
             pairs={names.short_name(name): names.absolute_name(name) for name in pairs},
             options=options,
             data=names.absolute_name(data),
             binarize=resolved,
-            methods=methods,
-            settings=settings,
+            settings=settings | {"title": f"{shown} on {Path(data).name}", "binarize": resolved == "dynamic"},
             digests={names.absolute_name(name): names.file_digest(name) for name in (*pairs, data)},
             versions=names.versions(),
         )
@@ -103,9 +101,6 @@ class Request:
             name: partial(_make_pair, names.find_pair(pair), self.options[name], dataset.data_dim)
             for name, pair in self.pairs.items()
         }
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def _make_pair(pair_class: type[Pair], given: dict[str, Any], data_dim: int, **more: Any) -> Pair:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.checks import pick_device
-from pyrovae.comparison.methods import CLOSED_FORM, EM, Method, samples_latents
+from pyrovae.comparison.methods import CLOSED_FORM, EM, Method, find_latents
 from pyrovae.comparison.result import Cell
 from pyrovae.evaluation import evaluate
 from pyrovae.evaluation.gaps import inference_gaps
@@ -31,6 +32,7 @@ __all__ = ["ROWS_OF_GAPS", "Job", "Maker", "Settings", "make_start", "run_cell"]
 Maker = Callable[..., Pair]
 EM_ITERATIONS = 10_000
 CURVE_POINTS = 20
+TRACE = ("passes", "seconds", "log_evidence")
 ROWS_OF_CURVE, SAMPLES_OF_CURVE = 500, 200
 ROWS_OF_GAPS = 500
 
@@ -58,13 +60,8 @@ class Settings:
 
     def scoring_options(self, seed: int) -> dict[str, Any]:
         """Return the arguments that every function of scores takes."""
-        return {
-            "num_samples": self.num_samples,
-            "binarize": self.binarize,
-            "device": self.device,
-            "seed": seed,
-            "progress": False,
-        }
+        options = {name: getattr(self, name) for name in ("num_samples", "binarize", "device")}
+        return options | {"seed": seed, "progress": False}
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values, which must be the same when the comparison is resumed."""
@@ -103,26 +100,18 @@ def run_cell(job: Job, settings: Settings, checkpoint: Path | None = None) -> tu
     With ``checkpoint``, a training run that was stopped goes on from there. A method that fails leaves a note.
     """
     pair = make_start(job.make, job.method.pair_options, settings, job.seed)
-    _copy_shared(make_start(job.make, job.start_options, settings, job.seed), pair)
+    state, start = pair.state_dict(), make_start(job.make, job.start_options, settings, job.seed).state_dict()
+    # Every method starts from the parameters that the variants of the pair share.
+    pair.load_state_dict(state | {k: v for k, v in start.items() if k in state and state[k].shape == v.shape})
     cell = Cell(job.pair, job.method.name, job.method.spec, job.seed)
-    train = {CLOSED_FORM: _train_closed_form, EM: _train_em}.get(job.method.spec)
+    train = {CLOSED_FORM: _train_closed_form, EM: _train_em}.get(job.method.spec, _train_svi)
     try:
-        if train is not None:
-            cell = replace(cell, **train(pair, settings, job.seed))
-        else:
-            cell = replace(cell, **_train_svi(pair, job, settings, checkpoint))
+        cell = replace(cell, **train(pair, job, settings, checkpoint))
     except (TrainingDiverged, RuntimeError) as error:
         return replace(cell, note=" ".join(str(error).split())), pair
     found = _score(pair, job, settings)
     notes = [note for note in (cell.note, found.pop("note", None)) if note]
     return replace(cell, **found, note="; ".join(notes) or None), pair
-
-
-def _copy_shared(source: Pair, target: Pair) -> None:
-    """Give ``target`` every parameter and buffer that it has in common with ``source``."""
-    state = target.state_dict()
-    state.update({k: v for k, v in source.state_dict().items() if k in state and state[k].shape == v.shape})
-    target.load_state_dict(state)
 
 
 def _prepare_rows(settings: Settings, pair: Pair) -> Tensor:
@@ -158,12 +147,13 @@ def _train_svi(pair: Pair, job: Job, settings: Settings, checkpoint: Path | None
         monitor=monitor,
     )
     rows = [row for row in result.history if "log_evidence" in row]
-    trace = {
-        "passes": [row["epoch"] for row in rows],
-        "seconds": [row["seconds"] for row in rows],
-        "log_evidence": [row["log_evidence"] for row in rows],
-    }
+    trace = _make_trace((row["epoch"], row["seconds"], row["log_evidence"]) for row in rows)
     return {"seconds": result.seconds, "steps": result.steps, "passes": len(result.history), "trace": trace}
+
+
+def _make_trace(points: Iterable[tuple[float, float, float]]) -> dict[str, list[float]]:
+    """Return a training curve, see ``Cell.trace``, from its points: passes, seconds and log evidence."""
+    return {name: list(column) for name, column in zip(TRACE, zip(*points, strict=True), strict=False)}
 
 
 def _find_evidence(pair: Pair, settings: Settings, seed: int) -> float:
@@ -177,34 +167,23 @@ def _find_evidence(pair: Pair, settings: Settings, seed: int) -> float:
     return importance_scores(pair, settings.rows[:ROWS_OF_CURVE], **options).log_evidence
 
 
-def _train_em(pair: Pair, settings: Settings, seed: int) -> dict[str, Any]:
-    with seeded(seed):
+def _train_em(pair: Pair, job: Job, settings: Settings, checkpoint: Path | None) -> dict[str, Any]:
+    with seeded(job.seed):
         x = _prepare_rows(settings, pair)
     result = fit_em(pair, x, initialize=False, device=settings.device, max_iter=EM_ITERATIONS)
-    passes = range(1, len(result.trace) + 1)  # each finds the likelihood of the parameters that it starts with
-    trace = {
-        "passes": [float(i) for i in passes],
-        "seconds": [result.seconds * i / len(passes) for i in passes],
-        "log_evidence": [value / len(x) for value in result.trace],
-    }
+    passes = len(result.trace)  # each finds the likelihood of the parameters that it starts with
+    values = enumerate(result.trace, start=1)
+    trace = _make_trace((float(i), result.seconds * i / passes, value / len(x)) for i, value in values)
     note = None if result.converged else f"NOT converged after {result.iterations} iterations"
-    return {
-        "seconds": result.seconds,
-        "steps": result.iterations,
-        "passes": len(passes),
-        "trace": trace,
-        "note": note,
-    }
+    return {"seconds": result.seconds, "steps": result.iterations, "passes": passes, "trace": trace, "note": note}
 
 
-def _train_closed_form(pair: Any, settings: Settings, seed: int) -> dict[str, Any]:
+def _train_closed_form(pair: Any, job: Job, settings: Settings, checkpoint: Path | None) -> dict[str, Any]:
     began = time.perf_counter()
     pair.fit_closed_form(settings.x)
     seconds = time.perf_counter() - began
-    trace: dict[str, list[float]] = {}
-    if pair.log_prob is not None:
-        trace = {"passes": [1.0], "seconds": [seconds], "log_evidence": [_find_evidence(pair, settings, seed)]}
-    return {"seconds": seconds, "steps": 1, "passes": 1, "trace": trace}
+    points = [] if pair.log_prob is None else [(1.0, seconds, _find_evidence(pair, settings, job.seed))]
+    return {"seconds": seconds, "steps": 1, "passes": 1, "trace": _make_trace(points)}
 
 
 # Scoring --------------------------------------------------------------------------------------------------------
@@ -213,7 +192,7 @@ def _train_closed_form(pair: Any, settings: Settings, seed: int) -> dict[str, An
 def _score(pair: Pair, job: Job, settings: Settings) -> dict[str, Any]:
     """Return a cell's log evidence and ELBO, where the method gives them, and the parts of its gap."""
     # EM and the closed form train no guide: without an exact posterior in its place there is no ELBO.
-    sums_out = not samples_latents(pair, settings.few)
+    sums_out = not find_latents(pair, settings.few).are_sampled
     has_guide = job.method.uses_svi or hasattr(pair, "match_guide") or sums_out
     if pair.log_prob is None and not has_guide:
         return {"note": "it trains no guide, and without a log_prob of the pair nothing gives its evidence"}
@@ -228,7 +207,9 @@ def _score(pair: Pair, job: Job, settings: Settings) -> dict[str, Any]:
     if bad:
         return {"note": f"{' and '.join(bad).replace('_', ' ')} not finite: some rows are impossible under the model"}
     if settings.gaps and job.method.uses_svi:
-        found |= _split_gap(scored, rows, settings, job.seed)
+        with suppress(NotApplicable):
+            gaps = inference_gaps(scored, rows[:ROWS_OF_GAPS], **settings.scoring_options(job.seed))
+            found |= {name: getattr(gaps, name) for name in ("approximation_gap", "amortization_gap")}
     notes = list(scores.notes)
     if not exact and scores.guide is not None and scores.guide.num_bad > len(scores.guide.k) / 100:
         guide = scores.guide
@@ -237,12 +218,3 @@ def _score(pair: Pair, job: Job, settings: Settings) -> dict[str, Any]:
             f"{scores.log_evidence_stderr:.4f} and more: its evidence may be too low; raise num_samples"
         )
     return {**found, "exact": exact, "note": "; ".join(notes)}
-
-
-def _split_gap(pair: Pair, rows: Tensor, settings: Settings, seed: int) -> dict[str, Any]:
-    """Return the approximation and amortization gaps; nothing where they do not apply."""
-    try:
-        gaps = inference_gaps(pair, rows[:ROWS_OF_GAPS], **settings.scoring_options(seed))
-    except NotApplicable:
-        return {}
-    return {"approximation_gap": gaps.approximation_gap, "amortization_gap": gaps.amortization_gap}

@@ -35,14 +35,16 @@ class ComparisonFolder:
     def __init__(self, path: str | Path, jobs: list[Job]) -> None:
         self.path = Path(path)
         self.cells = self.path / "cells"
-        self.names = {id(job): f"{i:02d}-{_file_name(job)}" for i, job in enumerate(jobs)}
+        texts = [(job, f"{i:02d} {job.pair} {job.method.name} seed{job.seed}") for i, job in enumerate(jobs)]
+        self.names = {id(job): re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") for job, text in texts}
 
-    def check_free(self, overwrite: bool) -> None:
-        """Raise FileExistsError where something is there; with ``overwrite``, unless it is a comparison."""
+    def create(self, settings: dict[str, Any], config: dict[str, Any] | None, overwrite: bool) -> None:
+        """Make the folder. Of an earlier comparison there, delete its own files and nothing else.
+
+        Raises:
+            FileExistsError: something is there; or, with ``overwrite``, something else than a comparison.
+        """
         check_free_folder("folder", self.path, "comparison", overwrite=overwrite, read=lambda: read_record(self.path))
-
-    def create(self, settings: dict[str, Any], config: dict[str, Any] | None) -> None:
-        """Make the folder. Of an earlier comparison there, delete its own files and nothing else."""
         self.cells.mkdir(parents=True, exist_ok=True)
         for file in (*map(self.path.joinpath, FILES), *self.cells.glob("[0-9][0-9]*-*-seed*.*")):
             file.unlink(missing_ok=True)
@@ -60,28 +62,25 @@ class ComparisonFolder:
 
     def checkpoint(self, job: Job) -> Path:
         """Return the file that keeps the state of this cell's training until it is done."""
-        return self._file(job, "checkpoint.safetensors")
+        return self.file(job, "checkpoint.safetensors")
 
     def write_cell(self, job: Job, cell: Cell, pair: Pair) -> None:
         """Write a cell that is done: its weights, then its numbers."""
-        temporary = self._file(job, "safetensors.tmp")
+        temporary = self.file(job, "safetensors.tmp")
         pair.save(temporary)
-        os.replace(temporary, self._file(job, "safetensors"))
-        write_text(self._file(job, "json"), json.dumps(asdict(cell)) + "\n")  # last, as it marks the cell as done
+        os.replace(temporary, self.file(job, "safetensors"))
+        write_text(self.file(job, "json"), json.dumps(asdict(cell)) + "\n")  # last, as it marks the cell as done
         self.checkpoint(job).unlink(missing_ok=True)
 
     def read_cell(self, job: Job) -> Cell | None:
         """Read the numbers of a cell; None where the cell is not done."""
-        file = self._file(job, "json")
-        if not (file.is_file() and self._file(job, "safetensors").is_file()):
+        file = self.file(job, "json")
+        if not (file.is_file() and self.file(job, "safetensors").is_file()):
             return None
         try:
             return Cell(**json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise ValueError(f"resume: {file} is damaged ({error}). Delete it to compute its cell again.") from error
-
-    def load_weights(self, job: Job, pair: Pair) -> None:
-        pair.load(self._file(job, "safetensors"))
 
     def write(self, comparison: Comparison, x: Tensor, feature_names: tuple[str, ...] | None) -> None:
         """Write all numbers, the tables, and the pictures that apply. A picture that fails is a line on stderr."""
@@ -104,7 +103,8 @@ class ComparisonFolder:
             figures["densities"] = lambda: plots.plot_densities(pairs, x, feature_names=feature_names)
         plots.save_figures(figures, self.path)
 
-    def _file(self, job: Job, ending: str) -> Path:
+    def file(self, job: Job, ending: str) -> Path:
+        """Return a file of this cell: its weights, ``safetensors``, or its numbers, ``json``."""
         return self.cells / f"{self.names[id(job)]}.{ending}"
 
     def _write_record(self, settings: dict[str, Any], config: dict[str, Any] | None, found: dict[str, Any]) -> None:
@@ -151,8 +151,3 @@ def read_comparison(path: Path) -> Comparison:
         return Comparison(**{name: value for name, value in record.items() if name in names} | {"cells": cells})
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"folder: {path / 'comparison.json'} is damaged ({error}).") from error
-
-
-def _file_name(job: Job) -> str:
-    text = f"{job.pair} {job.method.name} seed{job.seed}"
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

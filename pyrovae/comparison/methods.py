@@ -23,9 +23,9 @@ __all__ = [
     "CLOSED_FORM",
     "EM",
     "Method",
+    "find_latents",
     "find_methods",
     "parse_method",
-    "samples_latents",
     "split_methods",
     "takes_amortized",
 ]
@@ -142,7 +142,7 @@ def find_methods(
     refused = {spec: str(_reason_against(spec, plain, few)) for spec in specs if spec in EXACT and spec not in exact}
     trains: set[str] = set()
     for options, pair in variants:
-        latents, own = _find_latents(pair, few), _own_loss(pair)
+        latents, own = find_latents(pair, few), _own_loss(pair)
         for wanted in [s for s in specs if s not in EXACT] if specs else latents.losses(exact=bool(exact)):
             spec = own if wanted == OWN else wanted
             method = Method(latents.name_method(spec, amortized=bool(options.get("amortized"))), spec, options)
@@ -172,28 +172,21 @@ def _reason_against(spec: str, pair: Pair, few: Tensor) -> str | None:
     return None
 
 
-def samples_latents(pair: Pair, few: Tensor) -> bool:
-    """Return whether the guide samples any latent. If not, all are summed out and the ELBO is the log evidence."""
-    return _find_latents(pair, few).are_sampled
-
-
 def takes_amortized(make: Callable[..., Pair], pair: Pair) -> bool:
     """Return whether ``make(amortized=...)`` chooses between two guides of ``pair``."""
-    parameters = inspect.signature(make).parameters.values()
-    passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    return "amortized" in {p.name for p in parameters} or (
-        passes_on and "amortized" in inspect.signature(type(pair)).parameters
-    )
+    parameters = inspect.signature(make).parameters
+    passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return "amortized" in {*parameters, *(inspect.signature(type(pair)).parameters if passes_on else ())}
 
 
 @dataclass(frozen=True)
-class _Latents:
+class Latents:
     """How a pair's latents are treated, as one run of its model and guide shows."""
 
     are_enumerated: bool
     """Some are summed out in the model."""
     are_sampled: bool
-    """Some are sampled by the guide."""
+    """Some are sampled by the guide. If none is, the ELBO is the log evidence."""
     are_discrete: bool
     """Some that the guide samples have no pathwise gradient."""
     are_enumerable: bool
@@ -225,7 +218,8 @@ class _Latents:
         return ", ".join([f"SVI, amortized: {word}" if amortized else f"SVI, {word}", *parts])
 
 
-def _find_latents(pair: Pair, few: Tensor) -> _Latents:
+def find_latents(pair: Pair, few: Tensor) -> Latents:
+    """Run the guide once on some data, and return how the pair's latents are treated."""
     structure = Structure.of(pair.model, pair.guide, (few,), {})
     # Inside this handler a guide marks the sites that it can enumerate; some guides do so only there.
     enumerate_sites = EnumMessenger(first_available_dim=-1 - structure.max_plate_nesting)
@@ -233,7 +227,7 @@ def _find_latents(pair: Pair, few: Tensor) -> _Latents:
         sites = list(sample_sites(poutine.trace(pair.guide).get_trace(few)).values())
     discrete = [site for site in sites if not site["fn"].has_rsample]
     marked = all(site["infer"].get("enumerate") == "parallel" for site in discrete)
-    return _Latents(bool(structure.enumerated), bool(sites), bool(discrete), bool(discrete) and marked)
+    return Latents(bool(structure.enumerated), bool(sites), bool(discrete), bool(discrete) and marked)
 
 
 def _own_loss(pair: Pair) -> str:

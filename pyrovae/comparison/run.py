@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyrovae.checks import check_data, check_positive, pick_device
+from pyrovae.checks import check_data, check_positive, count, pick_device
 from pyrovae.comparison.cells import ROWS_OF_GAPS, Job, Maker, Settings, make_start, run_cell
 from pyrovae.comparison.folder import ComparisonFolder
 from pyrovae.comparison.methods import CLOSED_FORM, Method, find_methods, parse_method, takes_amortized
@@ -19,7 +19,7 @@ from pyrovae.comparison.result import Cell, Comparison
 from pyrovae.comparison.tables import describe_cell
 from pyrovae.data import DataSet
 from pyrovae.pair import Pair
-from pyrovae.training.schedules import default_epochs
+from pyrovae.training.loop import default_epochs
 
 __all__ = ["compare"]
 
@@ -123,8 +123,7 @@ def compare(
         if resume:
             store.check_same(described)
         else:
-            store.check_free(overwrite)
-            store.create(described, config)
+            store.create(described, config, overwrite)
     elif resume:
         raise ValueError("resume: expected folder= to name the comparison to go on with; got None.")
 
@@ -165,9 +164,7 @@ def _plan_jobs(pairs: Maker | Mapping[str, Maker], settings: Settings, specs: li
                 f"{type(make).__name__}. Write lambda: GMM(num_components=2, data_dim=2), say."
             )
         first = make_start(make, {}, settings, seeds[0])
-        options: list[dict[str, Any]] = [{}]
-        if takes_amortized(make, first):
-            options = [{"amortized": False}, {"amortized": True}]
+        options = [{"amortized": False}, {"amortized": True}] if takes_amortized(make, first) else [{}]
         variants = [(o, make_start(make, o, settings, seeds[0]) if o else first) for o in options]
         methods, refused = find_methods(variants, settings.few, specs)
         plans.append((name or type(first).__name__.lower(), make, options[0], methods))
@@ -189,17 +186,12 @@ def _plan_jobs(pairs: Maker | Mapping[str, Maker], settings: Settings, specs: li
 
 
 def _run_jobs(
-    jobs: list[Job],
-    settings: Settings,
-    store: ComparisonFolder | None,
-    progress: bool | None,
-    report: Callable[[str], object],
+    jobs: list[Job], settings: Settings, store: ComparisonFolder | None, progress: bool | None, report: Any
 ) -> tuple[list[Cell], list[Pair]]:
     """Compute the cells that ``store`` does not have. Returns all cells, and the trained pairs of the first seed."""
     cells: list[Cell] = []
     pairs: list[Pair] = []
-    bar = tqdm(total=len(jobs), unit="cell", disable=None if progress is None else not progress, leave=False)
-    with bar:
+    with tqdm(total=len(jobs), unit="cell", disable=None if progress is None else not progress, leave=False) as bar:
         for number, job in enumerate(jobs, start=1):
             bar.set_description(f"{job.pair}, {job.method.name}, seed {job.seed}")
             cell = store.read_cell(job) if store is not None else None
@@ -211,7 +203,7 @@ def _run_jobs(
                 report(f"{number}/{len(jobs)}  {describe_cell(cell)}")
             elif first:
                 pair = make_start(job.make, job.method.pair_options, settings, job.seed)
-                store.load_weights(job, pair)
+                pair.load(store.file(job, "safetensors"))
             if first:
                 pairs.append(pair)
             cells.append(cell)
@@ -227,7 +219,7 @@ def _collect_notes(cells: list[Cell], num_data: int) -> list[str]:
             noted.setdefault((cell.pair, cell.method), []).append(cell)
     notes = []
     for first, *others in noted.values():
-        more = f" (and of {len(others)} more seed{'s' * (len(others) > 1)})" if others else ""
+        more = f" (and of {count(len(others), 'more seed')})" if others else ""
         notes.append(f"{first.pair}, {first.method}, seed {first.seed}{more}: {first.note}")
     if any(cell.gap == 0 for cell in cells):
         notes.append("Where the gap is 0 the latents are summed out exactly: the ELBO is the log evidence.")

@@ -6,6 +6,8 @@ import csv
 import io
 from typing import TYPE_CHECKING
 
+from pyrovae.checks import count
+
 if TYPE_CHECKING:
     from pyrovae.comparison.result import Cell, Comparison, Row
 
@@ -13,23 +15,19 @@ __all__ = ["describe_cell", "lead", "to_csv", "to_latex", "to_markdown", "to_row
 
 DECIMALS = {"seconds": 2, "steps": 1}
 MISSING = "–"
-LATEX = {c: rf"\{c}" for c in "&%$#_{}"} | {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "α": r"$\alpha$",
-    "∞": r"$\infty$",
-    "±": r"$\pm$",
-    "−": "$-$",
-    MISSING: "--",
-}
+FIRST_NUMBER = "log evidence"  # title of the first column that holds numbers, after those of names
+LATEX = str.maketrans(
+    {c: rf"\{c}" for c in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {"α": r"$\alpha$", "∞": r"$\infty$", "±": r"$\pm$", "−": "$-$", MISSING: "--"}
+)
 
 
 def to_text(comparison: Comparison) -> str:
     """Return aligned columns, with their meaning above and the notes below."""
     rows = to_rows(comparison)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    names = _num_names(comparison)
+    names = rows[0].index(FIRST_NUMBER)
     lines = [
         "  ".join(
             text.ljust(width) if i < names else text.rjust(width)
@@ -42,19 +40,16 @@ def to_text(comparison: Comparison) -> str:
 
 def to_rows(comparison: Comparison) -> list[list[str]]:
     """Return the header, and a row for each pair and method."""
-    names, columns = ["pair", "method"][-_num_names(comparison) :], _columns(comparison)
-    return [
-        [*names, *(title for title, _, _ in columns)],
-        *(
-            [*(getattr(row, name) for name in names), *(_number(row, name, factor) for _, name, factor in columns)]
-            for row in comparison.table
-        ),
-    ]
+    names, columns = ["pair", "method"] if comparison.num_pairs > 1 else ["method"], _columns(comparison)
+    header = [*names, *(title for title, _, _ in columns)]
+    starts = [[getattr(row, name) for name in names] for row in comparison.table]
+    numbers = [[_number(row, name, factor) for _, name, factor in columns] for row in comparison.table]
+    return [header, *(start + values for start, values in zip(starts, numbers, strict=True))]
 
 
 def to_markdown(comparison: Comparison) -> str:
     header, *rows = ([text.replace("|", r"\|") for text in row] for row in to_rows(comparison))
-    names = _num_names(comparison)
+    names = header.index(FIRST_NUMBER)
     rule = [":---"] * names + ["---:"] * (len(header) - names)
     table = [f"| {' | '.join(row)} |" for row in (header, rule, *rows)]
     notes = ["", *(f"- {note}" for note in comparison.notes)] if comparison.notes else []
@@ -63,16 +58,17 @@ def to_markdown(comparison: Comparison) -> str:
 
 def to_latex(comparison: Comparison) -> str:
     header, *rows = to_rows(comparison)
-    names = _num_names(comparison)
+    names = header.index(FIRST_NUMBER)
+    cells = [[*(text.translate(LATEX) for text in row[:names]), *map(_math, row[names:])] for row in rows]
     return "\n".join(
         [
             *(f"% {line}" for line in (*lead(comparison), *comparison.notes)),
             r"% needs \usepackage{booktabs}",
             rf"\begin{{tabular}}{{{'l' * names}{'r' * (len(header) - names)}}}",
             r"\toprule",
-            rf"{' & '.join(map(_escaped, header))} \\",
+            rf"{' & '.join(text.translate(LATEX) for text in header)} \\",
             r"\midrule",
-            *(rf"{' & '.join([*map(_escaped, row[:names]), *map(_math, row[names:])])} \\" for row in rows),
+            *(rf"{' & '.join(row)} \\" for row in cells),
             r"\bottomrule",
             r"\end{tabular}",
             "",
@@ -96,20 +92,17 @@ def to_csv(comparison: Comparison) -> str:
 
 def describe_cell(cell: Cell) -> str:
     """Return the numbers of a cell and its note in one line."""
-    numbers = [
-        f"{label} {value:.4f}"
-        for label, value in (("log evidence", cell.log_evidence), ("ELBO", cell.elbo))
-        if value is not None
-    ]
-    numbers += [] if cell.seconds is None else [f"{cell.seconds:.2f} s", f"{cell.steps} step{'s' * (cell.steps != 1)}"]
+    bounds = {"log evidence": cell.log_evidence, "ELBO": cell.elbo}
+    numbers = [f"{label} {value:.4f}" for label, value in bounds.items() if value is not None]
+    numbers += [] if cell.seconds is None else [f"{cell.seconds:.2f} s", count(cell.steps or 0, "step")]
     numbers += [] if cell.note is None else [cell.note]
     return f"{cell.pair}, {cell.method}, seed {cell.seed}: {', '.join(numbers)}"
 
 
 def lead(comparison: Comparison) -> list[str]:
     """Return two lines that say what the numbers are."""
-    count = len(comparison.seeds)
-    seeds = f" Mean ± standard error over {count} seeds." if count > 1 else ""
+    num_seeds = len(comparison.seeds)
+    seeds = f" Mean ± standard error over {num_seeds} seeds." if num_seeds > 1 else ""
     exact = [cell.exact for cell in comparison.cells if cell.log_evidence is not None]
     sampled = f"by importance sampling, {comparison.num_samples} samples"
     how = "exact" if all(exact) else f"exact where the pair has it, else {sampled}" if any(exact) else sampled
@@ -120,17 +113,12 @@ def lead(comparison: Comparison) -> list[str]:
     ]
 
 
-def _num_names(comparison: Comparison) -> int:
-    """Return the number of leading columns that hold names: pair and method, or the method alone."""
-    return 2 if comparison.num_pairs > 1 else 1
-
-
 def _columns(comparison: Comparison) -> list[tuple[str, str, int]]:
     """Return title, quantity and factor of each column of numbers."""
     splits_gap = any(row.mean["amortization_gap"] is not None for row in comparison.table)
     split = [("approximation", "approximation_gap", 1), ("amortization", "amortization_gap", 1)]
     return [
-        ("log evidence", "log_evidence", 1),
+        (FIRST_NUMBER, "log_evidence", 1),
         ("ELBO", "elbo", 1),
         ("gap", "gap", 1),
         *(split if splits_gap else []),
@@ -148,13 +136,7 @@ def _number(row: Row, name: str, factor: int) -> str:
         return f"{value:.0f}"
     decimals = DECIMALS.get(name, 4)
     text = f"{round(factor * value, decimals) + 0.0:.{decimals}f}"  # + 0.0 turns −0 into 0
-    if error is None:
-        return text
-    return f"{text} ± {factor * error:.{decimals}f}"
-
-
-def _escaped(text: str) -> str:
-    return "".join(LATEX.get(character, character) for character in text)
+    return text if error is None else f"{text} ± {factor * error:.{decimals}f}"
 
 
 def _math(number: str) -> str:

@@ -30,22 +30,13 @@ class Batches:
     """Turns a step's argument into its batch: gathers rows, draws pixels. It is part of the compiled step."""
     size: int
     steps_per_epoch: int
-    sample: Tensor
-    """Rows for ``initialize``."""
-    validation: list[Tensor] = field(default_factory=list)
-    """Batches held out."""
-    generator: torch.Generator | None = None
-    """The DataLoader's own random generator."""
+    sample: Tensor  # rows for ``initialize``
+    validation: list[Tensor] = field(default_factory=list)  # batches held out
+    generator: torch.Generator | None = None  # the DataLoader's own
 
 
 def make_batches(
-    pair: Pair,
-    x: Any,
-    validation: float | int | Tensor,
-    batch_size: int,
-    binarize: bool,
-    device: torch.device,
-    seed: int,
+    pair: Pair, x: Any, validation: Any, batch_size: int, binarize: bool, device: torch.device, seed: int
 ) -> Batches:
     """Check the data of :func:`pyrovae.fit`, hold rows out, and place them on ``device`` in the pair's precision.
 
@@ -60,19 +51,26 @@ def make_batches(
     def draw(rows: Tensor) -> Tensor:
         return torch.bernoulli(rows) if binarize else rows
 
-    held_out: Tensor | None = None
     data_dim = getattr(pair, "data_dim", None)
+    held_out: Tensor | None = None
     if isinstance(validation, Tensor):
         held_out, validation = check_data(validation, "validation", data_dim=data_dim), 0
     if isinstance(x, DataLoader):
-        if held_out is None and validation:
+        if validation:
             raise ValueError("validation: with a DataLoader, pass the held-out data themselves, as a tensor.")
-        data = _from_loader(x, place, draw)
+        data = _read_loader(x, place, draw)
         check_data(data.sample, data_dim=data_dim)
     else:
         rows = check_data(x, data_dim=data_dim, at_least=2)
-        if held_out is None and validation:
-            rows, held_out = _hold_out(rows, validation, seed)
+        if validation:
+            count = round(validation * len(rows)) if isinstance(validation, float) else validation
+            if not 0 < count < len(rows):
+                raise ValueError(
+                    f"validation: expected a share between 0 and 1, or a count below the {len(rows)} data; got "
+                    f"{validation!r}."
+                )
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).to(rows.device)
+            rows, held_out = rows[order[count:]], rows[order[:count]]
         rows = place(rows)
         data = Batches(
             arguments=lambda: iter(torch.randperm(len(rows), device=device).split(batch_size)),
@@ -90,18 +88,7 @@ def make_batches(
     return data
 
 
-def _hold_out(rows: Tensor, validation: float | int, seed: int) -> tuple[Tensor, Tensor]:
-    """Return the rows to train on and the rows held out, drawn by ``seed``."""
-    count = round(validation * len(rows)) if isinstance(validation, float) else validation
-    if not 0 < count < len(rows):
-        raise ValueError(
-            f"validation: expected a share between 0 and 1, or a count below the {len(rows)} data; got {validation!r}."
-        )
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).to(rows.device)
-    return rows[order[count:]], rows[order[:count]]
-
-
-def _from_loader(loader: DataLoader, place: Callable[[Tensor], Tensor], draw: Callable[[Tensor], Tensor]) -> Batches:
+def _read_loader(loader: DataLoader, place: Callable[[Tensor], Tensor], draw: Callable[[Tensor], Tensor]) -> Batches:
     def read_rows() -> Iterator[Tensor]:
         for batch in loader:
             rows = batch[0] if isinstance(batch, list | tuple) else batch

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import copy
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.infer import ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor
@@ -21,7 +26,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from pyrovae.checkpoint import load_state, save_state
-from pyrovae.checks import check_choice, check_positive, not_a_pair, pick_device
+from pyrovae.checks import check_choice, check_positive, count, not_a_pair, pick_device
 from pyrovae.infer import LOSSES, SVI, default_loss
 from pyrovae.infer.lowering import product_choices, restore_product_choices
 from pyrovae.infer.svi import BACKENDS
@@ -30,14 +35,80 @@ from pyrovae.machine import count_products, limit_threads
 from pyrovae.pair import Pair
 from pyrovae.random_state import seeded
 from pyrovae.training.batches import Batches, make_batches
-from pyrovae.training.divergence import bad_weights, raise_divergence
-from pyrovae.training.interrupts import watch_for_interrupt
-from pyrovae.training.progress import FitResult, has_run_out_of_patience
-from pyrovae.training.schedules import SCHEDULES, default_epochs
 
-__all__ = ["fit"]
+__all__ = ["SCHEDULES", "FitResult", "Progress", "TrainingDiverged", "default_epochs", "fit", "read_progress"]
 
 SECONDS_BETWEEN_CHECKPOINTS = 5.0
+COUNTERS = ("epoch", "step", "seconds", "history", "best")
+BURDA_STAGES = [(3**i - 1) // 2 / 3280 for i in range(1, 8)]  # when stages 1..7 begin: 3^0 + ... + 3^7 = 3280 epochs
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+    "burda": lambda progress: 10 ** (-bisect_right(BURDA_STAGES, progress) / 7),
+}
+"""Factors of the learning rate, as functions of the share of steps done, in [0, 1). ``burda`` has stages i = 0..7, each
+three times as long as the one before, at 10^(−i/7) (Burda et al. 2016)."""
+
+
+class TrainingDiverged(FloatingPointError):
+    """The loss or a weight turned NaN or infinite. The pair holds the last good weights."""
+
+
+@dataclass(frozen=True, repr=False)
+class FitResult:
+    """The result of :func:`pyrovae.fit`."""
+
+    history: list[dict[str, float]]
+    """A row an epoch: epoch, step, train_bound and validation_bound (nats per datum), lr, seconds."""
+    seconds: float
+    steps: int
+    stopped_early: bool
+    device: str
+
+    def __repr__(self) -> str:
+        last = self.history[-1]
+        done = f"{count(int(last['epoch']), 'epoch')}, {count(self.steps, 'step')}"
+        bounds = [f"; {name} bound {bound:.3f} nats per datum" for name, bound in _bounds(last).items()]
+        stopped = "; stopped early, best weights kept" if self.stopped_early else ""
+        return f"{done} in {self.seconds:.1f} s on {self.device}{''.join(bounds)}{stopped}"
+
+
+def _bounds(row: dict[str, float]) -> dict[str, float]:
+    return {name: row[f"{name}_bound"] for name in ("train", "validation") if f"{name}_bound" in row}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the run of a checkpoint has come."""
+
+    history: list[dict[str, float]]
+    epochs: int
+    """Epochs that the run was started with."""
+    finished: bool
+    """True where all epochs are done, or patience has ended the run."""
+
+    def __str__(self) -> str:
+        return f"after epoch {len(self.history)} of {self.epochs}" if self.history else f"in epoch 1 of {self.epochs}"
+
+
+def read_progress(checkpoint: str | Path) -> Progress | None:
+    """Read how far the run of a checkpoint has come; None where the file is missing, damaged or no training state."""
+    try:
+        state = load_state(checkpoint)
+        options, epoch = state["options"], state["epoch"]
+        finished = epoch >= options["epochs"] or _patience_is_over(epoch, state["best"], options["patience"])
+        return Progress(state["history"], options["epochs"], finished)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _patience_is_over(epoch: int, best: dict[str, Any] | None, patience: int | None) -> bool:
+    return patience is not None and best is not None and epoch - best["epoch"] >= patience
+
+
+def default_epochs(steps_per_epoch: int) -> int:
+    """Return 50 epochs, or as many as make 2,000 steps: a small data set needs more."""
+    return max(50, math.ceil(2_000 / max(1, steps_per_epoch)))
 
 
 def fit(
@@ -111,32 +182,48 @@ def fit(
     check_positive("epochs", epochs, integer=True, optional=True)
     check_positive("lr", lr, optional=True)
     check_positive("threads", threads, integer=True, optional=True)
+    check_positive("patience", patience, integer=True, optional=True)
     check_choice("schedule", schedule, SCHEDULES)
     check_choice("backend", backend, BACKENDS)
-    _check_optimizer(optimizer)
-    _check_validation(validation, patience)
+    if optimizer is not None and (isinstance(optimizer, Optimizer | PyroOptim) or not callable(optimizer)):
+        raise TypeError(
+            "optimizer: expected a function that makes a torch.optim optimizer of a list of parameters, such as "
+            f"lambda parameters: torch.optim.SGD(parameters, lr=0.1); got {type(optimizer).__name__}."
+        )
+    if isinstance(validation, bool) or not isinstance(validation, int | float | Tensor):
+        raise TypeError(f"validation: expected a share, a count or a tensor of data; got {validation!r}.")
+    if patience is not None and not isinstance(validation, Tensor) and validation == 0:
+        raise ValueError("patience: early stopping needs held-out data; pass validation=0.1, say.")
     if resume and checkpoint is None:
         raise ValueError("resume: expected checkpoint= to name the file to go on from; got None.")
     file = Path(checkpoint) if checkpoint is not None else None
     if file is not None and on_start is None:
         _check_checkpoint(file, resume)
-
+    batch_size = int(batch_size)
     home = next((p.device for p in pair.parameters()), torch.device("cpu"))
     with ExitStack() as stack, seeded(seed, device), pyro.validation_enabled(False):
-        data = make_batches(pair, x, validation, int(batch_size), binarize, device, seed)
-        epochs = default_epochs(data.steps_per_epoch) if epochs is None else int(epochs)
+        data = make_batches(pair, x, validation, batch_size, binarize, device, seed)
         state = load_state(file, "checkpoint") if resume and file is not None else None
-        start = _copy(pair.state_dict())
+        start = copy.deepcopy(pair.state_dict())
         try:
             pair.to(device)
             try:
-                initialize = initialize and state is None
-                run = _Run(pair, objective, data, optimizer, lr, schedule, epochs, initialize, backend)
-                run.options |= {"batch size": int(batch_size), "patience": patience, "binarize": binarize, "seed": seed}
+                if initialize and state is None and pair.initialize is not None:
+                    pair.initialize(data.sample)
+                options = {
+                    "epochs": default_epochs(data.steps_per_epoch) if epochs is None else int(epochs),
+                    "schedule": schedule,
+                    "backend": backend,
+                    "batch size": batch_size,
+                    "patience": patience,
+                    "binarize": binarize,
+                    "seed": seed,
+                }
+                run = _Run(pair, objective, data, optimizer, lr, options)
                 if state is not None:
                     run.restore(state)
                     threads = threads or state["threads"]
-                work = partial(run.count_products, int(batch_size)) if device.type == "cpu" else math.inf
+                work = (lambda: run.count_products(batch_size)) if device.type == "cpu" else math.inf
                 stack.enter_context(limit_threads(threads, work))
                 run.threads = torch.get_num_threads()
                 if on_start is not None:
@@ -146,9 +233,22 @@ def fit(
             except BaseException:  # nothing has been trained: leave the pair as it came
                 pair.load_state_dict(start, strict=False)
                 raise
-            return run.train(epochs, patience, progress, file, monitor)
+            return run.train(progress, file, monitor)
         finally:
             pair.to(home)
+
+
+def _make_loss(pair: Pair, loss: ELBO | str | None) -> ELBO:
+    if not isinstance(pair, Pair):
+        raise TypeError(not_a_pair(pair))
+    if loss is None:
+        return default_loss(pair)
+    if isinstance(loss, str):
+        check_choice("loss", loss, LOSSES)
+        return LOSSES[loss]()
+    if isinstance(loss, type) or not hasattr(loss, "loss_and_grads"):
+        raise TypeError(f"loss: expected a loss such as Trace_ELBO(), or its name; got {loss!r}.")
+    return loss
 
 
 def _check_checkpoint(file: Path, resume: bool) -> None:
@@ -166,124 +266,63 @@ def _check_checkpoint(file: Path, resume: bool) -> None:
         raise FileNotFoundError(f"checkpoint: expected a file in a folder that exists; got {file}. Make it first.")
 
 
-def _make_loss(pair: Pair, loss: ELBO | str | None) -> ELBO:
-    if not isinstance(pair, Pair):
-        raise TypeError(not_a_pair(pair))
-    if loss is None:
-        return default_loss(pair)
-    if isinstance(loss, str):
-        check_choice("loss", loss, LOSSES)
-        return LOSSES[loss]()
-    if isinstance(loss, type) or not hasattr(loss, "loss_and_grads"):
-        raise TypeError(f"loss: expected a loss such as Trace_ELBO(), or its name; got {loss!r}.")
-    return loss
-
-
-def _check_optimizer(optimizer: Any) -> None:
-    if optimizer is not None and (isinstance(optimizer, Optimizer | PyroOptim) or not callable(optimizer)):
-        raise TypeError(
-            "optimizer: expected a function that makes a torch.optim optimizer of a list of parameters, such as "
-            f"lambda parameters: torch.optim.SGD(parameters, lr=0.1); got {type(optimizer).__name__}."
-        )
-
-
-def _check_validation(validation: Any, patience: Any) -> None:
-    if isinstance(validation, bool) or not isinstance(validation, int | float | Tensor):
-        raise TypeError(f"validation: expected a share, a count or a tensor of data; got {validation!r}.")
-    check_positive("patience", patience, integer=True, optional=True)
-    if patience is not None and not isinstance(validation, Tensor) and validation == 0:
-        raise ValueError("patience: early stopping needs held-out data; pass validation=0.1, say.")
-
-
-def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in state.items()}
-
-
 class _Run:
     """Everything that changes while a pair is trained. ``state`` copies all of it, and ``restore`` puts it back."""
 
     def __init__(
-        self,
-        pair: Pair,
-        loss: ELBO,
-        data: Batches,
-        optimizer: Callable[[list[Tensor]], Optimizer] | None,
-        lr: float | None,
-        schedule: str,
-        epochs: int,
-        initialize: bool,
-        backend: str,
+        self, pair: Pair, loss: ELBO, data: Batches, optimizer: Any, lr: float | None, options: dict[str, Any]
     ) -> None:
-        self.pair, self.data, self.factor = pair, data, SCHEDULES[schedule]
-        self.lr = float(pair.default_lr if lr is None else lr)
-        self.total_steps = epochs * data.steps_per_epoch
-        if initialize and pair.initialize is not None:
-            pair.initialize(data.sample)
+        """Make the optimizer and both objectives. ``options`` are those that a resumed run must have in common."""
+        self.pair, self.data, self.device = pair, data, data.sample.device
+        self.total_steps = options["epochs"] * data.steps_per_epoch
         parameters: list[Tensor] = [p for p in pair.parameters() if p.requires_grad]
         if not parameters:
             raise ValueError(f"pair: {type(pair).__name__} has no parameters to train.")
-        self.optimizer = (optimizer or self._adam)(parameters)
+        first_lr = float(pair.default_lr if lr is None else lr)
+        on_gpu = self.device.type == "cuda"
+        if optimizer is None:
+            # Fused kernels read the learning rate as float32, whatever the default type.
+            rate = torch.tensor(first_lr, dtype=torch.float32, device=self.device) if on_gpu else first_lr
+            optimizer = partial(torch.optim.Adam, lr=rate, fused=True, capturable=on_gpu)
+        self.optimizer: Optimizer = optimizer(parameters)
         own = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self.lr = own[0] if lr is None else self.lr
+        self.lr = own[0] if lr is None else first_lr
         self.base_lrs = [self.lr * rate / own[0] for rate in own]
-        self.svi = SVI(
-            pair.model,
-            pair.guide,
-            self.optimizer,
-            loss,
-            backend=backend,
-            num_steps=self.total_steps,
-            prepare=data.batch,
-            dataset_size=data.size,
-            checked=True,  # a resumed run records its first step too
-        )
+        programs = (pair.model, pair.guide, self.optimizer, loss)
+        recording: Any = {"num_steps": self.total_steps, "checked": True}  # a resumed run records its first step too
+        self.svi = SVI(*programs, backend=options["backend"], prepare=data.batch, dataset_size=data.size, **recording)
         self.num_held_out = sum(map(len, data.validation))
-        size = self.num_held_out or data.size
-        self.scorer = SVI(pair.model, pair.guide, self.optimizer, loss, backend="eager", dataset_size=size)
+        self.scorer = SVI(*programs, backend="eager", dataset_size=self.num_held_out or data.size)
         with seeded(0, self.device):  # a loss that cannot take this pair says so here
             self.scorer.evaluate_loss(data.sample[:2])
-        self.options: dict[str, Any] = {
+        self.options = {
             "pair": type(pair).__name__,
             "data": [data.size, data.sample.shape[1]],
             "held-out data": self.num_held_out,
-            "loss": " ".join([type(loss).__name__, f"alpha={loss.alpha}" if hasattr(loss, "alpha") else ""]).strip(),
+            "loss": " ".join([type(loss).__name__, *([f"alpha={loss.alpha}"] if hasattr(loss, "alpha") else [])]),
             "particles": getattr(loss, "num_particles", 1),
-            "epochs": epochs,
+            **options,
             "steps": self.total_steps,
             "lr": self.lr,
-            "schedule": schedule,
             "optimizer": type(self.optimizer).__name__,
             "device": self.device.type,
-            "backend": backend,
         }
+        self.generators: dict[str, torch.Generator] = {"cpu": torch.default_generator}
+        if on_gpu:
+            self.generators["cuda"] = torch.cuda.default_generators[self.device.index]
+        if data.generator is not None:
+            self.generators["loader"] = data.generator
         self.epoch = self.step = self.threads = 0
         self.seconds = 0.0
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] | None = None
 
-    def _adam(self, parameters: list[Tensor]) -> Optimizer:
-        on_gpu = self.device.type == "cuda"
-        # Fused kernels read the learning rate as float32, whatever the default type.
-        lr = torch.tensor(self.lr, dtype=torch.float32, device=self.device) if on_gpu else self.lr
-        return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=on_gpu)
-
-    @property
-    def device(self) -> torch.device:
-        return self.data.sample.device
-
-    def copy_weights(self) -> dict[str, Tensor]:
-        return _copy(self.pair.state_dict())
-
     def state(self) -> dict[str, Any]:
         return {
-            "pair": self.copy_weights(),
+            "pair": copy.deepcopy(self.pair.state_dict()),
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
             "random": self.random_state(),
-            "epoch": self.epoch,
-            "step": self.step,
-            "seconds": self.seconds,
-            "history": list(self.history),
-            "best": self.best,
+            **{name: getattr(self, name) for name in COUNTERS},
             "options": self.options,
             "threads": self.threads,
             "products": product_choices(),
@@ -294,15 +333,12 @@ class _Run:
             raise ValueError("resume: the checkpoint holds no training state of fit.")
         for name, now in self.options.items():
             if (then := state["options"].get(name)) != now:
-                longer = (
-                    " To train longer, let it end as it was started; then start a new fit from its weights, with "
-                    "initialize=False and another checkpoint."
-                )
-                raise ValueError(
-                    f"resume: the checkpoint is of a run with {name} {then}, and these options make it {now}. "
-                    "Resume with everything that the run was started with."
-                    f"{longer if name == 'epochs' and now > (then or 0) else ''}"
-                )
+                message = f"resume: the checkpoint is of a run with {name} {then}, and these options make it {now}. "
+                message += "Resume with everything that the run was started with."
+                if name == "epochs" and now > (then or 0):
+                    message += " To train longer, let it end as it was started; then start a new fit from its weights, "
+                    message += "with initialize=False and another checkpoint."
+                raise ValueError(message)
         try:
             self.pair.load_state_dict(state["pair"])
         except RuntimeError as error:
@@ -316,83 +352,42 @@ class _Run:
                 group["lr"] = group["lr"].to(self.device)
         restore_product_choices(state["products"])
         self.set_random_state(state["random"])
-        self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
-        self.history, self.best = list(state["history"]), state["best"]
+        for name in COUNTERS:
+            setattr(self, name, state[name])
 
     def random_state(self) -> dict[str, Tensor]:
-        random = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.device)
-        if self.data.generator is not None:
-            random["loader"] = self.data.generator.get_state()
-        return random
+        return {name: generator.get_state() for name, generator in self.generators.items()}
 
     def set_random_state(self, random: dict[str, Tensor]) -> None:
-        torch.set_rng_state(random["cpu"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(random["cuda"], self.device)
-        if self.data.generator is not None and "loader" in random:
-            self.data.generator.set_state(random["loader"])
+        for name in self.generators.keys() & random:
+            self.generators[name].set_state(random[name])
 
     def count_products(self, batch_size: int) -> float:
         """Count the floating-point operations in the matrix products of a loss on one batch."""
         with seeded(0, self.device):
             return count_products(lambda: self.scorer.evaluate_loss(self.data.sample[:batch_size]))
 
-    def take_step(self, argument: Tensor) -> Tensor:
-        """Update the weights once. Returns the bound before the update, nats per datum."""
-        factor = self.factor(self.step / self.total_steps)
-        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-            if isinstance(group["lr"], Tensor):  # a CUDA graph reads this very tensor
-                group["lr"].fill_(base * factor)
-            else:
-                group["lr"] = base * factor
-        bound = -self.svi.step(argument)
-        self.step += 1
-        return bound
-
-    def validation_bound(self) -> float:
-        """Bound on the held-out data, nats per datum, with the same noise at every call."""
-        total = torch.zeros((), device=self.device)
-        with seeded(0, self.device):
-            for batch in self.data.validation:
-                total -= self.scorer.evaluate_loss(batch) * (len(batch) / self.num_held_out)
-        return float(total)
-
     def train(
-        self,
-        epochs: int,
-        patience: int | None,
-        progress: bool | None,
-        checkpoint: Path | None,
-        monitor: Callable[[int], Mapping[str, float]] | None,
+        self, progress: bool | None, checkpoint: Path | None, monitor: Callable[[int], Mapping[str, float]] | None
     ) -> FitResult:
         """Train to the last epoch. A run that is stopped inside an epoch goes back to the end of the one before it."""
-        good, written = self.state(), time.monotonic()
-        if checkpoint is not None:  # a run that is killed in its first epoch resumes too
-            save_state(checkpoint, good)
+        epochs, patience = self.options["epochs"], self.options["patience"]
+        good, written = self.state(), -math.inf  # written at once: a run that is killed in its first epoch resumes too
         stopped = False
         disable = None if progress is None else not progress
-        bar = tqdm(total=epochs, initial=self.epoch, unit="epoch", disable=disable, leave=False)
         try:
-            with bar:
-                while self.epoch < epochs and not (stopped := has_run_out_of_patience(self.epoch, self.best, patience)):
-                    start = time.perf_counter()
-                    row = self._one_epoch(good)
-                    self.seconds += time.perf_counter() - start
-                    row["seconds"] = self.seconds
-                    if monitor is not None:
-                        with same_random_state():
-                            row |= {name: float(value) for name, value in monitor(self.epoch).items()}
-                    self.history.append(row)
-                    good = self.state()
+            with tqdm(total=epochs, initial=self.epoch, unit="epoch", disable=disable, leave=False) as bar:
+                while self.epoch < epochs and not (stopped := _patience_is_over(self.epoch, self.best, patience)):
                     if checkpoint is not None and time.monotonic() - written > SECONDS_BETWEEN_CHECKPOINTS:
                         save_state(checkpoint, good)
                         written = time.monotonic()
-                    shown = {"train": f"{row['train_bound']:.2f}"}
-                    if "validation_bound" in row:
-                        shown["validation"] = f"{row['validation_bound']:.2f}"
-                    bar.set_postfix(shown | {"unit": "nats/datum"})
+                    row = self._one_epoch(good)
+                    if monitor is not None:
+                        with same_random_state():
+                            row |= {name: float(value) for name, value in monitor(self.epoch).items()}
+                    self.history = [*self.history, row]  # a new list: states keep the old one
+                    good = self.state()
+                    bar.set_postfix({k: f"{v:.2f}" for k, v in _bounds(row).items()} | {"unit": "nats/datum"})
                     bar.update()
         except KeyboardInterrupt:
             self.restore(good)
@@ -405,32 +400,121 @@ class _Run:
         return FitResult(self.history, self.seconds, self.step, stopped, str(self.device))
 
     def _one_epoch(self, good: dict[str, Any]) -> dict[str, float]:
+        """Train for an epoch, and return its row of the history."""
+        start = time.perf_counter()
         total = torch.zeros((), device=self.device)
         weight = 0
-        with watch_for_interrupt() as raise_if_pressed:
+        with _watch_for_interrupt() as is_pressed:
             for argument in self.data.arguments():
                 bound = self.take_step(argument)
-                raise_if_pressed()
+                if is_pressed():
+                    raise KeyboardInterrupt
                 total += bound * len(argument)
                 weight += len(argument)
                 # Reading the bound waits for a GPU: there it is read once an epoch.
                 if self.device.type == "cpu" and not math.isfinite(bound):
-                    raise_divergence(self, good)
+                    self._raise_divergence(good)
         train_bound = float(total) / weight
         self.epoch += 1
-        row = {"epoch": self.epoch, "step": self.step, "train_bound": train_bound}
         if not math.isfinite(train_bound) or not self.weights_are_good(argument):
-            raise_divergence(self, good)
+            self._raise_divergence(good)
+        row = {"epoch": self.epoch, "step": self.step, "train_bound": train_bound}
         if self.data.validation:
             row["validation_bound"] = bound_now = self.validation_bound()
             if self.best is None or bound_now > self.best["bound"]:
-                self.best = {"bound": bound_now, "epoch": self.epoch, "pair": self.copy_weights()}
-        row["lr"] = float(self.optimizer.param_groups[0]["lr"])
-        return row
+                weights = copy.deepcopy(self.pair.state_dict())
+                self.best = {"bound": bound_now, "epoch": self.epoch, "pair": weights}
+        self.seconds += time.perf_counter() - start
+        return row | {"lr": float(self.optimizer.param_groups[0]["lr"]), "seconds": self.seconds}
+
+    def take_step(self, argument: Tensor) -> Tensor:
+        """Update the weights once. Returns the bound before the update, nats per datum."""
+        factor = SCHEDULES[self.options["schedule"]](self.step / self.total_steps)
+        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            if isinstance(group["lr"], Tensor):  # a CUDA graph reads this very tensor
+                group["lr"].fill_(base * factor)
+            else:
+                group["lr"] = base * factor
+        bound = -self.svi.step(argument)
+        self.step += 1
+        return bound
+
+    def validation_bound(self) -> float:
+        """Bound on the held-out data, nats per datum, with the same noise at every call."""
+        with seeded(0, self.device):
+            parts = [self.scorer.evaluate_loss(b) * (len(b) / self.num_held_out) for b in self.data.validation]
+        return -float(sum(parts))
 
     def weights_are_good(self, argument: Tensor) -> bool:
         """Return whether the weights are finite, and so is the loss that they give."""
-        if bad_weights(self.pair):
+        if self._bad_weights():
             return False
         with seeded(0, self.device):
             return math.isfinite(self.svi.evaluate_loss(argument))
+
+    def _bad_weights(self) -> list[str]:
+        return [name for name, p in self.pair.named_parameters() if not torch.isfinite(p).all()]
+
+    def _raise_divergence(self, good: dict[str, Any]) -> NoReturn:
+        """Go back to the state ``good``, repeat the steps one by one, stop before the bad one, and name it."""
+        self.restore(good)
+        before = copy.deepcopy(self.pair.state_dict())
+        for argument in self.data.arguments():
+            weights, random = copy.deepcopy(self.pair.state_dict()), self.random_state()
+            bound_is_finite = math.isfinite(self.take_step(argument))
+            if bound_is_finite and self.weights_are_good(argument):
+                before = weights
+                continue
+            what, where, step, bad = "the loss", "", self.step, self._bad_weights()
+            if bound_is_finite and not bad:  # the weights after this step give a bad loss: look with them
+                step += 1
+            else:
+                self.pair.load_state_dict(weights)
+                self.set_random_state(random)
+            if bound_is_finite and bad:
+                what, where = "a gradient", f" in parameter '{bad[0]}'"
+            if site := self._first_nonfinite_site(self.data.batch(argument)):
+                where = f" at site '{site}'{where}"
+            self.pair.load_state_dict(weights if bound_is_finite else before)
+            raise TrainingDiverged(
+                f"{what} turned NaN or infinite at step {step} (epoch {self.epoch + 1}){where}. The pair keeps the "
+                f"last weights that gave a finite loss. Try a lower lr (now {self.lr:g}), or look at that site's "
+                "distribution for a scale near 0 or a log of 0."
+            )
+        raise TrainingDiverged(
+            f"the loss turned NaN or infinite in epoch {self.epoch + 1}; it did not when that was repeated."
+        )
+
+    def _first_nonfinite_site(self, batch: Tensor) -> str | None:
+        """First site, guide before model, whose value or log density is NaN or infinite; None where all are finite."""
+        guide_trace = poutine.trace(self.svi.guide).get_trace(batch)
+        model_trace = poutine.trace(poutine.replay(self.svi.model, trace=guide_trace)).get_trace(batch)
+        nodes: list[tuple[str, Any]] = [*guide_trace.nodes.items(), *model_trace.nodes.items()]
+        for name, site in ((name, site) for name, site in nodes if site["type"] == "sample"):
+            if not all(torch.isfinite(v).all() for v in (site["value"], site["fn"].log_prob(site["value"]))):
+                return name
+        return None
+
+
+@contextmanager
+def _watch_for_interrupt() -> Iterator[Callable[[], bool]]:
+    """Give a function that returns whether Ctrl-C has been pressed inside the block.
+
+    Python drops the exception itself where it arrives in ``__del__`` or in the callback of a weak reference. Outside
+    the main thread, and where the caller handles SIGINT, nothing is watched.
+    """
+    was_pressed = False
+
+    def press(number: int, frame: Any) -> None:
+        nonlocal was_pressed
+        was_pressed = True
+        signal.default_int_handler(number, frame)
+
+    in_main = threading.current_thread() is threading.main_thread()
+    if is_watched := in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: was_pressed
+    finally:
+        if is_watched and signal.getsignal(signal.SIGINT) is press:
+            signal.signal(signal.SIGINT, signal.default_int_handler)

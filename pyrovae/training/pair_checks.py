@@ -30,8 +30,7 @@ def check_pair(pair: Pair, x: Tensor, argument: str = "x", *, binarize: bool = F
             finds a mistake.
         Exception: the guide or the model raises it; a note says on which rows it ran.
     """
-    parameter = next(pair.parameters(), None)
-    few = x[:2] if parameter is None else x[:2].to(parameter.device, parameter.dtype)
+    few = x[:2].to(next(pair.parameters(), x))
     if binarize:
         if not ((x >= 0) & (x <= 1)).all():
             raise ValueError(
@@ -41,30 +40,30 @@ def check_pair(pair: Pair, x: Tensor, argument: str = "x", *, binarize: bool = F
         few = few.round()
     guide_trace, model_trace = _trace_pair(pair, few, argument)
     own = {id(p) for p in pair.parameters()}
-    site: Any
-    for trace in (guide_trace, model_trace):
-        for name, site in trace.nodes.items():
-            if site["type"] == "param" and id(_unconstrained(site["value"])) not in own:
-                raise ValueError(
-                    f"pair: pyro.param('{name}') lives in Pyro's global store, so two instances would share it and no "
-                    "state_dict would hold it. Make it an nn.Parameter or a PyroParam, or wrap the functions in "
-                    "FunctionPair."
-                )
+    nodes: list[tuple[str, Any]] = [*guide_trace.nodes.items(), *model_trace.nodes.items()]
+    for name, value in ((name, site["value"]) for name, site in nodes if site["type"] == "param"):
+        if id(value.unconstrained() if hasattr(value, "unconstrained") else value) not in own:
+            raise ValueError(
+                f"pair: pyro.param('{name}') lives in Pyro's global store, so two instances would share it and no "
+                "state_dict would hold it. Make it an nn.Parameter or a PyroParam, or wrap the functions in "
+                "FunctionPair."
+            )
     _check_plates(pair, few, argument, guide_trace, model_trace)
     if not binarize:
-        for name, site in model_trace.nodes.items():
-            if site["type"] == "sample" and site["is_observed"] and site["value"] is few:
-                _check_support(x, few, argument, name, site["fn"].support)
+        for name, site in _observing_sites(model_trace, few).items():
+            _check_support(x, few, argument, name, site["fn"].support)
     with pyro.validation_enabled(True), _name_rows("guide and the model", few, argument):
         Structure.of(pair.model, pair.guide, (few,), {})
 
 
-def _trace_pair(pair: Pair, few: Tensor, argument: str) -> tuple[Any, Any]:
-    with _undisturbed():
-        with _name_rows("guide", few, argument):
-            guide_trace = poutine.trace(pair.guide).get_trace(few)
-        with _name_rows("model", few, argument):
-            return guide_trace, poutine.trace(poutine.replay(pair.model, trace=guide_trace)).get_trace(few)
+def observed_support(pair: Pair, few: Tensor) -> constraints.Constraint | None:
+    """Support of one feature at the site that observes ``few``; None where no site observes it."""
+    _, trace = _trace_pair(pair, few, "the data")
+    return next((_of_one_feature(site["fn"].support) for site in _observing_sites(trace, few).values()), None)
+
+
+def _of_one_feature(support: constraints.Constraint) -> constraints.Constraint:
+    return getattr(support, "base_constraint", support)
 
 
 @contextmanager
@@ -78,26 +77,38 @@ def _name_rows(program: str, few: Tensor, argument: str) -> Iterator[None]:
         raise
 
 
+def _trace_pair(pair: Pair, few: Tensor, argument: str) -> tuple[Any, Any]:
+    """Run the guide and the model without gradients and validation, and leave the random state alone."""
+    with torch.random.fork_rng([]), torch.no_grad(), pyro.validation_enabled(False):
+        with _name_rows("guide", few, argument):
+            guide_trace = poutine.trace(pair.guide).get_trace(few)
+        with _name_rows("model", few, argument):
+            return guide_trace, poutine.trace(poutine.replay(pair.model, trace=guide_trace)).get_trace(few)
+
+
+def _observing_sites(trace: Any, few: Tensor) -> dict[str, Any]:
+    sites = {name: site for name, site in trace.nodes.items() if site["type"] == "sample" and site["is_observed"]}
+    return {name: site for name, site in sites.items() if site["value"] is few}
+
+
 def _check_plates(pair: Pair, few: Tensor, argument: str, guide_trace: Any, model_trace: Any) -> None:
     """Raise unless all that follows the batch is inside the plate ``data``, by which objectives weigh mini-batches."""
-    batch = len(few)
-    if suspects := _plates_of_size(guide_trace, batch) | _plates_of_size(model_trace, batch):  # perhaps by chance
-        longer = _trace_pair(pair, torch.cat([few, few[:1]]), argument)
-        names = suspects & (_plates_of_size(longer[0], batch + 1) | _plates_of_size(longer[1], batch + 1))
-        if names:
+    if suspects := _plates_of_size(len(few), guide_trace, model_trace):  # some may have this size by chance
+        longer = torch.cat([few, few[:1]])
+        if names := suspects & _plates_of_size(len(longer), *_trace_pair(pair, longer, argument)):
             raise ValueError(
                 f"pair: expected the plate over the batch to be named 'data', by which objectives weigh mini-batches; "
                 f"found {', '.join(map(repr, sorted(names)))}. {PLATE}"
             )
-    for name, site in model_trace.nodes.items():
-        if site["type"] != "sample" or site_is_subsample(site):
-            continue
-        if site["is_observed"] and site["value"] is few and not _is_per_datum(site):
+    for name, site in _observing_sites(model_trace, few).items():
+        if not _is_per_datum(site):
             raise ValueError(
                 f"model: expected site '{name}', which observes the batch, inside the plate 'data'. {PLATE}"
             )
+    for name, site in model_trace.nodes.items():
+        is_latent = site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
         in_guide = guide_trace.nodes.get(name)
-        if not site["is_observed"] and in_guide is not None and _is_per_datum(in_guide) != _is_per_datum(site):
+        if is_latent and in_guide is not None and _is_per_datum(in_guide) != _is_per_datum(site):
             inside, outside = ("model", "guide") if _is_per_datum(site) else ("guide", "model")
             raise ValueError(
                 f"{outside}: expected site '{name}' inside the plate 'data', as in the {inside}; found it outside. "
@@ -105,9 +116,10 @@ def _check_plates(pair: Pair, few: Tensor, argument: str, guide_trace: Any, mode
             )
 
 
-def _plates_of_size(trace: Any, size: int) -> set[str]:
+def _plates_of_size(size: int, *traces: Any) -> set[str]:
     """Names of the plates of this size, without the plate ``data``."""
-    frames = [frame for site in trace.nodes.values() if site["type"] == "sample" for frame in site["cond_indep_stack"]]
+    sites = [site for trace in traces for site in trace.nodes.values() if site["type"] == "sample"]
+    frames = [frame for site in sites for frame in site["cond_indep_stack"]]
     return {frame.name for frame in frames if frame.vectorized and frame.size == size and frame.name != "data"}
 
 
@@ -115,44 +127,18 @@ def _is_per_datum(site: Any) -> bool:
     return any(frame.name == "data" for frame in site["cond_indep_stack"])
 
 
-def observed_support(pair: Pair, few: Tensor) -> constraints.Constraint | None:
-    """Support of one feature at the site that observes ``few``; None where no site observes it."""
-    with _undisturbed(), _name_rows("model", few, "the data"):
-        trace = poutine.trace(pair.model).get_trace(few)
-    site: Any
-    for site in trace.nodes.values():
-        if site["type"] == "sample" and site["is_observed"] and site["value"] is few:
-            return _of_one_feature(site["fn"].support)
-    return None
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Leave the random state alone, and run without gradients and without Pyro's validation."""
-    with torch.random.fork_rng([]), torch.no_grad(), pyro.validation_enabled(False):
-        yield
-
-
-def _of_one_feature(support: constraints.Constraint) -> constraints.Constraint:
-    return getattr(support, "base_constraint", support)
-
-
-def _unconstrained(value: Any) -> Any:
-    return value.unconstrained() if hasattr(value, "unconstrained") else value
-
-
 def _check_support(x: Tensor, few: Tensor, argument: str, name: str, support: constraints.Constraint) -> None:
     try:
         inside = support.check(x)
     except RuntimeError:  # its limits lie on another device, or differ between data: check the few rows instead
         x, inside = few, support.check(few)
-    if bool(inside.all()):
+    if inside.all():
         return
     message = (
         f"{argument}: expected values in the support of site '{name}', {_of_one_feature(support)}; got values from "
         f"{x.min():g} to {x.max():g}, outside it in {int((~inside).sum())} of {inside.numel()} data."
     )
-    if _of_one_feature(support) is constraints.boolean and bool(((x >= 0) & (x <= 1)).all()):
+    if _of_one_feature(support) is constraints.boolean and ((x >= 0) & (x <= 1)).all():
         message += (
             " These are grey pixels: pass binarize=True to draw each as 0 or 1 at every use, or choose a likelihood "
             "over [0, 1]."

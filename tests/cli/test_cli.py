@@ -308,7 +308,7 @@ def test_also_and_all_choose_the_measurements(monkeypatch, digits_run, command, 
         asked.append(list(also))
         raise ValueError("enough")
 
-    monkeypatch.setattr("pyrovae.cli.fits.evaluate", keep)
+    monkeypatch.setattr("pyrovae.cli.runs.evaluate", keep)
     monkeypatch.setattr("pyrovae.cli.report.evaluate", keep)
     for options in ([], ["--all"], ["--also", "collapse"], ["--also", "collapse", "--all"]):
         assert call(command, digits_run, "--num-samples", 2, *options) == 2
