@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -196,7 +196,8 @@ class SVI:
     def _eager_step(self, args: tuple, kwargs: dict) -> Tensor:
         if not self._names_params:
             self.optim.zero_grad(set_to_none=True)  # type: ignore[union-attr]
-            with self._handlers():
+            is_ours = hasattr(self.loss, "_bound")  # Pyro's losses take gradients where parameters are announced
+            with self._handlers(), nullcontext() if is_ours else poutine.trace(param_only=True):
                 loss = self.loss.loss_and_grads(self.model, self.guide, *self._prepared(args), **kwargs)
             self.optim.step()  # type: ignore[union-attr]
             self.optim.zero_grad(set_to_none=True)  # type: ignore[union-attr]
@@ -288,9 +289,8 @@ class SVI:
             used[:] = [p for p, g in zip(wanted, gradients, strict=True) if g is not None]
             return (loss.detach(), *[g for g in gradients if g is not None])
 
-        record = Recorded(
-            loss_and_gradients, tensors, self._setting.modules, partial(loss_and_gradients, as_floats=True)
-        )
+        reference = partial(loss_and_gradients, as_floats=True)
+        record = Recorded(loss_and_gradients, tensors, self._setting.modules, reference)
         # Another shape, a short last batch say, is recorded too, but is not worth a compiler's time.
         is_first = (kind := (self._setting.key(), form)) not in self._compiled
         recorded = _RecordedStep(record, list(used), optimizer, tensors, compiled=is_first)
