@@ -1,4 +1,4 @@
-"""The pairs. ``REGISTRY`` is what the command line and the tests walk: a new pair is one line here."""
+"""Pairs that the library offers. The command line and the tests read ``REGISTRY``: a new pair is one line there."""
 
 from pyrovae.models.gmm import GMM
 from pyrovae.models.iwae import IWAE
@@ -9,9 +9,9 @@ from pyrovae.pair import Pair
 REGISTRY: dict[str, type[Pair]] = {"gmm": GMM, "ppca": PPCA, "vae": VAE, "iwae": IWAE}
 
 DEFAULT_OPTIONS = {"gmm": {"num_components": 2}, "ppca": {"latent_dim": 2}}
-"""What the command line passes for constructor arguments that have no default."""
+"""Values that the command line passes for constructor arguments that have no default."""
 
 DEFAULT_DATA = {"gmm": "faithful", "ppca": "iris"}
-"""What the command line trains on when no data are named; ``digits`` for the others."""
+"""Data sets that the command line takes where none is named; the other pairs take ``digits``."""
 
 __all__ = ["DEFAULT_DATA", "DEFAULT_OPTIONS", "GMM", "IWAE", "PPCA", "REGISTRY", "VAE"]

@@ -17,6 +17,7 @@ from torch.distributions import constraints
 from torch.linalg import solve_triangular
 
 from pyrovae.checks import check_choice, check_data, check_positive
+from pyrovae.infer import TraceEnum_ELBO
 from pyrovae.networks import MLP
 from pyrovae.pair import Pair
 
@@ -27,7 +28,7 @@ __all__ = ["GMM"]
 
 
 class GMM(Pair):
-    """A mixture of K Gaussians, p(x) = Σ_k π_k N(x | μ_k, Σ_k).
+    """Mixture of K Gaussians, p(x) = Σ_k π_k N(x | μ_k, Σ_k).
 
     It trains in three ways: by SVI with the component summed out (no guide site), by SVI with an amortized
     guide q(z | x) = Categorical(logits = network(x)), and by exact EM (:func:`pyrovae.fit_em`).
@@ -44,11 +45,11 @@ class GMM(Pair):
     ============= ======================== =========
 
     Args:
-        num_components: K.
-        data_dim: D.
+        num_components: number K of components.
+        data_dim: number D of features.
         covariance: ``full``, ``tied``, ``diag`` or ``spherical``.
-        amortized: the guide is a network; otherwise there is none and the component is always summed out.
-        hidden_dims: the network's hidden layers.
+        amortized: make the guide a network. Otherwise the guide is empty and the component is always summed out.
+        hidden_dims: widths of the network's hidden layers.
 
     Raises:
         TypeError, ValueError: K or D is not a positive whole number; an unknown covariance.
@@ -58,19 +59,19 @@ class GMM(Pair):
     """
 
     default_lr = 0.02
-    """Few parameters and no deep network: large steps."""
+    """Learning rate: large, as there are few parameters and no deep network."""
 
     batched_em = True
-    """The EM methods take parameters with leading dimensions, one row a restart: see ``fit_em``."""
+    """Mark for ``fit_em``: the EM methods take parameters with leading dimensions, one row a restart."""
 
     covariance_floor = 1e-6
-    """In EM no component's variance, in any direction, falls below this fraction of the data's. Without a floor
+    """Fraction of the data's variance below which EM lets no component's variance fall, in any direction. Without it
     the likelihood is unbounded: a component that shrinks onto one point has infinite density there."""
 
     weights: Any  # reads as a Tensor, and so does scale
     scale: Any
     floored: Tensor
-    """(K,) which components the last M step held at the floor."""
+    """Components that the last M step held at the floor, (K,), bool."""
 
     def __init__(
         self,
@@ -113,7 +114,7 @@ class GMM(Pair):
     def guide(self, x: Tensor) -> None:
         if not self.amortized:
             return
-        # Pyro's sampling losses warn about guide sites marked for enumeration: mark only when someone enumerates.
+        # Pyro's sampling losses warn about guide sites marked for enumeration: mark the site only under an enumeration.
         enumerated = any(isinstance(handler, EnumMessenger) for handler in _PYRO_STACK)
         with pyro.plate("data", len(x), dim=-1):
             logits = self.encoder((x - self.feature_loc) / self.feature_scale)
@@ -121,34 +122,32 @@ class GMM(Pair):
             pyro.sample("z", dist.Categorical(logits=logits), infer=infer)
 
     def component(self, z: Tensor) -> dist.TorchDistribution:
-        """p(x | z): batch shape ``z.shape``, event shape (D,)."""
+        """Return p(x | z), of batch shape ``z.shape`` and event shape (D,)."""
         scale = self.scale[0] if self.covariance == "tied" else self.scale[z]
         if self._has_matrices:
             return dist.MultivariateNormal(self.loc[z], scale_tril=scale)
         return dist.Normal(self.loc[z], scale).to_event(1)
 
     def default_loss(self) -> ELBO:
-        from pyrovae.infer import TraceEnum_ELBO
-
         return TraceEnum_ELBO(max_plate_nesting=1)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Exact log p(x), (N, D) → (N,), nats."""
+        """Return the exact log p(x), (N, D) → (N,), in nats."""
         return self._log_joint(x)[0].logsumexp(-2)
 
     def posterior(self, x: Tensor) -> dist.Categorical:
-        """Exact p(z | x), the responsibilities: a Categorical of batch shape (N,)."""
+        """Return the exact p(z | x), the responsibilities: a Categorical of batch shape (N,)."""
         return dist.Categorical(logits=self._log_joint(x)[0].mT)
 
     @property
     def covariance_matrix(self) -> Tensor:
-        """(K, D, D)."""
+        """Return the components' covariances, (K, D, D)."""
         scale = self.scale if self._has_matrices else self.scale.expand_as(self.loc).diag_embed()
         return (scale @ scale.mT).expand(self.num_components, -1, -1)
 
     @property
     def num_parameters(self) -> int:
-        """Free parameters of the mixture, as BIC and AIC count them."""
+        """Count the free parameters of the mixture, for BIC and AIC."""
         k, d = self.num_components, self.data_dim
         of_covariance = {
             "full": k * d * (d + 1) // 2,
@@ -160,12 +159,13 @@ class GMM(Pair):
 
     @torch.no_grad()
     def initialize(self, x: Tensor, *, seed: int | None = None) -> None:
-        """Start at K data that lie far apart (k-means++, on standardised features), with equal weights and, for
-        every component, the covariance of the data about the nearest of them.
+        """Start with means at K data that lie far apart, by k-means++ on standardised features.
+
+        Weights start equal. Every component starts with the covariance of the data about the nearest of the means.
 
         Args:
-            x: (N, D).
-            seed: of the draw; without one, torch's global generator draws.
+            x: data, (N, D).
+            seed: seed of the draw. Without one, torch's global generator draws.
 
         Raises:
             ValueError: fewer data than components, or not finite data of shape (N, D).
@@ -208,12 +208,12 @@ class GMM(Pair):
 
     @torch.no_grad()
     def expected_statistics(self, x: Tensor) -> dict[str, Tensor]:
-        """The E step: sums over data under p(z | x), which add over chunks of ``x``.
+        """Return the sums over data of the E step, under p(z | x). They add over chunks of ``x``.
 
         With responsibilities r_nk and y_nk = L_k⁻¹ (x_n − μ_k), L_k the Cholesky factor (or the standard deviations):
         ``count`` Σ_n r_nk, ``first`` Σ_n r_nk y_nk, ``second`` Σ_n r_nk y_nk y_nkᵀ, or the part of it that
-        ``covariance`` needs, and ``log_likelihood`` Σ_n log p(x_n). Moments of y, which the density needs anyway, are
-        of order one: they stay accurate where those of x about the origin would cancel.
+        ``covariance`` needs, and ``log_likelihood`` Σ_n log p(x_n). The density needs y anyway. Moments of y are of
+        order one, so they stay accurate where moments of x about the origin would cancel.
         """
         log_joint, y = self._log_joint(x)
         log_prob = log_joint.logsumexp(-2, keepdim=True)
@@ -234,10 +234,10 @@ class GMM(Pair):
         }
 
     def maximize(self, statistics: dict[str, Tensor]) -> None:
-        """The M step: set the parameters that maximise the expected log joint, in closed form.
+        """Set the parameters that maximise the expected log joint, in closed form: the M step.
 
-        Variances are kept above ``covariance_floor``, relative to the data's. Clamping the eigenvalues is the
-        maximiser under that constraint, so the likelihood does not fall. A component without data stays as it is.
+        Variances stay above ``covariance_floor`` times the data's. Clamping the eigenvalues gives the maximum under
+        that constraint, so the likelihood does not fall. A component without data stays as it is.
         """
         count, first, second = (statistics[name] for name in ("count", "first", "second"))
         tiny = torch.finfo(count.dtype).tiny
@@ -274,10 +274,12 @@ class GMM(Pair):
         self.floored = floored.expand_as(count)
 
     def _log_joint(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """log p(x, z = k), shape (..., K, N), and y = L_k⁻¹ (x − μ_k), shape (..., K, D, N)."""
+        """Return log p(x, z = k), (..., K, N), and y = L_k⁻¹ (x − μ_k), (..., K, D, N)."""
         if x.shape[-1] != self.data_dim:
             raise ValueError(f"x: expected shape (N, {self.data_dim}); got {tuple(x.shape)}.")
-        scale, loc = self.scale, self.loc.unsqueeze(-1)
+        # Far from the origin the two products below would cancel, so both are taken about one point among the means.
+        centre = self.loc.detach().reshape(-1, self.data_dim).mean(0)
+        x, scale, loc = x - centre, self.scale, (self.loc - centre).unsqueeze(-1)
         if self._has_matrices:
             inverse = solve_triangular(scale, torch.eye(self.data_dim).to(scale), upper=False).expand(
                 *loc.shape[:-1], -1
@@ -293,20 +295,20 @@ class GMM(Pair):
         return constant.unsqueeze(-1) - 0.5 * y.square().sum(-2), y
 
     def _average(self, variance: Tensor) -> Tensor:
-        """One variance for all features, if spherical."""
+        """Average variances over features where the covariance is spherical; else return them as they are."""
         return variance.mean(-1, keepdim=True) if self.covariance == "spherical" else variance
 
     def _factor(self, covariance: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-        """The ``scale`` of a covariance, and which components the floor changed. ``variance``: the data's, (..., D)."""
+        """Return ``scale`` for covariances and which the floor changed, given the data's ``variance`` (..., D)."""
         variance = self._average(variance).unsqueeze(-2)
         if not self._has_matrices:
             lowest = self.covariance_floor * variance
             return torch.maximum(covariance, lowest).sqrt(), (covariance < lowest).any(-1)
 
-        unit = variance.sqrt().unsqueeze(-1)  # standardise: eigenvalues compare with the floor
+        unit = variance.sqrt().unsqueeze(-1)  # of standardised data, eigenvalues compare with the floor
         correlation = covariance / (unit * unit.mT)
         tril, failed = torch.linalg.cholesky_ex(correlation)
-        # The trace of the inverse bounds its largest eigenvalue: no decomposition while that is small.
+        # The trace of the inverse bounds its largest eigenvalue: where it is small, no decomposition is needed.
         trace = solve_triangular(tril, torch.eye(self.data_dim).to(tril), upper=False).square().sum((-2, -1))
         floored = (failed > 0) | ~(trace <= 1 / self.covariance_floor)
         if floored.any():
@@ -318,7 +320,7 @@ class GMM(Pair):
 
 
 def _reference_variance(variance: Tensor, mean: Tensor) -> Tensor:
-    """The variances (..., D) that floors and standardisation refer to: a constant feature gets the others' mean."""
+    """Return the variances (..., D) of floors and standardisation. A constant feature gets the mean of the others."""
     constant = variance <= (100 * torch.finfo(variance.dtype).eps * mean).square()
     overall = variance.masked_fill(constant, 0).mean(-1, keepdim=True)
     return torch.where(constant, torch.where(overall > 0, overall, 1), variance)

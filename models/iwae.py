@@ -22,21 +22,21 @@ DEFAULT_WIDTHS = (200, 200)
 
 
 class IWAE(Pair):
-    """A chain of L stochastic layers over binary data, trained on K importance weights a datum.
+    """Chain of L stochastic layers over binary data, trained on K importance weights a datum.
 
         p(x, z) = N(z_L | 0, I) Π_l p(z_l | z_{l+1}) · Bernoulli(x | z_1)
         q(z | x) = q(z_1 | x) Π_l q(z_{l+1} | z_l)
 
-    Every conditional but the prior is a Gaussian with diagonal covariance (tanh layers, σ = exp(linear)), or the
-    Bernoulli at the bottom. The paper's two-layer network on MNIST is
+    Networks with tanh layers give every conditional: Gaussians with diagonal covariance, σ = exp(linear), and the
+    Bernoulli of the data. The paper's two-layer network on MNIST is
     ``IWAE(784, latent_dims=(100, 50), hidden_dims=((200, 200), (100, 100)), num_particles=50)``.
 
     Args:
-        data_dim: features D of a datum, each in {0, 1}.
-        latent_dims: size of each stochastic layer, from the data up; a number for one layer.
-        hidden_dims: for each stochastic layer, the widths of the hidden layers between it and what lies below. With one
-            layer its widths alone will do. The default is (200, 200) for every layer.
-        num_particles: K of the default loss, ``RenyiELBO(alpha=0, num_particles=K)``.
+        data_dim: number D of features, each in {0, 1}.
+        latent_dims: size of each stochastic layer, from the data up. One number means one layer.
+        hidden_dims: widths of the hidden layers below each stochastic layer, one group a layer. With one stochastic
+            layer, its widths alone will do. The default is (200, 200) for every layer.
+        num_particles: number K of particles of the default loss, ``RenyiELBO(alpha=0, num_particles=K)``.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class IWAE(Pair):
                 z = pyro.sample(f"z{layer}", encoder(z))
 
     def initialize(self, x: Tensor) -> None:
-        """Start the decoder at the logit of the data's mean."""
+        """Start the decoder at the logit of the mean of ``x``, (N, D)."""
         self.likelihood.initialize(x)
 
     def default_loss(self) -> ELBO:
@@ -85,7 +85,7 @@ class IWAE(Pair):
 
 
 def _groups(hidden_dims: Any, latent_dims: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """The widths of the hidden layers, one group for each stochastic layer."""
+    """Return the widths of the hidden layers, one group for each stochastic layer."""
     groups = hidden_dims if isinstance(hidden_dims, Sequence) else (hidden_dims,)
     if not any(isinstance(group, Sequence) for group in groups):
         groups = (groups,)

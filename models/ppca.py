@@ -21,16 +21,16 @@ __all__ = ["PPCA"]
 class PPCA(Pair):
     """Probabilistic principal component analysis (Tipping and Bishop 1999): p(x) = N(x | μ, W Wᵀ + σ² I).
 
-    The guide is linear and Gaussian, q(z | x) = N(A x + b, L Lᵀ), with one full covariance for all data: the
-    exact posterior is one of these, so the ELBO can reach the log likelihood. It trains by SVI, by exact EM
+    The guide is linear and Gaussian, q(z | x) = N(A x + b, L Lᵀ), with one full covariance for all data. The exact
+    posterior has this form, so the ELBO can reach the log likelihood. It trains by SVI, by exact EM
     (:func:`pyrovae.fit_em`), or at once by :meth:`fit_closed_form`.
 
-    Parameters: ``weight`` W (D, Q), ``loc`` μ (D,), ``noise_variance`` σ² (), and of the guide ``guide_weight`` (Q, D),
-    ``guide_loc`` (Q,), ``guide_scale_tril`` L (Q, Q), where A x + b is written for standardised x.
+    Parameters of the model: ``weight`` W (D, Q), ``loc`` μ (D,), ``noise_variance`` σ² (). Parameters of the guide:
+    ``guide_weight`` A (Q, D) and ``guide_loc`` b (Q,), both for standardised x, and ``guide_scale_tril`` L (Q, Q).
 
     Args:
-        data_dim: D.
-        latent_dim: Q, below D.
+        data_dim: number D of features.
+        latent_dim: number Q of latent dimensions, below D.
 
     Raises:
         TypeError, ValueError: D or Q is not a positive whole number, or Q is not below D.
@@ -40,14 +40,14 @@ class PPCA(Pair):
     """
 
     noise_floor = 1e-10
-    """In EM the noise variance does not fall below this fraction of the data's mean variance: where the data lie in
-    Q dimensions, the likelihood is unbounded."""
+    """Fraction of the data's mean variance below which EM does not let the noise variance fall. Without it the
+    likelihood is unbounded for data that lie in Q dimensions."""
 
     noise_variance: Any  # reads as a Tensor, and so does guide_scale_tril
     guide_scale_tril: Any
 
     default_lr = 0.02
-    """Few parameters and no deep network: large steps."""
+    """Learning rate: large, as there are few parameters and no deep network."""
 
     def __init__(self, data_dim: int, latent_dim: int) -> None:
         super().__init__()
@@ -80,34 +80,35 @@ class PPCA(Pair):
             pyro.sample("z", dist.MultivariateNormal(loc, scale_tril=self.guide_scale_tril))
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Exact log p(x), (N, D) → (N,), nats, in O(D·Q) a datum.
+        """Return the exact log p(x), (N, D) → (N,), in nats, in O(D·Q) a datum.
 
-        With M = Wᵀ W + σ² I, the determinant lemma gives log |W Wᵀ + σ² I| = (D − Q) log σ² + log |M|, and with the
-        posterior mean m = M⁻¹ Wᵀ (x − μ) the squared distance is |x − μ − W m|² / σ² + |m|²: sums of squares only,
-        where Woodbury's difference would cancel.
+        With M = Wᵀ W + σ² I, the determinant lemma gives log |W Wᵀ + σ² I| = (D − Q) log σ² + log |M|. With the
+        posterior mean m = M⁻¹ Wᵀ (x − μ), the squared distance is |x − μ − W m|² / σ² + |m|². It adds squares only;
+        Woodbury's formula subtracts, and would lose digits.
         """
         mean, tril = self._posterior(x)
         return self._log_prob(x, mean, tril)
 
     def posterior(self, x: Tensor) -> dist.MultivariateNormal:
-        """Exact p(z | x) = N(M⁻¹ Wᵀ (x − μ), σ² M⁻¹): batch shape (N,), event shape (Q,)."""
+        """Return the exact p(z | x) = N(M⁻¹ Wᵀ (x − μ), σ² M⁻¹), of batch shape (N,) and event shape (Q,)."""
         mean, tril = self._posterior(x)
         return dist.MultivariateNormal(mean, self.noise_variance * torch.cholesky_inverse(tril))
 
     @property
     def num_parameters(self) -> int:
-        """Free parameters of the model, as BIC and AIC count them: μ, σ², and W up to a rotation of the latents."""
+        """Count the free parameters of the model, for BIC and AIC: μ, σ², and W up to a rotation of the latents."""
         d, q = self.data_dim, self.latent_dim
         return d + 1 + d * q - q * (q - 1) // 2
 
     @torch.no_grad()
     def initialize(self, x: Tensor, *, seed: int | None = None) -> None:
-        """Start at the data's mean, with random weights on the scale of each feature and half of the mean variance as
-        noise; the guide standardises its input.
+        """Start at the data's mean, with random weights on the scale of each feature.
+
+        The noise starts at half of the mean variance. The guide standardises its input with the data's moments.
 
         Args:
-            x: (N, D).
-            seed: of the draw; without one, torch's global generator draws.
+            x: data, (N, D).
+            seed: seed of the draw. Without one, torch's global generator draws.
 
         Raises:
             ValueError: not finite data of shape (N, D), or all data are equal.
@@ -155,7 +156,7 @@ class PPCA(Pair):
                 f"data of {self.data_dim} features leave no variance for the noise. Lower latent_dim, or add data."
             )
         leading = vectors[:, : self.latent_dim]
-        sign = leading.gather(0, leading.abs().argmax(0, keepdim=True)).sign()  # eigenvectors have none of their own
+        sign = leading.gather(0, leading.abs().argmax(0, keepdim=True)).sign()  # that of an eigenvector is arbitrary
         self.weight.copy_(leading * sign * (values[: self.latent_dim] - noise_variance).clamp(min=0).sqrt())
         self.loc.copy_(loc)
         self.noise_variance = noise_variance.to(self.loc)
@@ -165,7 +166,7 @@ class PPCA(Pair):
 
     @torch.no_grad()
     def match_guide(self) -> None:
-        """Set the guide to the exact posterior; the ELBO then equals the log likelihood, sample by sample."""
+        """Set the guide to the exact posterior. The ELBO then equals the log likelihood, for every sample."""
         at_loc = self.feature_loc.unsqueeze(0)
         _, tril = self._posterior(at_loc)
         self.guide_weight.copy_(torch.cholesky_solve(self.weight.mT, tril) * self.feature_scale)
@@ -173,9 +174,9 @@ class PPCA(Pair):
         self.guide_scale_tril = self.posterior(at_loc).scale_tril[0]
 
     def expected_statistics(self, x: Tensor) -> dict[str, Tensor]:
-        """The E step: sums over data under p(z | x), which add over chunks of ``x``.
+        """Return the sums over data of the E step, under p(z | x). They add over chunks of ``x``.
 
-        With c = x − μ about the present ``loc`` and ẑ = (z, 1): ``xz`` Σ c E[ẑ]ᵀ (D, Q+1), ``zz`` Σ E[ẑ ẑᵀ] (Q+1, Q+1),
+        With c = x − μ for the present ``loc`` and ẑ = (z, 1): ``xz`` Σ c E[ẑ]ᵀ (D, Q+1), ``zz`` Σ E[ẑ ẑᵀ] (Q+1, Q+1),
         ``xx`` Σ |c|², ``log_likelihood`` Σ log p(x).
         """
         mean, tril = self._posterior(x)
@@ -191,7 +192,10 @@ class PPCA(Pair):
         }
 
     def maximize(self, statistics: dict[str, Tensor]) -> None:
-        """The M step: the regression of x on ẑ = (z, 1) gives the weights and the new mean together."""
+        """Set the parameters that maximise the expected log joint: the M step.
+
+        The regression of x on ẑ = (z, 1) gives the weights and the new mean together.
+        """
         xz, zz, xx = (statistics[name] for name in ("xz", "zz", "xx"))
         size = zz[-1, -1] * self.data_dim
         coefficients = torch.linalg.solve(zz, xz.mT).mT
@@ -202,7 +206,7 @@ class PPCA(Pair):
         self.noise_variance = torch.maximum(noise_variance, self.noise_floor * variance)
 
     def _posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean of p(z | x), (N, Q), and the Cholesky factor of M = Wᵀ W + σ² I, (Q, Q)."""
+        """Return the mean of p(z | x), (N, Q), and the Cholesky factor of M = Wᵀ W + σ² I, (Q, Q)."""
         if x.shape[-1] != self.data_dim:
             raise ValueError(f"x: expected shape (N, {self.data_dim}); got {tuple(x.shape)}.")
         gram = self.weight.mT @ self.weight

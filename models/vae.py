@@ -31,13 +31,13 @@ DECODERS: dict[str, type[BernoulliNetwork] | type[NormalSharedScaleNetwork]] = {
 
 
 class VAE(Pair):
-    """A deep latent Gaussian model with an amortized Gaussian guide.
+    """Deep latent Gaussian model with an amortized Gaussian guide.
 
         p(z) = N(0, I),    p(x | z) = likelihood(decoder(z)),    q(z | x) = N(μ(x), diag σ²(x))
 
     Args:
-        data_dim: features D of a datum.
-        latent_dim: size of z.
+        data_dim: number D of features.
+        latent_dim: number of dimensions of z.
         hidden_dims: widths of the encoder's hidden layers (tanh); the decoder mirrors them.
         likelihood: ``bernoulli`` for pixels in {0, 1}, ``continuous-bernoulli`` for grey pixels in [0, 1]
             (Loaiza-Ganem and Cunningham 2019), ``normal`` for real features, with a learned scale for each.
@@ -77,12 +77,12 @@ class VAE(Pair):
             pyro.sample("z", self.encoder((x - self.feature_loc) / self.feature_scale))
 
     def initialize(self, x: Tensor) -> None:
-        """Start the decoder at the data's mean; real features reach the encoder standardised."""
+        """Start the decoder at the mean of ``x``, (N, D), and standardise real features for the encoder."""
         self.decoder.initialize(x)
         if isinstance(self.decoder, NormalSharedScaleNetwork):
             self.feature_loc.copy_(self.decoder.feature_loc)
             self.feature_scale.copy_(self.decoder.feature_scale)
 
     def default_loss(self) -> ELBO:
-        """The ELBO with its KL in closed form: the same bound, with less noise."""
+        """Return the ELBO with its KL in closed form: the same bound, with less noise."""
         return TraceMeanField_ELBO()

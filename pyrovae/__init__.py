@@ -1,6 +1,9 @@
 """Latent-variable models as Pyro model/guide pairs: mixtures, PPCA, VAEs and IWAEs, by SVI and exact EM."""
 
-from pyrovae import data, infer, models
+from importlib import import_module
+from typing import Any
+
+from pyrovae import comparison, data, evaluation, infer, models, networks, training
 from pyrovae.cli.runs import load_run
 from pyrovae.comparison import Comparison, compare
 from pyrovae.evaluation import Scores, evaluate, to_arviz
@@ -19,13 +22,25 @@ __all__ = [
     "Scores",
     "TrainingDiverged",
     "compare",
+    "comparison",
     "data",
     "evaluate",
+    "evaluation",
     "fit",
     "fit_em",
     "infer",
     "load_run",
     "log_weights",
     "models",
+    "networks",
+    "plots",
     "to_arviz",
+    "training",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import ``plots`` when it is first used, for matplotlib takes half a second."""
+    if name == "plots":
+        return import_module("pyrovae.plots")
+    raise AttributeError(f"module 'pyrovae' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Files that are written in one step: states (tensors and plain values, never unpickled) and text."""
+"""Files written in one step, so that a crash leaves the old file or the new one: training states, text and bytes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["load_state", "save_state", "write_text"]
+__all__ = ["load_state", "save_state", "write_bytes", "write_text"]
 
 
 def save_state(path: str | Path, state: dict[Any, Any]) -> None:
-    """Write nested dicts and lists of tensors, numbers and strings. A crash leaves the old file or the new, whole."""
+    """Write nested dicts and lists of tensors, numbers and strings, as safetensors: reading them unpickles nothing."""
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_encode(state, tensors))
     temporary = Path(f"{path}.tmp")
@@ -26,11 +26,11 @@ def save_state(path: str | Path, state: dict[Any, Any]) -> None:
 
 
 def load_state(path: str | Path, argument: str = "path") -> dict[Any, Any]:
-    """Read what :func:`save_state` wrote. ``argument`` named the file.
+    """Read what :func:`save_state` wrote. ``argument`` is the name of ``path`` in messages.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or some other program's.
+        ValueError: the file is damaged, or another program wrote it.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{argument}: expected a checkpoint, found none at {path}")
@@ -47,10 +47,15 @@ def load_state(path: str | Path, argument: str = "path") -> dict[Any, Any]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A crash or an error leaves the old file or the new, whole."""
-    temporary = path.with_name(f"{path.name}.tmp")
+    """Write a text file in UTF-8. A crash or an error leaves the old file or the new, whole."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file. A crash or an error leaves the old file or the new, whole, and so do two processes at once."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

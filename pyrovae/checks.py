@@ -1,26 +1,27 @@
-"""Checks at the public boundary: each error names the argument, what was expected, what came and the fix."""
+"""Checks of public arguments. Each error names the argument, what was expected, what came and the fix."""
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_choice", "check_data", "check_positive", "count", "not_a_pair", "pick_device"]
+__all__ = ["check_choice", "check_data", "check_free_folder", "check_positive", "count", "not_a_pair", "pick_device"]
 
 
 def count(number: int, thing: str) -> str:
-    """``1 epoch``, ``2 epochs``."""
+    """Write a number with its noun: ``1 epoch``, ``2 epochs``."""
     return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def check_choice(argument: str, value: str, choices: Iterable[str]) -> None:
-    """Raise ValueError with the nearest names unless ``value`` is one of ``choices``."""
+    """Raise ValueError, with the nearest names, unless ``value`` is one of ``choices``."""
     choices = list(choices)
     if value in choices:
         return
@@ -30,8 +31,10 @@ def check_choice(argument: str, value: str, choices: Iterable[str]) -> None:
     raise ValueError(f"{argument}: expected one of {', '.join(shown)}; got {value!r}.{hint}")
 
 
-def check_positive(argument: str, value: Any, *, integer: bool = False) -> None:
-    """Raise unless ``value`` is a number above zero (a whole number, where ``integer``)."""
+def check_positive(argument: str, value: Any, *, integer: bool = False, optional: bool = False) -> None:
+    """Raise unless ``value`` is a number above zero, a whole one where ``integer``, or None where ``optional``."""
+    if optional and value is None:
+        return
     kind = "a whole number, 1 or more" if integer else "a number above 0"
     if isinstance(value, bool) or not isinstance(value, Integral if integer else Real):
         raise TypeError(f"{argument}: expected {kind}; got {value!r}.")
@@ -39,18 +42,41 @@ def check_positive(argument: str, value: Any, *, integer: bool = False) -> None:
         raise ValueError(f"{argument}: expected {kind}; got {value}.")
 
 
+def check_free_folder(argument: str, folder: Path, kind: str, *, overwrite: bool, read: Callable[[], object]) -> None:
+    """Raise FileExistsError unless ``folder`` is free for a new ``kind``: a run or a comparison.
+
+    A folder is free where nothing is there, or, with ``overwrite``, where ``read`` finds an earlier ``kind``.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not folder.is_dir():
+        raise FileExistsError(f"{argument}: expected a folder for the {kind}; {folder} is a file. Pass another name.")
+    if not overwrite:
+        raise FileExistsError(
+            f"{argument}: {folder} exists. Pass overwrite=True to replace it, resume=True to go on with it, or another "
+            "folder."
+        )
+    try:
+        read()
+    except (OSError, ValueError) as error:
+        raise FileExistsError(
+            f"{argument}: {folder} exists and holds no pyrovae {kind}, so overwrite=True leaves it alone. Pass another "
+            "folder."
+        ) from error
+
+
 def check_data(x: Any, argument: str = "x", *, data_dim: int | None = None, at_least: int = 1) -> Tensor:
     """Return ``x`` as a finite floating-point tensor (N, D), or say what is wrong with it.
 
     Args:
-        x: a tensor, or anything ``torch.as_tensor`` takes.
-        argument: its name in the messages.
-        data_dim: the D that a pair needs.
+        x: a tensor, or anything that ``torch.as_tensor`` takes.
+        argument: the name of ``x`` in messages.
+        data_dim: the D that a pair needs. None: any.
         at_least: the fewest rows allowed.
 
     Raises:
-        TypeError: not a tensor or an array of floating-point numbers.
-        ValueError: empty, not of rank 2, a wrong D, too few rows, NaN or infinite entries.
+        TypeError: ``x`` is not a tensor or an array of floating-point numbers.
+        ValueError: ``x`` is empty or not of rank 2, has another D, too few rows, or NaN or infinite entries.
     """
     if hasattr(x, "train") and hasattr(x, "convention"):
         raise TypeError(f"{argument}: expected a tensor of rows; got a data set. Pass its rows: {argument}.train.")
@@ -91,14 +117,18 @@ def check_data(x: Any, argument: str = "x", *, data_dim: int | None = None, at_l
 
 
 def not_a_pair(thing: Any) -> str:
-    """What to say when ``thing`` was passed for a pair."""
+    """Write the message of an error in which ``thing`` was passed for a pair."""
     if isinstance(thing, type):
         return f"pair: expected an instance; got the class {thing.__name__}. Call it: {thing.__name__}(...)."
     return f"pair: expected a pyrovae.Pair; got {type(thing).__name__}. Wrap two functions: FunctionPair(model, guide)."
 
 
 def pick_device(device: str | torch.device) -> torch.device:
-    """``auto`` is CUDA where there is one. Raises ValueError where the device is unknown or absent."""
+    """Return the device of this name: ``cpu``, ``cuda``, or ``auto``, which is CUDA where there is one.
+
+    Raises:
+        ValueError: the device is unknown or absent.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

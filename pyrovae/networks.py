@@ -1,6 +1,6 @@
 """Encoders and decoders: networks that return distributions.
 
-Weights start Glorot-uniform (Glorot and Bengio 2010) and biases at zero, as in Burda et al. (2016).
+Weights start uniform with Glorot's bound (Glorot and Bengio 2010), biases at zero, as in Burda et al. (2016).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = [
 
 
 class MLP(nn.Sequential):
-    """A multi-layer perceptron (..., in_dim) → (..., out_dim); with no ``hidden_dims``, a linear map."""
+    """Multi-layer perceptron, (..., in_dim) → (..., out_dim). Without ``hidden_dims`` it is a linear map."""
 
     def __init__(
         self,
@@ -44,14 +44,14 @@ class MLP(nn.Sequential):
 
     @property
     def output(self) -> nn.Linear:
-        """The last, linear layer."""
+        """Return the last layer, which is linear."""
         layer = self[-1]
         assert isinstance(layer, nn.Linear)
         return layer
 
 
 class NormalNetwork(nn.Module):
-    """x ↦ N(μ(x), diag σ²(x)): a trunk of hidden layers, then a linear map to μ and one to log σ."""
+    """Network x ↦ N(μ(x), diag σ²(x)): hidden layers, then one linear map to μ and one to log σ."""
 
     def __init__(
         self,
@@ -61,21 +61,21 @@ class NormalNetwork(nn.Module):
         activation: Callable[[], nn.Module] = nn.Tanh,
     ) -> None:
         super().__init__()
-        # One product gives both halves; Glorot's bound is that of two separate (in, out_dim) maps.
+        # One product gives μ and log σ. Weights start as those of two separate (in, out_dim) maps would.
         self.network = MLP(in_dim, hidden_dims, 2 * out_dim, activation)
         bound = math.sqrt(6 / (self.network.output.in_features + out_dim))
         nn.init.uniform_(self.network.output.weight, -bound, bound)
 
     def forward(self, x: Tensor) -> dist.Distribution:
-        """(..., in_dim) → a Normal with batch shape (...) and event shape (out_dim,)."""
+        """Return a Normal with batch shape (...) and event shape (out_dim,), for x of shape (..., in_dim)."""
         loc, log_scale = self.network(x).chunk(2, dim=-1)
         return dist.Normal(loc, log_scale.exp()).to_event(1)
 
 
 class NormalSharedScaleNetwork(nn.Module):
-    """z ↦ N(μ(z), diag σ²) with σ learned for each feature and shared by all z.
+    """Network z ↦ N(μ(z), diag σ²). Each feature has one learned σ, which all z share.
 
-    Works in units of the data's mean and standard deviation, feature by feature, once ``initialize`` has seen them.
+    Once ``initialize`` has seen data, the network works in units of each feature's mean and standard deviation.
     """
 
     feature_loc: Tensor
@@ -100,14 +100,14 @@ class NormalSharedScaleNetwork(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
-        """Start at the data's mean and standard deviation."""
+        """Set the units to the mean and the standard deviation of each feature of ``x``, (N, out_dim)."""
         self.feature_loc.copy_(x.mean(0))
         scale = x.std(0, correction=0)
-        self.feature_scale.copy_(torch.where(scale > 1e-6 * x.abs().amax(0), scale, 1.0))  # constant features: 1
+        self.feature_scale.copy_(torch.where(scale > 1e-6 * x.abs().amax(0), scale, 1.0))  # 1 for constant features
 
 
 class BernoulliNetwork(MLP):
-    """z ↦ Bernoulli over each feature, by its logits."""
+    """Network z ↦ Bernoulli over each feature, given by its logits."""
 
     likelihood: Callable[..., dist.TorchDistribution] = dist.Bernoulli
 
@@ -116,11 +116,11 @@ class BernoulliNetwork(MLP):
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
-        """Start at the logit of the data's mean (Burda et al. 2016), which is kept off 0 and 1."""
+        """Set the output's bias to the logit of each feature's mean, kept off 0 and 1 (Burda et al. 2016)."""
         self.output.bias.copy_(torch.logit(x.mean(0), eps=1e-3))
 
 
 class ContinuousBernoulliNetwork(BernoulliNetwork):
-    """z ↦ continuous Bernoulli over each feature in [0, 1], by its logits (Loaiza-Ganem and Cunningham 2019)."""
+    """Network z ↦ continuous Bernoulli over each feature in [0, 1] (Loaiza-Ganem and Cunningham 2019)."""
 
     likelihood = dist.ContinuousBernoulli

@@ -1,4 +1,4 @@
-"""What a model/guide pair promises."""
+"""Pairs: a generative model and its guide, with the parameters of both."""
 
 from __future__ import annotations
 
@@ -32,8 +32,10 @@ def local_params() -> AbstractContextManager[None]:
 
 
 def _pyro_effects(method: Callable) -> Callable:
-    """Let Pyro see what it needs to: parameters, for an optimizer that collects them by their ``param`` messages (stock
-    ``pyro.infer.SVI``), and ``PyroSample`` attributes. Otherwise attributes are read as in any ``nn.Module``.
+    """Wrap a model or guide so that Pyro sees its parameters and its ``PyroSample`` attributes.
+
+    Stock ``pyro.infer.SVI`` collects parameters from their ``param`` messages. Without such a collector, attributes are
+    read as in any ``nn.Module``.
     """
 
     @wraps(method)
@@ -42,7 +44,7 @@ def _pyro_effects(method: Callable) -> Callable:
             self._announce_parameters()
         if not self._has_pyro_attributes():
             return method(self, *args, **kwargs)
-        # PyroModules would announce parameters too, in a form that stock SVI cannot read in this mode.
+        # PyroModules would also announce their parameters, in a form that stock SVI cannot read with local_params.
         with poutine.block(hide_types=["param"]), local_params(), self._pyro_context:
             return method(self, *args, **kwargs)
 
@@ -50,7 +52,7 @@ def _pyro_effects(method: Callable) -> Callable:
 
 
 class Pair(PyroModule):
-    """A generative model p(x, z) and a guide q(z | x), written as ordinary Pyro functions.
+    """Generative model p(x, z) and guide q(z | x), written as ordinary Pyro functions.
 
     Subclasses write two methods of a batch ``x`` of shape (batch, data_dim):
 
@@ -64,25 +66,26 @@ class Pair(PyroModule):
 
     Optional, used when a subclass defines them:
 
-    - ``initialize(x)``: a data-dependent start, called once by :func:`pyrovae.fit` before training;
+    - ``initialize(x)``: sets a start that depends on the data; :func:`pyrovae.fit` calls it once, before training;
     - ``log_prob(x)``: the exact log evidence log p(x), shape (batch,), nats;
     - ``posterior(x)``: the exact posterior p(z | x), a distribution with batch shape (batch,);
     - ``expected_statistics(x)`` and ``maximize(statistics)``: one EM iteration, see :func:`pyrovae.fit_em`;
     - ``num_parameters``: the number of the model's free parameters, which BIC and AIC count;
-    - ``default_loss()``: the objective that :func:`pyrovae.fit` uses when none is named.
+    - ``default_loss()``: the objective that :func:`pyrovae.fit` uses when none is named, in place of ``Trace_ELBO``.
     """
 
     data_dim: int
-    """Features of a datum. Where a pair sets it, data are checked against it."""
+    """Number of features of a datum. Where a pair sets it, data are checked against it."""
 
     default_lr: ClassVar[float] = 3e-3
-    """Adam's first learning rate, where :func:`pyrovae.fit` is given none."""
+    """Learning rate with which :func:`pyrovae.fit` starts where it is given none."""
 
     initialize: ClassVar[Callable[..., None] | None] = None
     log_prob: ClassVar[Callable[..., Tensor] | None] = None
     posterior: ClassVar[Callable[..., Distribution] | None] = None
     expected_statistics: ClassVar[Callable[..., dict[str, Tensor]] | None] = None
     maximize: ClassVar[Callable[..., None] | None] = None
+    default_loss: ClassVar[Callable[..., ELBO] | None] = None
 
     def __init__(self) -> None:
         with local_params():
@@ -95,16 +98,11 @@ class Pair(PyroModule):
                 setattr(cls, name, _pyro_effects(cls.__dict__[name]))
 
     def model(self, x: Tensor) -> Any:
-        """p(x, z): sample the latents, observe ``x``."""
+        """Sample the latents and observe ``x``: the joint density p(x, z)."""
         raise NotImplementedError(f"{type(self).__name__} has no model: write `def model(self, x)`.")
 
     def guide(self, x: Tensor) -> Any:
-        """q(z | x): sample the latents. The default is empty, for models whose latents are all enumerated."""
-
-    def default_loss(self) -> ELBO:
-        from pyrovae.infer import Trace_ELBO
-
-        return Trace_ELBO()
+        """Sample the latents from q(z | x). The default samples none, for models whose latents are all enumerated."""
 
     def save(self, path: str | Path) -> None:
         """Write every parameter and buffer to a ``.safetensors`` file."""
@@ -113,7 +111,7 @@ class Pair(PyroModule):
         save_file({k: v.detach().cpu().contiguous().clone() for k, v in self.state_dict().items()}, path)
 
     def load(self, path: str | Path) -> None:
-        """Read what :meth:`save` wrote. Nothing is unpickled.
+        """Read the file that :meth:`save` wrote. Nothing is unpickled.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -138,7 +136,7 @@ class Pair(PyroModule):
         except SafetensorError as error:
             raise ValueError(f"path: {path} is not a readable .safetensors file ({error}).") from error
         except RuntimeError as error:
-            self.load_state_dict(before, strict=False)  # torch has copied whatever fitted
+            self.load_state_dict(before, strict=False)  # torch has copied the tensors that fit
             raise ValueError(
                 f"path: {path} does not hold the weights of this {type(self).__name__}. Build the pair with the "
                 f"options it was saved with. Details: {error}"
@@ -153,16 +151,16 @@ class Pair(PyroModule):
             )
 
     def _has_pyro_attributes(self) -> bool:
-        """Random attributes, or submodules that would put their parameters into Pyro's store."""
+        """Return whether there are random attributes, or submodules that would use Pyro's parameter store."""
         return bool(self._pyro_samples) or any(isinstance(m, PyroModule) for m in self.modules() if m is not self)
 
 
 class FunctionPair(Pair):
-    """A pair from two plain Pyro functions that name their parameters with ``pyro.param`` or ``pyro.module``.
+    """Pair of two plain Pyro functions that name their parameters with ``pyro.param`` or ``pyro.module``.
 
-    The parameters live in this object and not in Pyro's global store: two ``FunctionPair`` of the same
-    functions are independent (but modules that the functions close over and register with ``pyro.module``
-    are the caller's, and so are shared). A parameter appears when the functions first run.
+    The parameters live in this object and not in Pyro's global store, so two ``FunctionPair`` of the same functions are
+    independent. Only modules that the functions register with ``pyro.module`` are shared: they belong to the caller.
+    A parameter appears when the functions first run.
     """
 
     def __init__(self, model_function: Callable, guide_function: Callable) -> None:
@@ -186,7 +184,7 @@ class FunctionPair(Pair):
             return self._functions[1](*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        if not self.params:  # no run has made them yet
+        if not self.params:  # they appear in the first run, and none was yet
             for key, value in state_dict.items():
                 if key.startswith(f"{prefix}params."):
                     self.params[key.removeprefix(f"{prefix}params.")] = nn.Parameter(torch.empty_like(value))
@@ -194,7 +192,7 @@ class FunctionPair(Pair):
 
 
 class _OwnParams(Messenger):
-    """Answers ``param`` messages from the unconstrained parameters of one :class:`FunctionPair`."""
+    """Handler that answers ``param`` messages with the parameters of one :class:`FunctionPair`."""
 
     def __init__(self, owner: FunctionPair) -> None:
         super().__init__()
@@ -205,7 +203,7 @@ class _OwnParams(Messenger):
         name = msg["name"].replace(".", "/")  # a dot would nest modules
         transform = transform_to(msg["kwargs"].get("constraint", torch.distributions.constraints.real))
         start: Any = msg["args"][1] if len(msg["args"]) > 1 else None
-        if _MODULE_NAMESPACE_DIVIDER in name:  # from pyro.module: the module goes on using its own parameter
+        if _MODULE_NAMESPACE_DIVIDER in name:  # of pyro.module, whose module keeps using its own parameter
             if name in owner.params and owner.params[name] is not start:  # loaded before the first run
                 start.data.copy_(owner.params[name].data)
             owner.params[name] = start

@@ -1,4 +1,4 @@
-"""What all tests share: process globals are guarded, CUDA tests skip where there is no CUDA."""
+"""Fixtures of all tests: they guard process globals, and skip CUDA tests where there is no CUDA."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def guard_globals() -> Iterator[None]:
-    """Each test starts from the same random state and leaves every process-wide setting as it was."""
+    """Start each test from the same random state, and restore every process-wide setting after it."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
     settings = pyro.settings.get()
     dtype, threads, grad = torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()
@@ -38,13 +38,13 @@ def guard_globals() -> Iterator[None]:
 
 @pytest.fixture
 def float64(guard_globals: None) -> None:
-    """Double precision by default, for comparisons to rounding."""
+    """Make double precision the default, for comparisons to rounding."""
     torch.set_default_dtype(torch.float64)
 
 
 @pytest.fixture
 def data_dir() -> Path:
-    """The folder that ``PYROVAE_DATA`` names; without one the test skips."""
+    """Return the folder that ``PYROVAE_DATA`` names, or skip the test."""
     folder = os.environ.get("PYROVAE_DATA")
     if not folder:
         pytest.skip("needs the data folder that PYROVAE_DATA names")

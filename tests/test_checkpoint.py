@@ -1,4 +1,4 @@
-"""States on disk come back as they were, survive a crash, and are never unpickled."""
+"""Saved states load as they were, survive a crash during writing, and are never unpickled."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ STATE = {
 }
 
 
-def test_round_trip(tmp_path):
+def test_a_loaded_state_equals_the_saved_one(tmp_path):
     file = tmp_path / "state"
     save_state(file, STATE)
     expected = dict(STATE)
@@ -68,15 +68,15 @@ def test_tuples_come_back_as_lists(tmp_path):
     assert load_state(str(tmp_path / "state")) == {"betas": [0.9, 0.999], "nested": [[1], torch.tensor([2.0])]}
 
 
-def test_tensors_that_share_memory(tmp_path):
-    """Safetensors refuses them; a state may well hold them."""
+def test_tensors_that_share_memory_can_be_saved(tmp_path):
+    """Safetensors refuses them, but a state may hold them."""
     whole = torch.arange(6.0)
     save_state(tmp_path / "state", {"whole": whole, "part": whole[2:], "again": whole})
     assert_equal(load_state(tmp_path / "state"), {"whole": whole, "part": whole[2:], "again": whole})
 
 
 @pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.SGD])
-def test_optimizer_goes_on_as_if_nothing_had_been(tmp_path, make):
+def test_a_loaded_optimizer_goes_on_as_one_never_saved(tmp_path, make):
     def train(parameters, optimizer, steps):
         for _ in range(steps):
             optimizer.zero_grad()
@@ -104,14 +104,14 @@ def test_optimizer_goes_on_as_if_nothing_had_been(tmp_path, make):
         assert torch.equal(one, other)
 
 
-def test_random_state(tmp_path):
+def test_a_loaded_random_state_draws_the_same_numbers(tmp_path):
     save_state(tmp_path / "state", {"random": torch.get_rng_state()})
     expected = torch.randn(5)
     torch.set_rng_state(load_state(tmp_path / "state")["random"])
     assert torch.equal(torch.randn(5), expected)
 
 
-def test_writing_draws_nothing_and_changes_nothing(tmp_path):
+def test_saving_leaves_the_state_and_the_random_numbers_unchanged(tmp_path):
     before, value = torch.get_rng_state(), torch.randn(3, generator=torch.Generator().manual_seed(0))
     state = {"value": value.clone()}
     save_state(tmp_path / "state", state)
@@ -149,7 +149,7 @@ def test_a_crash_during_writing_leaves_the_old_file(tmp_path, monkeypatch, where
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_what_cannot_be_written_leaves_the_old_file(tmp_path):
+def test_a_state_that_cannot_be_saved_leaves_the_old_file(tmp_path):
     file = tmp_path / "state"
     save_state(file, {"version": 1})
     with pytest.raises(TypeError):
@@ -162,7 +162,7 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path):
 
 
 class Bomb:
-    """Unpickling it makes a file."""
+    """Object that creates a file when it is unpickled."""
 
     def __init__(self, file):
         self.file = str(file)
@@ -172,12 +172,12 @@ class Bomb:
 
 
 def with_tree(tree):
-    """A well-formed safetensors file, with ``tree`` as the text where a state would be."""
+    """Return a function that writes a valid safetensors file with ``tree`` in place of a state."""
     return lambda path: save_file({"0": torch.zeros(2)}, path, metadata={"pyrovae_state": tree})
 
 
 def edit(change):
-    """A state that was written, and then changed on disk."""
+    """Return a function that saves a state and then changes its bytes on disk."""
 
     def write(path):
         save_state(path, {"a": torch.arange(50.0), "b": 1})
@@ -211,7 +211,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_damaged_and_foreign_files(tmp_path, name):
+def test_damaged_and_foreign_files_are_refused(tmp_path, name):
     file = tmp_path / "state"
     FOREIGN[name](file)
     with pytest.raises(ValueError, match=r"path: .*state is damaged or is no pyrovae checkpoint"):
@@ -228,14 +228,14 @@ def test_pickles_are_never_run(tmp_path, write):
 
 
 @pytest.mark.parametrize("name", ["absent", "folder"])
-def test_no_file(tmp_path, name):
+def test_an_absent_file_is_named(tmp_path, name):
     (tmp_path / "folder").mkdir()
     with pytest.raises(FileNotFoundError, match=f"path: expected a checkpoint, found none at .*{name}"):
         load_state(tmp_path / name)
 
 
-def test_the_state_can_be_read_by_eye(tmp_path):
-    """The tree is JSON in the header of a safetensors file: any reader of those can open it."""
+def test_the_header_holds_the_state_as_json(tmp_path):
+    """Any reader of safetensors files can open it."""
     save_state(tmp_path / "state", {"epoch": 3})
     data = (tmp_path / "state").read_bytes()
     header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])

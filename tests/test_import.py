@@ -1,4 +1,4 @@
-"""``import pyrovae``: what it loads, how long it takes, and that it changes no setting of the process."""
+"""``import pyrovae`` loads little, is fast, and changes no setting of the process."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def run(code):
     return json.loads(done.stdout)
 
 
-def test_nothing_heavy_is_loaded():
-    """scipy too only so far as Pyro loads it."""
+def test_import_loads_no_heavy_library():
+    """Of scipy it loads only what Pyro loads."""
     loaded = run(
         "import json, sys, pyro; a = set(sys.modules); import pyrovae; print(json.dumps([*{*sys.modules} - a]))"
     )
@@ -25,8 +25,8 @@ def test_nothing_heavy_is_loaded():
     assert roots.isdisjoint({*HEAVY, "scipy"})
 
 
-def test_digits_do_without_scikit_learn():
-    """Which takes most of a second to import, before a training starts."""
+def test_loading_digits_does_not_import_scikit_learn():
+    """Importing scikit-learn takes most of a second, before any training starts."""
     loaded = run("import json, sys, pyrovae; pyrovae.data.load('digits'); print(json.dumps([*sys.modules]))")
     assert "sklearn" not in loaded
 
@@ -40,7 +40,7 @@ print(json.dumps(time.perf_counter() - start))
 """
 
 
-def test_at_most_three_tenths_of_a_second_beyond_pyro():
+def test_import_takes_at_most_0_3_seconds_more_than_that_of_pyro():
     run(SECONDS)  # the files are in memory now, and compiled
     for _ in range(2):  # again, if the machine was busy
         seconds = statistics.median(run(SECONDS) for _ in range(3))
@@ -82,11 +82,11 @@ print(json.dumps([i for i, (a, b) in enumerate(zip(before, after)) if a != b]))
 """
 
 
-def test_no_process_wide_setting_changes():
+def test_import_changes_no_setting_of_the_process():
     assert run(SETTINGS) == []
 
 
-def test_every_name_that_is_promised_is_there():
+def test_every_public_name_exists():
     import pyrovae
 
     for name in pyrovae.__all__:

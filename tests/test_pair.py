@@ -1,4 +1,4 @@
-"""Pair and FunctionPair: where parameters live, what is saved, what is refused; and the networks' start."""
+"""Pairs own their parameters, save and load them, and refuse foreign files; networks start as their paper says."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pyrovae.networks import (
 DIM = 3
 
 
-# --- pairs as users write them -------------------------------------------------------------------
+# --- pairs as people write them -------------------------------------------------------------------
 
 
 def model(x: Tensor) -> None:
@@ -49,7 +49,7 @@ def guide(x: Tensor) -> None:
 
 
 def with_modules(seed: int = 0) -> FunctionPair:
-    """The same pair with networks, registered by ``pyro.module``."""
+    """Return the same pair with networks, registered by ``pyro.module``."""
     pyro.set_rng_seed(seed)
     encoder, decoder = NormalNetwork(DIM, (4,), 2), MLP(2, (4,), DIM)
 
@@ -68,7 +68,7 @@ def with_modules(seed: int = 0) -> FunctionPair:
 
 
 class WithPyroParam(Pair):
-    """``PyroParam`` and ``nn.Parameter`` side by side, and a buffer."""
+    """Pair with a ``PyroParam``, an ``nn.Parameter`` and a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class WithPyroParam(Pair):
 
 
 class WithPyroSample(Pair):
-    """A global latent as a random attribute, beside parameters of both kinds."""
+    """Pair with a global latent as a random attribute, beside parameters of both kinds."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class WithPyroSample(Pair):
 
 
 class WithPyroModules(Pair):
-    """Networks that are themselves ``PyroModule``s."""
+    """Pair whose networks are ``PyroModule``s."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -201,7 +201,7 @@ def test_our_svi_trains_and_leaves_the_param_store_alone(make: Callable) -> None
     assert not list(pyro.get_param_store())
 
 
-def test_two_instances_share_nothing(make: Callable) -> None:
+def test_two_instances_share_no_parameters(make: Callable) -> None:
     one, other = make(), make()
     bound(one), bound(other)
     before = values(other)
@@ -211,7 +211,7 @@ def test_two_instances_share_nothing(make: Callable) -> None:
 
 
 @pytest.mark.parametrize("ran", [True, False], ids=["after a run", "before its first run"])
-def test_save_and_load(make: Callable, tmp_path: Path, ran: bool) -> None:
+def test_saved_weights_load_to_the_last_bit(make: Callable, tmp_path: Path, ran: bool) -> None:
     pair, other = make(), make()
     train(pair)
     if ran:
@@ -234,7 +234,7 @@ def test_a_loaded_pair_trains_as_the_saved_one(make: Callable, tmp_path: Path) -
     assert_equal(values(other), values(pair))
 
 
-def test_state_dict_round_trip(make: Callable) -> None:
+def test_a_state_dict_loads_into_another_instance(make: Callable) -> None:
     pair, other = make(), make()
     train(pair)
     other.load_state_dict(pair.state_dict())
@@ -253,7 +253,7 @@ def test_parameters_follow_the_dtype(make: Callable) -> None:
 
 
 def test_function_pair_agrees_with_pyro_param() -> None:
-    """The same numbers as the functions themselves, whose parameters live in Pyro's store; after training too."""
+    """It trains to the same numbers as the functions alone, whose parameters live in Pyro's store."""
     x, pair = data(), FunctionPair(model, guide)
     results = []
     for m, g in ((pair.model, pair.guide), (model, guide)):
@@ -273,7 +273,7 @@ def test_function_pair_has_no_parameters_before_its_first_run() -> None:
     assert sorted(pair.params) == ["decoder/loc", "noise", "scale", "slope"]
 
 
-def test_constraints_hold() -> None:
+def test_constrained_parameters_stay_inside_their_constraints() -> None:
     pair = FunctionPair(model, guide)
     torch.testing.assert_close(
         log_weight_terms(pair.model, pair.guide, data()).guide_trace.nodes["z"]["fn"].scale[0], torch.tensor(0.7)
@@ -291,7 +291,7 @@ def test_parameters_without_a_start_are_refused() -> None:
         FunctionPair(bare, bare).model(data())
 
 
-def test_functions_with_enumerated_and_global_latents() -> None:
+def test_function_pair_enumerates_latents_that_its_model_marks() -> None:
     def mixture(x: Tensor) -> None:
         logits, locs = pyro.param("logits", torch.zeros(2)), pyro.param("locs", torch.tensor([-1.0, 1.0]))
         with pyro.plate("data", len(x)):
@@ -303,7 +303,7 @@ def test_functions_with_enumerated_and_global_latents() -> None:
     torch.testing.assert_close(log_weights(pair.model, pair.guide, x)[0], expected)
 
 
-def test_a_copy_is_independent(make: Callable) -> None:
+def test_a_deep_copy_shares_no_parameters(make: Callable) -> None:
     if make is with_modules:
         pytest.skip("modules that functions close over are the caller's, and shared")
     pair = make()
@@ -331,7 +331,7 @@ def test_random_attributes_are_sample_sites() -> None:
     torch.testing.assert_close(terms.log_weights, expected)
 
 
-def test_settings_are_put_back() -> None:
+def test_running_a_pair_leaves_the_settings_of_pyro_as_they_were() -> None:
     for pair in (WithPyroSample(), WithPyroModules()):
         log_weights(pair.model, pair.guide, data())
         assert pyro.settings.get("module_local_params") is False
@@ -341,7 +341,7 @@ def test_settings_are_put_back() -> None:
 
 
 class Payload:
-    """Unpickling it leaves a file behind."""
+    """Object that creates a file when it is unpickled."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -365,7 +365,7 @@ def foreign(pair: Pair, path: Path) -> None:
 
 
 def partly_foreign(pair: Pair, path: Path) -> None:
-    """The first weights fit and the last do not."""
+    """Write weights of which all but the last fit the pair."""
     from safetensors.torch import save_file
 
     state = {name: torch.full_like(value, 9.0) for name, value in pair.state_dict().items()}
@@ -417,7 +417,7 @@ def test_function_pairs_refuse_the_files_of_others(tmp_path: Path) -> None:
     assert sorted(pair.params) == ["decoder/loc", "noise", "scale", "slope"]
 
 
-def test_a_training_checkpoint_is_named_as_such(tmp_path: Path) -> None:
+def test_load_says_that_a_file_is_a_training_checkpoint(tmp_path: Path) -> None:
     path, x = tmp_path / "c.safetensors", data()
     pair, other = VAE(DIM, 2, hidden_dims=(4,), likelihood="normal"), VAE(DIM, 2, hidden_dims=(4,), likelihood="normal")
     fit(pair, x, epochs=1, checkpoint=path, progress=False)
@@ -432,7 +432,7 @@ def test_a_training_checkpoint_is_named_as_such(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [pickle.dump, torch.save], ids=["pickle", "torch.save"])
-def test_nothing_is_unpickled(tmp_path: Path, write: Callable) -> None:
+def test_load_unpickles_nothing(tmp_path: Path, write: Callable) -> None:
     path, trace = tmp_path / "weights.safetensors", tmp_path / "ran"
     with path.open("wb") as file:
         write(Payload(trace), file)
@@ -455,7 +455,7 @@ def test_buffers_are_saved(tmp_path: Path) -> None:
     assert_equal(other.center, torch.full((DIM,), 1.5))
 
 
-def test_a_pair_without_a_model_says_so() -> None:
+def test_a_pair_without_a_model_is_refused() -> None:
     with pytest.raises(NotImplementedError, match=r"Nothing has no model: write `def model\(self, x\)`"):
         type("Nothing", (Pair,), {})().model(data())
 
@@ -464,7 +464,7 @@ def test_a_pair_without_a_model_says_so() -> None:
 
 
 @pytest.mark.parametrize("hidden_dims", [(), (7,), (7, 5)])
-def test_mlp_shapes(hidden_dims: tuple[int, ...]) -> None:
+def test_mlp_has_the_layers_and_shapes_asked_for(hidden_dims: tuple[int, ...]) -> None:
     network = MLP(4, hidden_dims, 3)
     linear = [layer for layer in network if isinstance(layer, nn.Linear)]
     assert [layer.out_features for layer in linear] == [*hidden_dims, 3]
@@ -491,7 +491,7 @@ def test_networks_return_distributions(network: nn.Module, in_dim: int, out_dim:
 
 
 def test_weights_start_glorot_uniform_and_biases_at_zero() -> None:
-    """Uniform on ±√(6 / (in + out)): no weight outside, and the variance is the bound squared over three."""
+    """Weights lie within ±√(6 / (in + out)), and their variance is a third of this bound squared."""
     normal = NormalNetwork(300, (200,), 100)
     layers = [
         (layer, math.sqrt(6 / (layer.in_features + layer.out_features)))
@@ -508,7 +508,7 @@ def test_weights_start_glorot_uniform_and_biases_at_zero() -> None:
         assert (layer.bias == 0).all()
 
 
-def test_networks_start_at_the_data() -> None:
+def test_initialized_decoders_have_the_mean_and_scale_of_the_data() -> None:
     x = torch.rand(500, DIM) * torch.tensor([1.0, 0.5, 0.1])
     z = torch.zeros(1, 2)  # biases alone
     for likelihood, statistic in (("bernoulli", x.mean(0)), ("normal", x.mean(0))):
@@ -518,7 +518,7 @@ def test_networks_start_at_the_data() -> None:
     torch.testing.assert_close(pair.decoder(z).base_dist.scale[0], x.std(0, correction=0))
 
 
-def test_networks_start_finite_at_constant_features() -> None:
+def test_initialized_decoders_are_finite_at_constant_features() -> None:
     x = torch.cat([torch.zeros(50, 1), torch.ones(50, 1), torch.full((50, 1), 0.3)], 1)
     for likelihood in ("bernoulli", "normal", "continuous-bernoulli"):
         pair = VAE(DIM, 2, hidden_dims=(4,), likelihood=likelihood)

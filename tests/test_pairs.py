@@ -1,4 +1,4 @@
-"""The behaviour suite: every pair of the registry keeps what the design promises. A new pair is one row of CASES."""
+"""Behaviour that every pair of the registry must show. A new pair is one row of CASES."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pyro.infer import TraceEnum_ELBO as PyroTraceEnumELBO
 from torch import Tensor, nn
 
 import pyrovae as pv
-from pyrovae.infer import RenyiELBO, TraceEnum_ELBO
+from pyrovae.infer import RenyiELBO, TraceEnum_ELBO, default_loss
 from pyrovae.infer.weights import Structure
 from pyrovae.models import REGISTRY
 
@@ -97,7 +97,7 @@ def test_sites_have_the_shapes_of_the_batch(case: str) -> None:
 @cases
 def test_the_gradient_reaches_every_parameter(case: str) -> None:
     pair, x = build(case)
-    pair.default_loss().differentiable_loss(pair.model, pair.guide, x).backward()
+    default_loss(pair).differentiable_loss(pair.model, pair.guide, x).backward()
     for name, parameter in pair.named_parameters():
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
@@ -105,7 +105,7 @@ def test_the_gradient_reaches_every_parameter(case: str) -> None:
 
 
 @cases
-def test_same_seed_same_result(case: str) -> None:
+def test_the_seed_decides_what_training_finds(case: str) -> None:
     fitted = []
     for seed in (0, 0, 1):
         pair, x = build(case, seed=0)
@@ -134,7 +134,7 @@ def test_saved_weights_load_into_another_instance(case: str, tmp_path) -> None:
 
 
 @cases
-def test_two_instances_share_nothing(case: str) -> None:
+def test_two_instances_share_no_parameters(case: str) -> None:
     pair, x = build(case)
     other, _ = build(case)
     before = copy.deepcopy(other)
@@ -147,7 +147,7 @@ def test_two_instances_share_nothing(case: str) -> None:
 @cases
 def test_it_trains_under_stock_pyro_svi(case: str) -> None:
     pair, x = build(case)
-    enumerates = isinstance(pair.default_loss(), TraceEnum_ELBO)
+    enumerates = isinstance(default_loss(pair), TraceEnum_ELBO)
     stock = PyroTraceEnumELBO(max_plate_nesting=1) if enumerates else PyroTraceELBO()
     svi = pyro.infer.SVI(pair.model, pair.guide, pyro.optim.Adam({"lr": 0.01}), stock)
     untrained = copy.deepcopy(pair)
@@ -159,7 +159,7 @@ def test_it_trains_under_stock_pyro_svi(case: str) -> None:
 
 @cases
 def test_every_bound_stays_under_the_evidence(case: str) -> None:
-    """Under the exact log likelihood, where there is one, else under a large importance-sampling estimate."""
+    """The evidence is the exact log likelihood where there is one, else a large importance-sampling estimate."""
     pair, x = build(case)
     pv.fit(pair, x, epochs=3, lr=0.01)
     with torch.no_grad():
@@ -172,7 +172,7 @@ def test_every_bound_stays_under_the_evidence(case: str) -> None:
             exact = pair.log_prob(x).double()
             assert abs((reference - exact).sum()) <= 5 * stderr + 1e-4 * exact.abs().sum()
             reference, stderr = exact, torch.zeros(())
-        losses = [pair.default_loss(), RenyiELBO(alpha=0, num_particles=3)]
+        losses = [default_loss(pair), RenyiELBO(alpha=0, num_particles=3)]
         for loss in losses:
             bounds = torch.stack([-loss.loss(pair.model, pair.guide, x) for _ in range(100)]).double()
             error = torch.sqrt(bounds.var() / 100 + stderr**2)
@@ -180,8 +180,8 @@ def test_every_bound_stays_under_the_evidence(case: str) -> None:
 
 
 @exact_cases
-def test_exact_posterior_gives_constant_weights(case: str) -> None:
-    """log p(x, z) − log p(z | x) is log p(x), whatever z is."""
+def test_the_exact_posterior_gives_constant_log_weights(case: str) -> None:
+    """They are log p(x, z) − log p(z | x) = log p(x) for every z."""
     pair, x = build(case)
     posterior = pair.posterior(x)
 
@@ -212,7 +212,7 @@ def test_wrong_feature_count_is_refused_before_anything_changes(case: str) -> No
 
 
 @cases
-def test_what_the_guide_leaves_out_is_enumerated(case: str) -> None:
+def test_latents_that_the_guide_leaves_out_are_enumerated(case: str) -> None:
     pair, x = build(case)
     enumerated = Structure.of(pair.model, pair.guide, (x,), {}).enumerated
     assert enumerated == (("z",) if case.startswith("gmm") and case != "gmm-amortized" else ())
@@ -231,7 +231,7 @@ def test_what_the_guide_leaves_out_is_enumerated(case: str) -> None:
         ({"latent_dims": (5, 3), "hidden_dims": ((8,), [7, 6])}, (5, 3), [[8], [7, 6]]),
     ],
 )
-def test_iwae_layers(options: dict, latent_dims: tuple, widths: list) -> None:
+def test_iwae_has_the_layers_asked_for(options: dict, latent_dims: tuple, widths: list) -> None:
     pair = pv.models.IWAE(6, **options)
     assert pair.latent_dims == latent_dims
     assert [[m.out_features for m in e.network if isinstance(m, nn.Linear)][:-1] for e in pair.encoders] == widths
@@ -253,7 +253,7 @@ WRITE = r"Write hidden_dims=\(\(10,\), \(6,\)\); on the command line, --set 'hid
         ({"latent_dims": 5, "hidden_dims": ((8, 0),)}, ValueError, "hidden_dims: expected a whole number, 1 or more"),
     ],
 )
-def test_iwae_says_how_layers_are_written(options: dict, error: type[Exception], message: str) -> None:
+def test_errors_of_iwae_show_how_layers_are_written(options: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{message}"):
         pv.models.IWAE(6, **options)
 

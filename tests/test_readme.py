@@ -1,4 +1,4 @@
-"""The README says what is so: its set-up commands, its Python, its command lines."""
+"""The README is right: its set-up commands, its Python and its command lines work as written."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PYTHON = blocks("python")
 COMMANDS = sorted({line.split("  ")[0] for line in re.findall(r"(?:^|`)(pyrovae [a-z][^`\n]*)", README, re.M)})
 
 
-def test_two_set_up_commands_of_one_line_each():
+def test_each_of_the_two_set_up_commands_is_one_line():
     first, second = (block.strip() for block in blocks("sh"))
     for command in (first, second):
         assert "\n" not in command
@@ -41,15 +41,15 @@ def test_two_set_up_commands_of_one_line_each():
     assert "torch==" in (ROOT / "constraints.txt").read_text()
 
 
-def test_ci_runs_the_second_as_it_stands():
+def test_ci_runs_the_second_set_up_command_as_written():
     pattern = re.search(r'grep .*-E "([^"]+)" README.md', (ROOT / ".ci" / "run").read_text())
     assert pattern is not None
     assert re.findall(f"{pattern[1]}", README, re.M) == [blocks("sh")[1].strip()]
 
 
 @pytest.mark.parametrize("number", range(len(PYTHON)))
-def test_python_runs(monkeypatch, tmp_path, capsys, number):
-    """As it stands, but for fewer epochs and samples."""
+def test_python_runs_and_prints_the_numbers_it_claims(monkeypatch, tmp_path, capsys, number):
+    """Run each block as written, but with fewer epochs and samples."""
     fit, evaluate = pyrovae.fit, pyrovae.evaluate
     monkeypatch.setattr(pyrovae, "fit", lambda *args, **options: fit(*args, **options | {"epochs": 1}))
     monkeypatch.setattr(pyrovae, "evaluate", lambda *args, **options: evaluate(*args, **options | {"num_samples": 5}))
@@ -59,11 +59,11 @@ def test_python_runs(monkeypatch, tmp_path, capsys, number):
         assert f"-{claimed}" in capsys.readouterr().out
 
 
-def test_there_is_python_and_a_pair_of_ones_own():
+def test_the_python_shows_how_to_write_a_pair():
     assert any("class MyPair(pv.Pair)" in block for block in PYTHON)
 
 
-def test_the_pair_of_ones_own_knows_its_features():
+def test_the_written_pair_checks_its_number_of_features():
     (block,) = (block for block in PYTHON if "class MyPair" in block)
     names = {"__name__": "readme"}
     exec(block.partition("data = ")[0], names)
@@ -76,8 +76,8 @@ def test_every_command_is_shown():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command_lines_are_right(command):
-    """Commands, options, pairs, data sets and losses by these names exist."""
+def test_command_lines_use_names_that_exist(command):
+    """Check the names of commands, options, pairs, data sets and losses."""
     _, name, *words = shlex.split(command)
     known = typer.main.get_command(app).commands
     assert name in known
@@ -97,6 +97,6 @@ def test_command_lines_are_right(command):
         assert arguments[0] in REGISTRY or re.fullmatch(r"\w+\.py:\w+", arguments[0])
 
 
-def test_every_file_of_a_run_is_named():
+def test_every_file_of_a_run_folder_is_named():
     for name in ("config.json", "pictures/", *RUN_FILES):
         assert f"`{name}`" in README

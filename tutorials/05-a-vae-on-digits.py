@@ -25,7 +25,7 @@ import torch
 import pyrovae as pv
 from pyrovae.evaluation import decode, latents, reconstruct, sample
 from pyrovae.networks import BernoulliNetwork, NormalNetwork
-from pyrovae.plots.pair_plots import plot_images, plot_latents, plot_manifold
+from pyrovae.plots import plot_images, plot_latents, plot_manifold
 
 data = pv.data.load("digits", binarize=False)  # grey levels in [0, 1]
 x, x_test = (data.train > 0.5).float(), (data.test > 0.5).float()

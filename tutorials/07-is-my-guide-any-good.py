@@ -27,7 +27,7 @@ import torch
 import pyrovae as pv
 from pyrovae.evaluation import annealed_evidence, collapse, guide_quality, inference_gaps
 from pyrovae.networks import MLP, BernoulliNetwork
-from pyrovae.plots.score_plots import plot_gaps
+from pyrovae.plots import plot_gaps
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # ArviZ announces, once a day, that it will change

@@ -1,4 +1,4 @@
-"""What ``pyrovae new`` writes."""
+"""The file that ``pyrovae new`` writes."""
 
 TEMPLATE = '''"""A pair of my own. Train it: pyrovae fit mypair.py:MyPair --data digits"""
 

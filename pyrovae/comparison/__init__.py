@@ -1,4 +1,4 @@
-"""Comparisons: one data set, one or several pairs, every method that trains them, one start and one budget."""
+"""Comparisons of pairs and of the methods that train them: one data set, one start, one budget."""
 
 from pyrovae.comparison.methods import Method
 from pyrovae.comparison.result import Cell, Comparison, Row

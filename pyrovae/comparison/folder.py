@@ -1,4 +1,4 @@
-"""The folder of a comparison. Cells are written as they are done, so that one that was stopped goes on."""
+"""Folders of comparisons. Each cell is written when it is done, so that a stopped comparison goes on from there."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from pyrovae.checkpoint import write_text
+from pyrovae.checks import check_free_folder
 from pyrovae.comparison.cells import Job
 from pyrovae.comparison.result import Cell, Comparison
 from pyrovae.pair import Pair
@@ -29,40 +30,26 @@ FILES = ("comparison.json", "report.html", *TABLES, *PICTURES)
 
 
 class ComparisonFolder:
-    """``comparison.json`` (everything), tables, pictures, and ``cells/``, with a JSON file and weights for each."""
+    """``comparison.json`` with all numbers, tables, pictures, and ``cells/`` with each cell's numbers and weights."""
 
     def __init__(self, path: str | Path, jobs: list[Job]) -> None:
         self.path = Path(path)
         self.cells = self.path / "cells"
-        self.names = {id(job): f"{i:02d}-{_slug(job)}" for i, job in enumerate(jobs)}
+        self.names = {id(job): f"{i:02d}-{_file_name(job)}" for i, job in enumerate(jobs)}
 
     def check_free(self, overwrite: bool) -> None:
         """Raise FileExistsError where something is there; with ``overwrite``, unless it is a comparison."""
-        path = self.path
-        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-            return
-        where = f"--out (folder): {path}"
-        if not path.is_dir():
-            raise FileExistsError(f"{where} is a file; expected a folder for the comparison. Pass another name.")
-        if not overwrite:
-            raise FileExistsError(
-                f"{where} exists. Pass --overwrite (overwrite=True) to replace the comparison in it, --resume {path} "
-                "(resume=True) to go on with it, or another folder."
-            )
-        try:
-            read_record(path)
-        except (OSError, ValueError) as error:
-            raise FileExistsError(f"{where} exists and holds no comparison, so --overwrite leaves it alone.") from error
+        check_free_folder("folder", self.path, "comparison", overwrite=overwrite, read=lambda: read_record(self.path))
 
     def create(self, settings: dict[str, Any], config: dict[str, Any] | None) -> None:
-        """Make the folder, or clear the files of an earlier comparison and nothing else in it."""
+        """Make the folder. Of an earlier comparison there, delete its own files and nothing else."""
         self.cells.mkdir(parents=True, exist_ok=True)
         for file in (*map(self.path.joinpath, FILES), *self.cells.glob("[0-9][0-9]*-*-seed*.*")):
             file.unlink(missing_ok=True)
         self._write_record(settings, config, {})
 
     def check_same(self, settings: dict[str, Any]) -> None:
-        """Raise ValueError unless the comparison that is here was started with these settings."""
+        """Raise ValueError unless the comparison in the folder was started with these settings."""
         then, now = read_record(self.path)["settings"], json.loads(json.dumps(settings))
         for name in now:
             if then.get(name) != now[name]:
@@ -72,33 +59,33 @@ class ComparisonFolder:
                 )
 
     def checkpoint(self, job: Job) -> Path:
-        """Of a training run that is not done."""
+        """Return the file that keeps the state of this cell's training until it is done."""
         return self._file(job, "checkpoint.safetensors")
 
     def write_cell(self, job: Job, cell: Cell, pair: Pair) -> None:
+        """Write a cell that is done: its weights, then its numbers."""
         temporary = self._file(job, "safetensors.tmp")
         pair.save(temporary)
         os.replace(temporary, self._file(job, "safetensors"))
-        write_text(self._file(job, "json"), json.dumps(asdict(cell)) + "\n")  # last: a cell with it is done
+        write_text(self._file(job, "json"), json.dumps(asdict(cell)) + "\n")  # last, as it marks the cell as done
         self.checkpoint(job).unlink(missing_ok=True)
 
     def read_cell(self, job: Job) -> Cell | None:
-        """None where it is not done."""
+        """Read the numbers of a cell; None where the cell is not done."""
         file = self._file(job, "json")
         if not (file.is_file() and self._file(job, "safetensors").is_file()):
             return None
         try:
             return Cell(**json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"resume: {file} is damaged ({error}). Delete it, and its cell is done again.") from error
+            raise ValueError(f"resume: {file} is damaged ({error}). Delete it to compute its cell again.") from error
 
     def load_weights(self, job: Job, pair: Pair) -> None:
         pair.load(self._file(job, "safetensors"))
 
     def write(self, comparison: Comparison, x: Tensor, feature_names: tuple[str, ...] | None) -> None:
-        """The tables; then the pictures that apply, of which one that fails is a line on stderr."""
-        from pyrovae.plots import pair_plots as plots
-        from pyrovae.plots.comparison_plots import plot_responsibilities, responsibilities
+        """Write all numbers, the tables, and the pictures that apply. A picture that fails is a line on stderr."""
+        from pyrovae import plots
 
         record = read_record(self.path)
         self._write_record(record["settings"], record["config"], comparison.to_dict())
@@ -111,8 +98,8 @@ class ComparisonFolder:
             figures["comparison"] = comparison.plot
         if any(row.mean["gap"] is not None for row in comparison.table):
             figures["gaps"] = comparison.plot_gaps
-        if pairs and all(responsibilities(pair, x[:2]) is not None for pair in pairs.values()):
-            figures["responsibilities"] = lambda: plot_responsibilities(pairs, x, feature_names=feature_names)
+        if pairs and all(plots.responsibilities(pair, x[:2]) is not None for pair in pairs.values()):
+            figures["responsibilities"] = lambda: plots.plot_responsibilities(pairs, x, feature_names=feature_names)
         elif x.shape[1] == 2 and pairs and all(plots.has_density(pair, x) for pair in pairs.values()):
             figures["densities"] = lambda: plots.plot_densities(pairs, x, feature_names=feature_names)
         plots.save_figures(figures, self.path)
@@ -121,21 +108,14 @@ class ComparisonFolder:
         return self.cells / f"{self.names[id(job)]}.{ending}"
 
     def _write_record(self, settings: dict[str, Any], config: dict[str, Any] | None, found: dict[str, Any]) -> None:
-        cells = ",\n".join(f"    {json.dumps(cell)}" for cell in found.get("cells", []))  # a line each: they are long
-        record = {
-            "format": FORMAT,
-            "finished": bool(found),
-            "config": config,
-            "settings": settings,
-            **found,
-            "cells": 0,
-        }
-        head = json.dumps(record, indent=2, ensure_ascii=False).removesuffix('"cells": 0\n}')
+        cells = ",\n".join(f"    {json.dumps(cell)}" for cell in found.get("cells", []))  # one long line for each
+        start = {"format": FORMAT, "finished": bool(found), "config": config, "settings": settings}
+        head = json.dumps(start | found | {"cells": 0}, indent=2, ensure_ascii=False).removesuffix('"cells": 0\n}')
         write_text(self.path / "comparison.json", f'{head}"cells": [\n{cells}\n  ]\n}}\n')
 
 
-def read_record(path: Path, argument: str = "--resume") -> dict[str, Any]:
-    """A folder's comparison.json. ``argument`` named the folder.
+def read_record(path: Path) -> dict[str, Any]:
+    """Read comparison.json in a folder.
 
     Raises:
         FileNotFoundError, ValueError: there is none, or it is damaged or foreign.
@@ -143,7 +123,7 @@ def read_record(path: Path, argument: str = "--resume") -> dict[str, Any]:
     file = path / "comparison.json"
     if not file.is_file():
         raise FileNotFoundError(
-            f"{argument}: expected a folder that `pyrovae compare` wrote; {path} has no comparison.json."
+            f"folder: expected a folder that `pyrovae compare` wrote; {path} has no comparison.json."
         )
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
@@ -151,28 +131,28 @@ def read_record(path: Path, argument: str = "--resume") -> dict[str, Any]:
             raise ValueError(f"format {record['format']}, and this version reads {FORMAT}")
         return {"settings": dict(record["settings"]), "config": record["config"]} | record
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{argument}: {file} is damaged or no comparison ({error}).") from error
+        raise ValueError(f"folder: {file} is damaged or no comparison ({error}).") from error
 
 
 def read_comparison(path: Path) -> Comparison:
-    """What was found and written into a folder, without the trained pairs.
+    """Read the comparison in a folder, without its trained pairs.
 
     Raises:
-        FileNotFoundError, ValueError: there is none, it is damaged, foreign or not finished.
+        FileNotFoundError, ValueError: there is none, or it is damaged, foreign or not finished.
     """
-    record = read_record(path, "--compare")
+    record = read_record(path)
     if not record.get("finished"):
         raise ValueError(
-            f"--compare: the comparison in {path} is not finished. Go on with: pyrovae compare --resume {path}"
+            f"folder: the comparison in {path} is not finished. Go on with: pyrovae compare --resume {path}"
         )
     names = {field.name for field in fields(Comparison)}
     try:
         cells = [Cell(**{name: v for name, v in cell.items() if name != "gap"}) for cell in record["cells"]]
         return Comparison(**{name: value for name, value in record.items() if name in names} | {"cells": cells})
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"--compare: {path / 'comparison.json'} is damaged ({error}).") from error
+        raise ValueError(f"folder: {path / 'comparison.json'} is damaged ({error}).") from error
 
 
-def _slug(job: Job) -> str:
+def _file_name(job: Job) -> str:
     text = f"{job.pair} {job.method.name} seed{job.seed}"
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

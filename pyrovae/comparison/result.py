@@ -1,4 +1,4 @@
-"""What a comparison found: a cell for each pair, method and seed, and the table of them."""
+"""Results of a comparison: a cell for each pair, method and seed, and a row for each pair and method."""
 
 from __future__ import annotations
 
@@ -20,49 +20,42 @@ __all__ = ["QUANTITIES", "Cell", "Comparison", "Row"]
 
 @dataclass(frozen=True)
 class Cell:
-    """One pair, trained by one method, from one seed. Nats per datum of the scored rows; None: does not apply."""
+    """One pair, trained by one method from one seed. Nats per datum of the scored rows; None: does not apply."""
 
     pair: str
     method: str
     loss: str
-    """How :func:`compare` was asked for the method, see :class:`Method`."""
+    """Method as :func:`compare` was asked for it, see :class:`Method`."""
     seed: int
     log_evidence: float | None = None
     exact: bool = False
-    """``log_evidence`` is exact; otherwise importance sampling estimated it."""
+    """True where ``log_evidence`` is exact, False where importance sampling estimated it."""
     elbo: float | None = None
-    """Of the guide that the method trained, or of the exact posterior where that stands in for it."""
+    """ELBO of the guide that the method trained, or of the exact posterior where that replaces the guide."""
     approximation_gap: float | None = None
     amortization_gap: float | None = None
-    """Where asked for: see :func:`pyrovae.evaluation.gaps.inference_gaps`. Of the first 500 rows."""
+    """Both gaps are those of the first 500 rows, see :func:`pyrovae.evaluation.inference_gaps`."""
     seconds: float | None = None
-    """Of training."""
+    """Time of training."""
     steps: int | None = None
-    """Gradient steps, or iterations of EM."""
+    """Number of gradient steps, or of iterations of EM."""
     passes: int | None = None
-    """Passes over the training data."""
+    """Number of passes over the training data."""
     trace: dict[str, list[float]] = field(default_factory=dict)
-    """``passes``, ``seconds`` of training and ``log_evidence`` on the way, nats per datum: exact, of the training rows,
-    where the pair has ``log_prob``; else of at most 500 scored rows, from at most 200 importance samples."""
+    """Training curve: ``passes``, ``seconds`` and ``log_evidence`` (nats per datum). The log evidence is exact, of the
+    training rows, where the pair has ``log_prob``; else it is that of at most 500 scored rows, from at most 200
+    importance samples."""
     note: str | None = None
-    """What went wrong, or keeps the numbers from meaning what they usually do."""
+    """Note on a failure, or on numbers that do not mean what they usually do."""
 
     @property
     def gap(self) -> float | None:
-        """log evidence − ELBO, the mean over data of KL(q(z | x) ‖ p(z | x))."""
+        """Log evidence − ELBO, the mean over data of KL(q(z | x) ‖ p(z | x))."""
         return None if self.elbo is None or self.log_evidence is None else self.log_evidence - self.elbo
 
 
-QUANTITIES = (
-    "log_evidence",
-    "elbo",
-    "gap",
-    "approximation_gap",
-    "amortization_gap",
-    "seconds",
-    "steps",
-    "passes",
-)
+GAPS = ("gap", "approximation_gap", "amortization_gap")
+QUANTITIES = ("log_evidence", "elbo", *GAPS, "seconds", "steps", "passes")
 
 
 @dataclass(frozen=True)
@@ -75,77 +68,78 @@ class Row:
     num_seeds: int
     mean: dict[str, float | None]
     stderr: dict[str, float | None]
-    """s / √n with the sample standard deviation s; None with fewer than two seeds."""
+    """Standard errors s / √n, with the sample standard deviation s; None with fewer than two seeds."""
 
 
 @dataclass(frozen=True, repr=False)
 class Comparison:
-    """What :func:`compare` found. Prints as its table."""
+    """The result of :func:`compare`. It prints as its table."""
 
     title: str
     rows_scored: str
-    """``test``, or ``training`` where there are no others."""
+    """``test``, or ``training`` where there are no test rows."""
     num_data: int
-    """Rows scored."""
+    """Number of scored rows."""
     num_train: int
     epochs: int
-    """Passes over the data of each SVI run."""
+    """Number of passes over the data in each SVI run."""
     num_samples: int
     seeds: list[int]
     cells: list[Cell]
     notes: list[str] = field(default_factory=list)
     pairs: dict[str, Pair] = field(default_factory=dict)
-    """The trained pairs of the first seed, by method; ``pair: method`` where there are several pairs."""
+    """Trained pairs of the first seed, by the label of their pair and method."""
 
     @property
     def table(self) -> list[Row]:
+        """Rows of the table, one for each pair and method."""
         groups: dict[tuple[str, str], list[Cell]] = {}
         for cell in self.cells:
             groups.setdefault((cell.pair, cell.method), []).append(cell)
-        return [_row(group) for group in groups.values()]
+        return [_make_row(group) for group in groups.values()]
 
     @property
     def num_pairs(self) -> int:
         return len({cell.pair for cell in self.cells})
 
     def label(self, of: Cell | Row) -> str:
-        """Names a pair and method in pictures."""
+        """Name a pair and method: by the method, with the pair before it where there are several pairs."""
         return f"{of.pair}: {of.method}" if self.num_pairs > 1 else of.method
 
     def __repr__(self) -> str:
         return tables.to_text(self)
 
     def to_markdown(self, path: str | Path | None = None) -> str:
-        """The table in Markdown; written to ``path`` where one is given."""
-        return _write(tables.to_markdown(self), path)
+        """Return the table in Markdown, and write it to ``path`` where one is given."""
+        return _write_text(tables.to_markdown(self), path)
 
     def to_latex(self, path: str | Path | None = None) -> str:
-        r"""The table as a LaTeX ``tabular``, for ``\usepackage{booktabs}``; written to ``path`` where one is given."""
-        return _write(tables.to_latex(self), path)
+        r"""Return the table as a LaTeX ``tabular``, for ``\usepackage{booktabs}``; write it to ``path`` where given."""
+        return _write_text(tables.to_latex(self), path)
 
     def to_csv(self, path: str | Path | None = None) -> str:
-        """Means and standard errors to full precision, a line a row; written to ``path`` where one is given."""
-        return _write(tables.to_csv(self), path)
+        """Return means and standard errors to full precision, a line a row; write them to ``path`` where given."""
+        return _write_text(tables.to_csv(self), path)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as plain JSON values."""
+        """Return everything but the pairs, as plain JSON values."""
         plain = {name: value for name, value in vars(self).items() if name not in ("cells", "pairs")}
         return plain | {"cells": [asdict(cell) | {"gap": cell.gap} for cell in self.cells]}
 
     def plot(self) -> Figure:
-        """The log evidence on the way, against seconds and against passes over the data."""
-        from pyrovae.plots.comparison_plots import plot_training
+        """Draw the training curves: log evidence against seconds, and against passes over the data."""
+        from pyrovae.plots import plot_method_training
 
-        return plot_training(self)
+        return plot_method_training(self)
 
     def plot_gaps(self) -> Figure:
-        """What each method misses, as stacked bars: model, guide family, amortization."""
-        from pyrovae.plots.comparison_plots import plot_gaps
+        """Draw what each method misses, as stacked bars: model, guide family, amortization."""
+        from pyrovae.plots import plot_method_gaps
 
-        return plot_gaps(self)
+        return plot_method_gaps(self)
 
 
-def _row(cells: list[Cell]) -> Row:
+def _make_row(cells: list[Cell]) -> Row:
     first = cells[0]
     mean: dict[str, float | None] = {}
     stderr: dict[str, float | None] = {}
@@ -156,7 +150,7 @@ def _row(cells: list[Cell]) -> Row:
     return Row(first.pair, first.method, first.loss, len(cells), mean, stderr)
 
 
-def _write(text: str, path: str | Path | None) -> str:
+def _write_text(text: str, path: str | Path | None) -> str:
     if path is not None:
         write_text(Path(path), text)
     return text

@@ -1,4 +1,4 @@
-"""Comparisons from the first check to the last cell."""
+"""The run of a comparison, from the first check to the last cell."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyrovae.checks import check_data, check_positive, pick_device
-from pyrovae.comparison import tables
-from pyrovae.comparison.cells import ROWS_OF_GAPS, Job, Maker, Settings, run_cell, started
+from pyrovae.comparison.cells import ROWS_OF_GAPS, Job, Maker, Settings, make_start, run_cell
 from pyrovae.comparison.folder import ComparisonFolder
 from pyrovae.comparison.methods import CLOSED_FORM, Method, find_methods, parse_method, takes_amortized
 from pyrovae.comparison.result import Cell, Comparison
+from pyrovae.comparison.tables import describe_cell
 from pyrovae.data import DataSet
 from pyrovae.pair import Pair
-from pyrovae.training.loop import default_epochs
+from pyrovae.training.schedules import default_epochs
 
 __all__ = ["compare"]
 
@@ -49,9 +49,9 @@ def compare(
 ) -> Comparison:
     """Train pairs by every method they have, from the same start and with the same budget, and score them alike.
 
-    Each seed makes the pair anew and initialises it; all methods of that pair and seed start with the same parameters
-    of the model. SVI methods share the number of passes over the data and the order of the batches; EM runs until it
-    converges; the closed form, which no seed changes, runs once. A method that diverges is named under the table, and
+    Each seed makes the pair anew and initialises it. All methods of that pair and seed start with the same parameters
+    of the model. SVI methods share the number of passes over the data and the order of the batches. EM runs until it
+    converges. The closed form, which no seed changes, runs once. A method that diverges is named under the table, and
     the others go on.
 
     ::
@@ -60,47 +60,41 @@ def compare(
         compare({"vae": lambda: VAE(64, 8), "iwae": lambda: IWAE(64, (8,))}, data, methods=["RenyiELBO:K=50"])
 
     Args:
-        pairs: a function that makes the pair, or several by name. One that takes ``amortized=`` is compared with its
-            guide and without.
-        x: training data (N, D), or a data set: its test rows are then scored, where it has them.
-        test: rows to score; by default, of a tensor, the training rows.
-        methods: ``"closed-form"``, ``"EM"``, ``"default-loss"`` or losses with options, ``"RenyiELBO:K=50,alpha=0.5"``;
-            each trains every pair that it applies to. Empty: what each pair has of the closed form; EM; enumeration;
-            with a discrete guide its enumeration, the score function and VIMCO; with a continuous one ``Trace_ELBO``,
-            ``TraceMeanField_ELBO`` and ``RenyiELBO:K=5``, or where there is an exact method only the pair's own loss.
-        seeds: how many: ``seed``, ``seed + 1``, ...
-        epochs: passes over the data of SVI. None: 50, or as many as make 2,000 steps.
-        batch_size: data a step of SVI.
-        lr: the first learning rate of SVI. None: each pair's own.
+        pairs: a function that makes the pair, or several functions by name. A pair whose function takes ``amortized=``
+            is compared with its amortized guide and without.
+        x: training data (N, D), or a data set, whose test rows are then scored where it has them.
+        test: rows to score. None: the data set's test rows, or the training rows.
+        methods: ``"closed-form"``, ``"EM"``, ``"default-loss"``, or losses with their options such as
+            ``"RenyiELBO:K=50,alpha=0.5"``. Each trains every pair that it applies to. Empty: all that each pair has, as
+            :func:`pyrovae.comparison.methods.find_methods` lists them.
+        seeds: number of seeds: ``seed``, ``seed + 1``, ...
+        epochs, batch_size, lr: as in :func:`pyrovae.fit`, for SVI.
         num_samples: importance samples for each scored datum.
-        gaps: split the gap into approximation and amortization, on at most 500 rows, where that applies. Slow.
-        binarize: draw pixels in [0, 1] as 0 or 1: anew at every use in SVI, once for EM and for the scores.
-        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``.
-        seed: the first seed. The caller's random state is left as it was.
-        title: heads the table.
-        folder: where to write tables, pictures and, as each is done, the cells. None: nowhere.
-        overwrite: replace the comparison that is in ``folder``.
-        resume: go on with the comparison in ``folder``: what is done stays, a half-done training run goes on.
-        config: kept in the folder's ``comparison.json`` for the caller.
-        progress: show a bar; None shows it on a terminal.
+        gaps: whether to split the gap into approximation and amortization, on at most 500 rows. Slow.
+        binarize: whether to draw pixels in [0, 1] as 0 or 1: anew at every use in SVI, once for EM and for the scores.
+        device, progress: as in :func:`pyrovae.fit`.
+        seed: first seed. The caller's random state is left as it was.
+        title: title of the table. None: the names of the pairs and of the data.
+        folder: folder for tables, pictures and the cells, each written when it is done. None: nothing is written.
+        overwrite: whether to replace a comparison that is in ``folder``.
+        resume: whether to go on with the comparison in ``folder``: with its cells that are done, and with a training
+            run that was stopped.
+        config: plain JSON of the caller's, kept in the folder's ``comparison.json``.
         report: called with a line when the work begins and when each cell is done.
 
     Returns:
-        A :class:`Comparison`: prints as a table; ``to_markdown()``, ``to_latex()``, ``to_csv()``, ``plot()``; its
-        ``pairs`` are the trained ones of the first seed.
+        A :class:`Comparison`, which prints as a table and has ``to_markdown()``, ``to_latex()``, ``to_csv()`` and
+        ``plot()``. Its ``pairs`` are the trained pairs of the first seed.
 
     Raises:
-        TypeError, ValueError: bad data or options, or a method that no pair has, before work starts.
-        FileExistsError: there is something in ``folder``.
+        TypeError, ValueError: bad data or options, or a method that trains no pair; before work starts.
+        FileExistsError: ``folder`` is not empty.
     """
-    for name, value, integer in (
-        ("seeds", seeds, True),
-        ("batch_size", batch_size, True),
-        ("num_samples", num_samples, True),
-        *([("epochs", epochs, True)] if epochs is not None else []),
-        *([("lr", lr, False)] if lr is not None else []),
-    ):
-        check_positive(name, value, integer=integer)
+    check_positive("seeds", seeds, integer=True)
+    check_positive("batch_size", batch_size, integer=True)
+    check_positive("num_samples", num_samples, integer=True)
+    check_positive("epochs", epochs, integer=True, optional=True)
+    check_positive("lr", lr, optional=True)
     pick_device(device)
     if isinstance(methods, str):
         raise TypeError(f"methods: expected a list of names; got {methods!r}. Write [{methods!r}].")
@@ -121,8 +115,8 @@ def compare(
         binarize=binarize,
         device=device,
     )
-    jobs = _plan(pairs, settings, specs, range(seed, seed + seeds))
-    described = settings.described() | {"plan": [[job.pair, job.method.name, job.seed] for job in jobs]}
+    jobs = _plan_jobs(pairs, settings, specs, range(seed, seed + seeds))
+    described = settings.to_dict() | {"plan": [[job.pair, job.method.name, job.seed] for job in jobs]}
     store = None
     if folder is not None:
         store = ComparisonFolder(folder, jobs)
@@ -138,7 +132,7 @@ def compare(
     done = 0 if store is None else sum(store.read_cell(job) is not None for job in jobs)
     found = f", {done} of them done" if done else ""
     report(f"{len(jobs)} cells of pair, method and seed{found}{f', in {folder}' if folder is not None else ''}")
-    cells, trained = _run(jobs, settings, store, progress, report)
+    cells, trained = _run_jobs(jobs, settings, store, progress, report)
     comparison = Comparison(
         title=title or f"{', '.join(dict.fromkeys(job.pair for job in jobs))} on {data_name}",
         rows_scored="training" if test is None else "test",
@@ -148,7 +142,7 @@ def compare(
         num_samples=num_samples,
         seeds=list(range(seed, seed + seeds)),
         cells=cells,
-        notes=_notes(cells, len(settings.rows)),
+        notes=_collect_notes(cells, len(settings.rows)),
     )
     comparison.pairs.update({comparison.label(c): pair for c, pair in zip(cells, trained, strict=False)})
     if store is not None:
@@ -156,11 +150,11 @@ def compare(
     return comparison
 
 
-def _plan(pairs: Maker | Mapping[str, Maker], settings: Settings, specs: list[str], seeds: range) -> list[Job]:
-    """Every cell, seed by seed.
+def _plan_jobs(pairs: Maker | Mapping[str, Maker], settings: Settings, specs: list[str], seeds: range) -> list[Job]:
+    """Plan the cells, seed by seed.
 
     Raises:
-        TypeError, ValueError: something that makes no pair; a method that trains no pair; a pair that none trains.
+        TypeError, ValueError: a function makes no pair, a method trains no pair, or no method trains a pair.
     """
     plans: list[tuple[str, Maker, dict[str, Any], list[Method]]] = []
     refusals: list[dict[str, str]] = []
@@ -170,21 +164,21 @@ def _plan(pairs: Maker | Mapping[str, Maker], settings: Settings, specs: list[st
                 "pairs: expected functions that make a pair, as each seed needs a new one; got "
                 f"{type(make).__name__}. Write lambda: GMM(num_components=2, data_dim=2), say."
             )
-        first = started(make, {}, settings, seeds[0])
+        first = make_start(make, {}, settings, seeds[0])
         options: list[dict[str, Any]] = [{}]
         if takes_amortized(make, first):
             options = [{"amortized": False}, {"amortized": True}]
-        variants = [(o, started(make, o, settings, seeds[0]) if o else first) for o in options]
+        variants = [(o, make_start(make, o, settings, seeds[0]) if o else first) for o in options]
         methods, refused = find_methods(variants, settings.few, specs)
         plans.append((name or type(first).__name__.lower(), make, options[0], methods))
         refusals.append({spec: f"{plans[-1][0]}: {reason}" for spec, reason in refused.items()})
     if not plans:
         raise ValueError("pairs: expected one or more; got none.")
     for spec in set.intersection(*map(set, refusals)):
-        raise ValueError(f"methods (--losses): {spec} trains no pair here. {refusals[0][spec]}.")
+        raise ValueError(f"methods: {spec} trains no pair here. {refusals[0][spec]}.")
     for (name, _, _, methods), refused in zip(plans, refusals, strict=True):
         if not methods:
-            raise ValueError(f"methods (--losses): expected one that trains {name} too. {'; '.join(refused.values())}.")
+            raise ValueError(f"methods: expected one that trains {name} too. {'; '.join(refused.values())}.")
     return [
         Job(name, make, start, method, seed)
         for seed in seeds
@@ -194,14 +188,14 @@ def _plan(pairs: Maker | Mapping[str, Maker], settings: Settings, specs: list[st
     ]
 
 
-def _run(
+def _run_jobs(
     jobs: list[Job],
     settings: Settings,
     store: ComparisonFolder | None,
     progress: bool | None,
     report: Callable[[str], object],
 ) -> tuple[list[Cell], list[Pair]]:
-    """Fill the cells that ``store`` does not have. Returns all of them, and the pairs of the first seed."""
+    """Compute the cells that ``store`` does not have. Returns all cells, and the trained pairs of the first seed."""
     cells: list[Cell] = []
     pairs: list[Pair] = []
     bar = tqdm(total=len(jobs), unit="cell", disable=None if progress is None else not progress, leave=False)
@@ -214,9 +208,9 @@ def _run(
                 cell, pair = run_cell(job, settings, store.checkpoint(job) if store is not None else None)
                 if store is not None:
                     store.write_cell(job, cell, pair)
-                report(f"{number}/{len(jobs)}  {tables.describe(cell)}")
+                report(f"{number}/{len(jobs)}  {describe_cell(cell)}")
             elif first:
-                pair = started(job.make, job.method.pair_options, settings, job.seed)
+                pair = make_start(job.make, job.method.pair_options, settings, job.seed)
                 store.load_weights(job, pair)
             if first:
                 pairs.append(pair)
@@ -225,7 +219,8 @@ def _run(
     return cells, pairs
 
 
-def _notes(cells: list[Cell], num_data: int) -> list[str]:
+def _collect_notes(cells: list[Cell], num_data: int) -> list[str]:
+    """Return the notes under the table: of the cells, one for each pair and method; and on what the gaps are."""
     noted: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
         if cell.note is not None:

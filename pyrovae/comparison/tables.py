@@ -1,4 +1,4 @@
-"""The table of a comparison as text, Markdown, LaTeX and CSV."""
+"""Tables of a comparison as text, Markdown, LaTeX and CSV."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pyrovae.comparison.result import Cell, Comparison, Row
 
-__all__ = ["describe", "head", "to_csv", "to_latex", "to_markdown", "to_rows", "to_text"]
+__all__ = ["describe_cell", "lead", "to_csv", "to_latex", "to_markdown", "to_rows", "to_text"]
 
 DECIMALS = {"seconds": 2, "steps": 1}
 MISSING = "–"
@@ -26,10 +26,10 @@ LATEX = {c: rf"\{c}" for c in "&%$#_{}"} | {
 
 
 def to_text(comparison: Comparison) -> str:
-    """Aligned columns, with what they mean above and what to know below."""
+    """Return aligned columns, with their meaning above and the notes below."""
     rows = to_rows(comparison)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    names = 2 if comparison.num_pairs > 1 else 1
+    names = _num_names(comparison)
     lines = [
         "  ".join(
             text.ljust(width) if i < names else text.rjust(width)
@@ -37,30 +37,36 @@ def to_text(comparison: Comparison) -> str:
         ).rstrip()
         for row in rows
     ]
-    return "\n".join([*head(comparison), *lines, *comparison.notes])
+    return "\n".join([*lead(comparison), *lines, *comparison.notes])
 
 
 def to_rows(comparison: Comparison) -> list[list[str]]:
-    """The header, and a row for each pair and method."""
-    return [_header(comparison), *(_cells(comparison, row) for row in comparison.table)]
+    """Return the header, and a row for each pair and method."""
+    names, columns = ["pair", "method"][-_num_names(comparison) :], _columns(comparison)
+    return [
+        [*names, *(title for title, _, _ in columns)],
+        *(
+            [*(getattr(row, name) for name in names), *(_number(row, name, factor) for _, name, factor in columns)]
+            for row in comparison.table
+        ),
+    ]
 
 
 def to_markdown(comparison: Comparison) -> str:
     header, *rows = ([text.replace("|", r"\|") for text in row] for row in to_rows(comparison))
-    names = 2 if comparison.num_pairs > 1 else 1
+    names = _num_names(comparison)
     rule = [":---"] * names + ["---:"] * (len(header) - names)
     table = [f"| {' | '.join(row)} |" for row in (header, rule, *rows)]
     notes = ["", *(f"- {note}" for note in comparison.notes)] if comparison.notes else []
-    return "\n".join([" ".join(head(comparison)), "", *table, *notes]) + "\n"
+    return "\n".join([" ".join(lead(comparison)), "", *table, *notes]) + "\n"
 
 
 def to_latex(comparison: Comparison) -> str:
-    names = 2 if comparison.num_pairs > 1 else 1
-    header = _header(comparison)
-    rows = [_cells(comparison, row) for row in comparison.table]
+    header, *rows = to_rows(comparison)
+    names = _num_names(comparison)
     return "\n".join(
         [
-            *(f"% {line}" for line in (*head(comparison), *comparison.notes)),
+            *(f"% {line}" for line in (*lead(comparison), *comparison.notes)),
             r"% needs \usepackage{booktabs}",
             rf"\begin{{tabular}}{{{'l' * names}{'r' * (len(header) - names)}}}",
             r"\toprule",
@@ -75,7 +81,7 @@ def to_latex(comparison: Comparison) -> str:
 
 
 def to_csv(comparison: Comparison) -> str:
-    """A line for each pair and method; empty: does not apply."""
+    """Return a line for each pair and method. An empty value does not apply."""
     table = comparison.table
     columns = [f"{name}{suffix}" for name in table[0].mean for suffix in ("", "_stderr")]
     file = io.StringIO()
@@ -88,8 +94,8 @@ def to_csv(comparison: Comparison) -> str:
     return file.getvalue()
 
 
-def describe(cell: Cell) -> str:
-    """A cell as one line."""
+def describe_cell(cell: Cell) -> str:
+    """Return the numbers of a cell and its note in one line."""
     numbers = [
         f"{label} {value:.4f}"
         for label, value in (("log evidence", cell.log_evidence), ("ELBO", cell.elbo))
@@ -100,8 +106,8 @@ def describe(cell: Cell) -> str:
     return f"{cell.pair}, {cell.method}, seed {cell.seed}: {', '.join(numbers)}"
 
 
-def head(comparison: Comparison) -> list[str]:
-    """What the numbers are."""
+def lead(comparison: Comparison) -> list[str]:
+    """Return two lines that say what the numbers are."""
     count = len(comparison.seeds)
     seeds = f" Mean ± standard error over {count} seeds." if count > 1 else ""
     exact = [cell.exact for cell in comparison.cells if cell.log_evidence is not None]
@@ -114,35 +120,34 @@ def head(comparison: Comparison) -> list[str]:
     ]
 
 
-def _splits_gap(comparison: Comparison) -> bool:
-    return any(row.mean["amortization_gap"] is not None for row in comparison.table)
+def _num_names(comparison: Comparison) -> int:
+    """Return the number of leading columns that hold names: pair and method, or the method alone."""
+    return 2 if comparison.num_pairs > 1 else 1
 
 
-def _header(comparison: Comparison) -> list[str]:
-    split = ["approximation", "amortization"] if _splits_gap(comparison) else []
-    names = ["pair", "method"] if comparison.num_pairs > 1 else ["method"]
-    return [*names, "log evidence", "ELBO", "gap", *split, "total", "seconds", "steps"]
-
-
-def _cells(comparison: Comparison, row: Row) -> list[str]:
-    names = [row.pair, row.method] if comparison.num_pairs > 1 else [row.method]
-    split = ["approximation_gap", "amortization_gap"] if _splits_gap(comparison) else []
+def _columns(comparison: Comparison) -> list[tuple[str, str, int]]:
+    """Return title, quantity and factor of each column of numbers."""
+    splits_gap = any(row.mean["amortization_gap"] is not None for row in comparison.table)
+    split = [("approximation", "approximation_gap", 1), ("amortization", "amortization_gap", 1)]
     return [
-        *names,
-        *(_number(row, name) for name in ("log_evidence", "elbo", "gap", *split)),
-        _number(row, "log_evidence", comparison.num_data),
-        *(_number(row, name) for name in ("seconds", "steps")),
+        ("log evidence", "log_evidence", 1),
+        ("ELBO", "elbo", 1),
+        ("gap", "gap", 1),
+        *(split if splits_gap else []),
+        ("total", "log_evidence", comparison.num_data),
+        ("seconds", "seconds", 1),
+        ("steps", "steps", 1),
     ]
 
 
-def _number(row: Row, name: str, factor: int = 1) -> str:
+def _number(row: Row, name: str, factor: int) -> str:
     value, error = row.mean[name], row.stderr[name]
     if value is None:
         return MISSING
     if name == "steps" and not error:
         return f"{value:.0f}"
     decimals = DECIMALS.get(name, 4)
-    text = f"{round(factor * value, decimals) + 0.0:.{decimals}f}"  # no −0
+    text = f"{round(factor * value, decimals) + 0.0:.{decimals}f}"  # + 0.0 turns −0 into 0
     if error is None:
         return text
     return f"{text} ± {factor * error:.{decimals}f}"

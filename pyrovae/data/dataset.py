@@ -1,4 +1,4 @@
-"""What :func:`pyrovae.data.load` returns."""
+"""The type of a data set."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ __all__ = ["DataSet"]
 
 @dataclass(frozen=True, repr=False, eq=False)  # == of tensors is elementwise, so equality is identity
 class DataSet:
-    """Rows to train on, rows to test on, and where they come from."""
+    """Rows to train on and rows to test on, with labels, names and origin."""
 
     name: str
     train: Tensor
-    """float32, shape (N, D), one datum a row."""
+    """Training rows, float32, shape (N, D)."""
     test: Tensor | None
-    """float32, shape (M, D). None where no split is customary: ``train`` then holds every row."""
+    """Test rows, float32, shape (M, D). None where no split is customary: ``train`` then holds every row."""
     labels_train: Tensor | None
-    """int64, shape (N,), aligned with ``train``. None where the data have no classes."""
+    """Classes of the rows of ``train``, int64, shape (N,). None where the data have no classes."""
     labels_test: Tensor | None
-    """int64, shape (M,), aligned with ``test``."""
+    """Classes of the rows of ``test``, int64, shape (M,)."""
     feature_names: tuple[str, ...]
-    """D names, with the unit where there is one."""
+    """Names of the D features, with the unit where there is one."""
     image_shape: tuple[int, int] | None
-    """(height, width) of the image that a row holds in row-major order. None for data that are no images."""
+    """Height and width of the image that a row holds, row by row. None for data that are no images."""
     convention: str
-    """One sentence: which split, and what was done to the values."""
+    """Split of the rows and treatment of the values, in one sentence."""
     source: str
-    """Whom to cite."""
+    """Work to cite."""
 
     @property
     def data_dim(self) -> int:
-        """D, the features of a datum: what a pair takes as ``data_dim``."""
+        """Number D of features, which a pair takes as ``data_dim``."""
         return self.train.shape[1]
 
     @property
     def scored(self) -> tuple[str, Tensor, Tensor | None]:
-        """Which rows a fit is scored on, ``test`` or, where there are none, ``train``; these rows; their labels."""
+        """Rows that a fit is scored on, with their name and labels: ``test`` or, where there are none, ``train``."""
         if self.test is None:
             return "train", self.train, self.labels_train
         return "test", self.test, self.labels_test

@@ -1,4 +1,4 @@
-"""A user's own rows, from a file."""
+"""Data sets from a user's own files."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ __all__ = ["load_file"]
 
 
 def load_file(path: str | Path) -> DataSet:
-    """Rows of numbers from a ``.csv`` (commas; one line of names may come first) or a ``.npy`` file (N, D).
+    """Read rows of numbers from a ``.npy`` file (N, D), or from a ``.csv`` file with commas.
+
+    The first line of a ``.csv`` file may hold the names of the columns.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds something other than finite numbers in rows of equal length.
+        ValueError: the file holds something other than finite numbers in rows of equal length.
     """
     path = Path(path)
     if not path.is_file():
@@ -33,7 +35,7 @@ def load_file(path: str | Path) -> DataSet:
             names, rows = _read_csv(path)
     except (ValueError, OSError, EOFError, csv.Error) as error:
         raise ValueError(f"data: {path} is not a table of numbers ({error}).") from error
-    with np.errstate(over="ignore"):  # what a float32 cannot hold turns infinite, and the check reports it
+    with np.errstate(over="ignore"):  # a number too large for float32 turns infinite, and the check reports it
         train = check_data(torch.from_numpy(rows.astype(np.float32)), "data")
     return DataSet(
         name=path.stem,
@@ -64,7 +66,7 @@ def _read_npy(path: Path) -> np.ndarray:
 
 
 def _read_csv(path: Path) -> tuple[list[str], np.ndarray]:
-    """The names, where the first line has no number, and the rows."""
+    """Return the names of the columns, which are empty unless the first line has no number, and the rows."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file)
@@ -85,7 +87,7 @@ def _read_csv(path: Path) -> tuple[list[str], np.ndarray]:
             if not _is_number(cell) or not math.isfinite(float(cell)):
                 named = f" {names[column]!r}" if column < len(names) else ""
                 raise ValueError(
-                    f"line {number}, column {column + 1}{named}: expected a number, got {cell!r}{_fix(cell)}"
+                    f"line {number}, column {column + 1}{named}: expected a number, got {cell!r}{_advice(cell)}"
                 )
         if len(row) != width:
             raise ValueError(f"line {number}: expected {width} columns, got {len(row)}")
@@ -93,7 +95,7 @@ def _read_csv(path: Path) -> tuple[list[str], np.ndarray]:
     return names, np.array(rows)
 
 
-def _fix(cell: str) -> str:
+def _advice(cell: str) -> str:
     if ";" in cell or "\t" in cell:
         return "; separate columns by commas"
     if not cell.strip() or _is_number(cell):

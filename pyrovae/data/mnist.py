@@ -1,8 +1,8 @@
-"""MNIST's four files: found in a folder, or downloaded, always checked, and parsed.
+"""MNIST's four files: found in a folder or downloaded, always checked, and parsed.
 
-Each file is looked for as ``mnist/NAME.gz`` and ``NAME.gz`` (or without ``.gz``) in the folder ``root``, or
-in the one that the environment variable ``PYROVAE_DATA`` names; then in the user's cache; then at
-``MIRRORS``, in order, from where it goes into the cache.
+Each file is looked for as ``mnist/NAME.gz`` and ``NAME.gz`` (or without ``.gz``) in the folder ``root``, or in the
+folder that the environment variable ``PYROVAE_DATA`` names; then in the user's cache; then at ``MIRRORS``, in order. A
+downloaded file goes into the cache.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import hashlib
 import io
 import os
 import sys
-import tempfile
 import warnings
 import zlib
 from pathlib import Path
 
 import numpy as np
+
+from pyrovae.checkpoint import write_bytes
 
 __all__ = ["MD5", "MIRRORS", "read"]
 
@@ -25,7 +26,7 @@ MIRRORS = (
     "https://storage.googleapis.com/cvdf-datasets/mnist/",
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
 )
-"""Base URLs, tried in order. Assign another tuple to download from elsewhere."""
+"""Base URLs, tried in order. Assign another tuple to download from another place."""
 
 MD5 = {
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
@@ -33,15 +34,15 @@ MD5 = {
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
-"""Of the uncompressed bytes: the gzip wrapping differs between mirrors."""
+"""MD5 of the uncompressed bytes of each file, as the gzip wrapping differs between mirrors."""
 
 
 class _Damaged(ValueError):
-    pass
+    """A file is not the one that its name promises."""
 
 
 def read(root: str | Path | None = None) -> dict[str, np.ndarray]:
-    """Return uint8 arrays: ``train images`` (60000, 28, 28), ``train labels`` (60000,), ``test`` likewise.
+    """Return uint8 arrays: ``train images`` (60000, 28, 28), ``train labels`` (60000,), and the same for ``test``.
 
     Raises:
         FileNotFoundError: ``root`` or ``PYROVAE_DATA`` names no folder.
@@ -73,7 +74,7 @@ def _folder(root: str | Path | None) -> Path | None:
 
 
 def _find(stem: str, folder: Path | None) -> bytes:
-    """The uncompressed bytes of one file."""
+    """Return the uncompressed bytes of one file, from the folder, the cache or a mirror."""
     if folder is not None:
         for path in (
             folder / "mnist" / f"{stem}.gz",
@@ -84,7 +85,7 @@ def _find(stem: str, folder: Path | None) -> bytes:
             if path.is_file():
                 try:
                     return _checked(path.read_bytes(), stem, str(path))
-                except _Damaged as error:  # the user's own file: say so, touch nothing
+                except _Damaged as error:  # the user's own file: change nothing
                     raise ValueError(f"{error} Replace the file, or delete it to have it downloaded.") from error
     import pooch
 
@@ -100,8 +101,8 @@ def _find(stem: str, folder: Path | None) -> bytes:
 def _download(stem: str, cached: Path, folder: Path | None) -> bytes:
     import pooch
 
-    # pooch.retrieve would log the hash of each file and ask to pin it: but it is the content that is pinned.
-    # Checking in memory also means that the cache never holds a bad file.
+    # pooch.retrieve would log the hash of each file and ask to pin it, but only the content is pinned here. The check
+    # is made in memory, so the cache never holds a bad file.
     download = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), chunk_size=2**16)
     failures: list[Exception] = []
     for mirror in MIRRORS:
@@ -116,7 +117,8 @@ def _download(stem: str, cached: Path, folder: Path | None) -> bytes:
             failures.append(error)
             continue
         try:
-            _write(cached, buffer.getvalue())
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(cached, buffer.getvalue())
         except OSError as error:
             warnings.warn(
                 f"mnist: {cached} cannot be written ({error}), so the next use downloads {stem}.gz again. "
@@ -135,7 +137,7 @@ def _download(stem: str, cached: Path, folder: Path | None) -> bytes:
 
 
 def _checked(raw: bytes, stem: str, where: str) -> bytes:
-    """The uncompressed content of ``raw``, which is gzip or not, if it is the file that ``stem`` names."""
+    """Return the uncompressed content of ``raw``, gzip or not; raise unless it is the file that ``stem`` names."""
     content = raw
     if raw[:2] == b"\x1f\x8b":  # a server or a browser may have unpacked the file
         try:
@@ -149,19 +151,6 @@ def _checked(raw: bytes, stem: str, where: str) -> bytes:
     if found != MD5[stem]:
         raise _Damaged(f"{where} is damaged: expected MD5 {MD5[stem]} of the uncompressed bytes; found {found}.")
     return content
-
-
-def _write(path: Path, raw: bytes) -> None:
-    """Write a whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(raw)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _parse(content: bytes, stem: str, item_shape: tuple[int, ...]) -> np.ndarray:

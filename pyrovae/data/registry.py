@@ -1,4 +1,4 @@
-"""The data sets by name."""
+"""Data sets by name."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def load(name: str, *, binarize: bool | None = None, seed: int = 0, root: str | 
 
     Args:
         name: one of :func:`names`.
-        binarize: for image sets. True, or None (the default): every pixel is drawn *once* from
-            Bernoulli(grey level), so that a Bernoulli likelihood is a likelihood of the data (Salakhutdinov
-            and Murray 2008, On the quantitative analysis of deep belief networks). False: the grey levels,
-            in [0, 1], for other likelihoods or for pixels binarised anew at every use.
-        seed: of the binarisation and of the ``synthetic-*`` sets; the same seed gives the same numbers. It
-            moves neither the splits nor the parameters of the synthetic distributions.
-        root: for ``mnist``, a folder to look in before downloading; the default is the environment variable
-            ``PYROVAE_DATA``. See :mod:`pyrovae.data.mnist`.
+        binarize: how to treat the pixels of an image set. True or None: every pixel is drawn *once* from
+            Bernoulli(grey level), so that a Bernoulli likelihood is a likelihood of the data (Salakhutdinov and Murray
+            2008, On the quantitative analysis of deep belief networks). False: the pixels are the grey levels in
+            [0, 1], for other likelihoods or for pixels binarised anew at every use.
+        seed: seed of the binarisation and of the ``synthetic-*`` sets. The same seed gives the same numbers. It changes
+            neither the splits nor the parameters of the synthetic distributions.
+        root: folder to look for ``mnist`` in before downloading, see :mod:`pyrovae.data.mnist`. None: the folder that
+            the environment variable ``PYROVAE_DATA`` names.
 
     Raises:
         TypeError: ``binarize`` is no bool, or ``seed`` no integer.
-        ValueError: unknown name, a negative seed, ``binarize=True`` for data that are no images, or a damaged
-            MNIST file.
+        ValueError: the name is unknown, the seed is negative, ``binarize`` is True for data that are no images, or an
+            MNIST file is damaged.
         FileNotFoundError: ``root`` or ``PYROVAE_DATA`` names no folder.
         ConnectionError: MNIST is not on this machine and no mirror answers.
     """
@@ -72,17 +72,17 @@ def load(name: str, *, binarize: bool | None = None, seed: int = 0, root: str | 
 
 
 def names() -> tuple[str, ...]:
-    """Every name that :func:`load` takes."""
+    """Names that :func:`load` takes."""
     return tuple(_ENTRIES)
 
 
 def describe() -> dict[str, str]:
-    """Each name with one line on what it is. Reads no data."""
+    """Return one line of text for each name. Reads no data."""
     return {name: entry.description for name, entry in _ENTRIES.items()}
 
 
 class _Raw(NamedTuple):
-    """What a reader returns; image sets as grey levels in [0, 1]."""
+    """Arrays that a reader returns; the pixels of an image set are grey levels in [0, 1]."""
 
     train: np.ndarray
     feature_names: Iterable[str]
@@ -91,6 +91,10 @@ class _Raw(NamedTuple):
     test: np.ndarray | None = None
     labels_train: np.ndarray | None = None
     labels_test: np.ndarray | None = None
+
+
+_Reader = Callable[[int, str | Path | None], _Raw]
+"""A function of ``seed`` and ``root``, see :func:`load`."""
 
 
 def _read_faithful(seed: int, root: str | Path | None) -> _Raw:
@@ -104,39 +108,31 @@ def _read_faithful(seed: int, root: str | Path | None) -> _Raw:
     )
 
 
-def _read_iris(seed: int, root: str | Path | None) -> _Raw:
-    from sklearn.datasets import load_iris  # slow to import, hence here
+def _scikit_learn_reader(name: str, treatment: str) -> _Reader:
+    """Make the reader of a table that scikit-learn holds as ``load_<name>``."""
 
-    bunch = load_iris()
-    return _Raw(
-        train=bunch.data.astype(np.float32),
-        labels_train=bunch.target,
-        feature_names=bunch.feature_names,
-        split="No customary split, so all 150 rows are in train",
-        treatment="values in centimetres, not standardised",
-    )
+    def read(seed: int, root: str | Path | None) -> _Raw:
+        from sklearn import datasets  # slow to import, so only where it is needed
 
+        bunch = getattr(datasets, f"load_{name}")()
+        return _Raw(
+            train=bunch.data.astype(np.float32),
+            labels_train=bunch.target,
+            feature_names=bunch.feature_names,
+            split=f"No customary split, so all {len(bunch.data)} rows are in train",
+            treatment=treatment,
+        )
 
-def _read_wine(seed: int, root: str | Path | None) -> _Raw:
-    from sklearn.datasets import load_wine
-
-    bunch = load_wine()
-    return _Raw(
-        train=bunch.data.astype(np.float32),
-        labels_train=bunch.target,
-        feature_names=bunch.feature_names,
-        split="No customary split, so all 178 rows are in train",
-        treatment="values as published, on very different scales and not standardised",
-    )
+    return read
 
 
 def _read_digits(seed: int, root: str | Path | None) -> _Raw:
-    # A copy of our own: scikit-learn takes most of a second to import, and digits are what most people start with.
+    # The package has its own copy: most people start with digits, and scikit-learn takes most of a second to import.
     with files("pyrovae.data").joinpath("digits.csv.gz").open("rb") as file, gzip.open(file) as lines:
         rows = np.loadtxt(lines, delimiter=",", skiprows=1, dtype=np.int64)
     grey, labels = (rows[:, :-1] / 16).astype(np.float32), rows[:, -1]
-    # Systematic sampling of the rows sorted by class: stratified to within one row, and no random generator
-    # whose stream another version could change.
+    # Every fifth row of the rows sorted by class: the split is stratified to within one row, and it uses no random
+    # generator, whose numbers another version could change.
     test = np.zeros(len(grey), dtype=bool)
     test[np.argsort(labels, kind="stable")[::5]] = True
     return _Raw(
@@ -163,9 +159,9 @@ def _read_mnist(seed: int, root: str | Path | None) -> _Raw:
     )
 
 
-def _synthetic(
-    draw: Callable[..., tuple[np.ndarray, np.ndarray | None]],
-) -> Callable[[int, str | Path | None], _Raw]:
+def _synthetic_reader(draw: Callable[..., tuple[np.ndarray, np.ndarray | None]]) -> _Reader:
+    """Make the reader of a synthetic data set from the function that draws its rows."""
+
     def read(seed: int, root: str | Path | None) -> _Raw:
         rng = np.random.default_rng(seed)
         x, labels = draw(rng, synthetic.NUM_TRAIN + synthetic.NUM_TEST)
@@ -187,11 +183,11 @@ def _synthetic(
 class _Entry:
     description: str
     source: str
-    read: Callable[[int, str | Path | None], _Raw]
+    read: _Reader
     image_shape: tuple[int, int] | None = None
 
 
-_OURS = "Made by pyrovae.data.synthetic"
+_SYNTHETIC = "Made by pyrovae.data.synthetic"
 
 _ENTRIES = {
     "digits": _Entry(
@@ -216,24 +212,26 @@ _ENTRIES = {
     "iris": _Entry(
         "150 irises of 3 species, 4 measurements in centimetres",
         "Fisher 1936, The use of multiple measurements in taxonomic problems; the copy in scikit-learn",
-        _read_iris,
+        _scikit_learn_reader("iris", "values in centimetres, not standardised"),
     ),
     "wine": _Entry(
         "178 Italian wines of 3 cultivars, 13 chemical measurements",
         "Forina et al. 1991, Wine, UCI; the copy in scikit-learn",
-        _read_wine,
+        _scikit_learn_reader("wine", "values as published, on very different scales and not standardised"),
     ),
     "synthetic-mixture": _Entry(
-        "a mixture of 3 well-separated Gaussians in 2-D, with labels", _OURS, _synthetic(synthetic.mixture)
+        "a mixture of 3 well-separated Gaussians in 2-D, with labels", _SYNTHETIC, _synthetic_reader(synthetic.mixture)
     ),
     "synthetic-pinwheel": _Entry(
         "5 bent arms in 2-D, with labels",
-        f"{_OURS}, after Johnson et al. 2016, Composing graphical models with neural networks",
-        _synthetic(synthetic.pinwheel),
+        f"{_SYNTHETIC}, after Johnson et al. 2016, Composing graphical models with neural networks",
+        _synthetic_reader(synthetic.pinwheel),
     ),
-    "synthetic-moons": _Entry("2 interleaved half circles in 2-D, with labels", _OURS, _synthetic(synthetic.moons)),
+    "synthetic-moons": _Entry(
+        "2 interleaved half circles in 2-D, with labels", _SYNTHETIC, _synthetic_reader(synthetic.moons)
+    ),
     "synthetic-ppca": _Entry(
-        "linear-Gaussian data in 10-D from 3 latent dimensions", _OURS, _synthetic(synthetic.ppca)
+        "linear-Gaussian data in 10-D from 3 latent dimensions", _SYNTHETIC, _synthetic_reader(synthetic.ppca)
     ),
 }
 

@@ -1,7 +1,7 @@
-"""Synthetic data. The distributions are fixed and their parameters public; only the draws follow the seed.
+"""Synthetic data. The distributions are fixed and their parameters are public; only the draws follow the seed.
 
-Each function takes a generator and a number of rows, and returns values (num_rows, D) and labels (num_rows,),
-or None for the labels.
+Each function takes a generator and a number of rows. It returns values (num_rows, D) and labels (num_rows,), or None
+for the labels.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PPCA_NOISE_VARIANCE = 0.25
 
 
 def mixture(rng: np.random.Generator, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Three Gaussians in 2-D: ``MIXTURE_WEIGHTS``, ``_LOCS``, ``_COVARIANCES``. Labels are components."""
+    """Draw from three Gaussians in 2-D: ``MIXTURE_WEIGHTS``, ``_LOCS``, ``_COVARIANCES``. Labels are components."""
     labels = rng.choice(len(MIXTURE_WEIGHTS), num_rows, p=MIXTURE_WEIGHTS)
     noise = rng.standard_normal((num_rows, 2))
     scale_tril = np.linalg.cholesky(MIXTURE_COVARIANCES)
@@ -33,7 +33,7 @@ def mixture(rng: np.random.Generator, num_rows: int) -> tuple[np.ndarray, np.nda
 
 
 def pinwheel(rng: np.random.Generator, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Five Gaussian arms, 2-D, bent by a rotation that grows with the radius; labels are the arms.
+    """Draw from five Gaussian arms in 2-D, bent by a rotation that grows with the radius. Labels are arms.
 
     Johnson, Duvenaud, Wiltschko, Datta and Adams 2016, Composing graphical models with neural networks
     """
@@ -46,7 +46,7 @@ def pinwheel(rng: np.random.Generator, num_rows: int) -> tuple[np.ndarray, np.nd
 
 
 def moons(rng: np.random.Generator, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two interleaved half circles of radius 1, 2-D, with noise of scale 0.1; labels are the halves."""
+    """Draw from two interleaved half circles of radius 1 in 2-D, with noise of scale 0.1. Labels are the halves."""
     labels = rng.integers(2, size=num_rows)
     angle = np.pi * rng.random(num_rows)
     sign = 1 - 2 * labels  # the lower half is the upper one turned by 180° and moved to (1, 0.5)
@@ -55,10 +55,10 @@ def moons(rng: np.random.Generator, num_rows: int) -> tuple[np.ndarray, np.ndarr
 
 
 def ppca(rng: np.random.Generator, num_rows: int) -> tuple[np.ndarray, None]:
-    """x = W z + μ + ε in 10-D, with z ~ N(0, I₃) and ε ~ N(0, σ²I).
+    """Draw x = W z + μ + ε in 10-D, with z ~ N(0, I₃) and ε ~ N(0, σ²I).
 
-    ``PPCA_WEIGHT`` (10, 3), ``PPCA_LOC`` (10,) and ``PPCA_NOISE_VARIANCE`` are W, μ and σ²; the
-    covariance of x has the eigenvalues 9.25, 4.25, 1.25 and 0.25 seven times.
+    ``PPCA_WEIGHT`` (10, 3), ``PPCA_LOC`` (10,) and ``PPCA_NOISE_VARIANCE`` are W, μ and σ². The covariance of x has
+    the eigenvalues 9.25, 4.25, 1.25 and, seven times, 0.25.
 
     Tipping and Bishop 1999, Probabilistic principal component analysis
     """

@@ -1,30 +1,27 @@
-"""Evaluation: scores, diagnostics, new data and pictures of a fitted pair."""
+"""Evaluation: scores, diagnostics, generated data and ArviZ export of a fitted pair.
 
-from pyrovae.evaluation.ais import (
-    AnnealedEvidence,
-    BidirectionalEvidence,
-    annealed_evidence,
-    bidirectional_evidence,
-)
-from pyrovae.evaluation.calibration import Calibration, plot_calibration, simulation_based_calibration
-from pyrovae.evaluation.collapse import Collapse, active_units_curve, collapse
+The functions leave the pair and the caller's random state as they were. Their common arguments ``binarize``,
+``device``, ``seed`` and ``progress`` are explained in :func:`evaluate`.
+"""
+
+from pyrovae.evaluation.ais import AnnealedEvidence, BidirectionalEvidence, annealed_evidence, bidirectional_evidence
+from pyrovae.evaluation.arviz_export import to_arviz
+from pyrovae.evaluation.calibration import Calibration, simulation_based_calibration
 from pyrovae.evaluation.criteria import (
     InformationCriteria,
     Selection,
     information_criteria,
-    plot_selection,
     select_components,
 )
 from pyrovae.evaluation.decomposition import KLDecomposition, kl_decomposition
-from pyrovae.evaluation.everything import ALSO, evaluate
+from pyrovae.evaluation.full_evaluation import ALSO, evaluate
 from pyrovae.evaluation.gaps import InferenceGaps, inference_gaps
-from pyrovae.evaluation.guide_quality import guide_quality
-from pyrovae.evaluation.inference_data import to_arviz
+from pyrovae.evaluation.generation import decode, latents, reconstruct, sample
+from pyrovae.evaluation.guide_reliability import GuideQuality, guide_quality
+from pyrovae.evaluation.measurement import NotApplicable
 from pyrovae.evaluation.mixtures import MixtureScores, mixture_scores
-from pyrovae.evaluation.pareto import GuideQuality
-from pyrovae.evaluation.predict import decode, latents, reconstruct, sample
-from pyrovae.evaluation.predictive import PredictiveCheck, default_statistics, posterior_predictive_check
-from pyrovae.evaluation.prepare import NotApplicable
+from pyrovae.evaluation.posterior_collapse import Collapse, active_units_curve, collapse
+from pyrovae.evaluation.predictive_check import PredictiveCheck, default_statistics, posterior_predictive_check
 from pyrovae.evaluation.scores import Scores
 
 __all__ = [
@@ -55,8 +52,6 @@ __all__ = [
     "kl_decomposition",
     "latents",
     "mixture_scores",
-    "plot_calibration",
-    "plot_selection",
     "posterior_predictive_check",
     "reconstruct",
     "sample",

@@ -1,7 +1,7 @@
 """Annealed importance sampling: the log evidence from the model alone, without trust in the guide.
 
-A guide that misses a mode, or whose tails are too light, makes the importance-sampled evidence too low, and its error
-too small to tell. Here chains start at the model's own prior and are led to the posterior. On data simulated from the
+A guide that misses a mode, or whose tails are too light, makes the importance-sampled evidence too low, and the stated
+error does not show it. Here chains start at the model's own prior and move to the posterior. On data simulated from the
 model the same chains also run backwards, from an exact posterior sample, and bound the evidence from above.
 """
 
@@ -9,19 +9,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
 
 from pyrovae.checks import check_positive, not_a_pair
-from pyrovae.evaluation.latent_space import Density, Latents
-from pyrovae.evaluation.prepare import NotApplicable, prepared, progress_bar
+from pyrovae.evaluation.importance_sampling import MeanWeight, stderr_over_data
+from pyrovae.evaluation.measurement import (
+    Result,
+    not_applicable,
+    prepared,
+    progress_bar,
+    runs_at_a_time,
+    seeded,
+    width,
+)
 from pyrovae.evaluation.scores import importance_scores
-from pyrovae.evaluation.traces import blank_data, drawn_data, runs_at_a_time, unobserve, width
+from pyrovae.evaluation.sites import blank_data, drawn_data, unobserve
+from pyrovae.evaluation.unconstrained_density import Density, Latents
 from pyrovae.infer.record import recorded_or_itself
 from pyrovae.infer.weights import same_random_state
 from pyrovae.pair import Pair
@@ -30,7 +38,7 @@ __all__ = ["AnnealedEvidence", "BidirectionalEvidence", "annealed_evidence", "bi
 
 TARGET_ACCEPTANCE = 0.65  # Wu et al. 2017
 PILOT_SHARE, PILOT_LEAST = 4, 50  # the pilot runs through a quarter of the temperatures, or 50
-PILOT_GAIN = 0.25  # of log step size, for each unit of acceptance and times the root of the number of chains, up to 1
+PILOT_GAIN = 0.25  # change of log step size for a unit of acceptance; times the root of the number of chains, at most 1
 STEP_JITTER = 0.5
 SCHEDULE_STEEPNESS = 4.0
 CALLS_WORTH_RECORDING, CALLS_WORTH_COMPILING = 500, 3000
@@ -38,7 +46,7 @@ UNEVEN_SHARE = 4  # notes say so where fewer than a quarter of the chains count
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class _Annealing:
+class _Annealing(Result):
     num_data: int
     num_chains: int
     num_temperatures: int
@@ -48,21 +56,20 @@ class _Annealing:
     effective_sample_size: float
     """(Σ_k w)² / Σ_k w² of the K forward chains: its mean over data."""
     notes: list[str]
-    """What keeps these numbers from meaning what they usually do."""
+    """Reasons why these numbers do not mean what they usually do."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and lists, for JSON."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: value.tolist() if isinstance(value, Tensor) else value for name, value in values.items()}
+        """Return plain numbers and lists, for JSON; the values of each datum are among them."""
+        return {**super().to_dict(), **{n: v.tolist() for n, v in vars(self).items() if isinstance(v, Tensor)}}
 
-    def _table(self, data: str, rows: list[tuple[str, float, str]]) -> str:
+    def _lines(self, data: str, rows: list[tuple[str, float, str]]) -> list[str]:
         counts = {"chain": self.num_chains, "temperature": self.num_temperatures, "step": self.num_leapfrog}
         settings = ", ".join(f"{count} {unit}{'s' * (count > 1)}" for unit, count in counts.items())
         lines = [f"{name:<24}{value:>12.3f}  {note}".rstrip() for name, value, note in rows]
         lines.append(f"{'acceptance':<24}{self.acceptance:>12.2f}")
         lines.append(f"{'effective chains':<24}{self.effective_sample_size:>12.1f}  of {self.num_chains}")
         head = f"{self.num_data} {data}, {settings}; nats per datum"
-        return "\n".join([head, *lines, *(f"NOTE: {note}" for note in self.notes)])
+        return [head, *lines]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -78,15 +85,14 @@ class AnnealedEvidence(_Annealing):
     log_evidence_per_datum: Tensor
     """(N,), float64."""
     by_importance: float | None = None
-    """Of the same data by importance sampling from the guide, where :func:`evaluate` measured both."""
+    """Log evidence of the same data by importance sampling from the guide, where :func:`evaluate` measured both."""
 
-    def __repr__(self) -> str:
-        """A table, for reading."""
+    def _table(self) -> list[str]:
         errors = _errors(self.log_evidence_stderr, self.log_evidence_stderr_data)
         rows = [("log evidence, annealed", self.log_evidence, f"{errors}; in expectation a lower bound".lstrip("; "))]
         if self.by_importance is not None:
             rows.append(("log evidence, guide", self.by_importance, "by importance sampling, of the same data"))
-        return self._table("data", rows)
+        return self._lines("data", rows)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -99,7 +105,7 @@ class BidirectionalEvidence(_Annealing):
     """Its Monte Carlo standard error for these data, by the delta method over chains; None with one chain."""
     upper: float
     """Mean over data of the reverse chains' bound: in expectation above the log evidence. The chains of a datum share
-    their start, so only ``gap_stderr`` tells of its error."""
+    their start, so ``gap_stderr`` is the only measure of its error."""
     gap: float
     """upper − lower: in expectation it bounds how far either is from the truth."""
     gap_stderr: float | None
@@ -107,17 +113,17 @@ class BidirectionalEvidence(_Annealing):
     lower_per_datum: Tensor
     """(N,), float64."""
     upper_per_datum: Tensor
-    """(N,), float64. Below ``lower_per_datum`` here and there, by chance."""
+    """(N,), float64. By chance it lies below ``lower_per_datum`` for some data."""
     guide: float
-    """The same data's log evidence by importance sampling from the guide. Below ``lower``: the guide misses mass."""
+    """The same data's log evidence by importance sampling from the guide. If it lies below ``lower``, the guide misses
+    mass."""
     guide_stderr: float | None
-    """Its Monte Carlo standard error; None with one sample. A guide that misses mass does not know of it."""
+    """Its Monte Carlo standard error; None with one sample. It does not show mass that the guide misses."""
     num_guide_samples: int
     log_likelihood: float | None
     """Exact log p(x), where the pair has ``log_prob``."""
 
-    def __repr__(self) -> str:
-        """A table, for reading."""
+    def _table(self) -> list[str]:
         rows = [("log evidence, upper", self.upper, "in expectation; its error is that of the gap")]
         if self.log_likelihood is not None:
             rows.append(("log likelihood, exact", self.log_likelihood, ""))
@@ -127,7 +133,7 @@ class BidirectionalEvidence(_Annealing):
             ("gap", self.gap, _errors(None, self.gap_stderr)),
             ("log evidence, guide", self.guide, f"{_errors(self.guide_stderr, None)}, {samples}".lstrip(", ")),
         ]
-        return self._table("simulated data", rows)
+        return self._lines("simulated data", rows)
 
 
 def _errors(monte_carlo: float | None, over_data: float | None) -> str:
@@ -147,7 +153,7 @@ def annealed_evidence(
     seed: int = 0,
     progress: bool | None = None,
 ) -> AnnealedEvidence:
-    """The log evidence by annealed importance sampling from the prior (Neal 2001). The guide is not used.
+    """Estimate the log evidence by annealed importance sampling from the prior (Neal 2001), without the guide.
 
     Chains move through f_β(z) = p(z) p(x | z)^β, from β_0 = 0 to β_T = 1. With z_0 ~ p(z), and z_t from a transition
     that leaves f_{β_t} invariant,
@@ -159,22 +165,19 @@ def annealed_evidence(
     ``infer={"enumerate": "parallel"}`` are summed out. Temperatures are sigmoidal (Wu et al. 2017).
 
     Step sizes, one for each datum and temperature, come from a pilot run that adapts them towards an acceptance of
-    0.65; units of length are the prior's standard deviations. Both are then fixed: adapted to the chains that are
-    weighed, they would cost E[w] = p(x). Each transition draws its own share of the step size, 0.5 to 1.5, so that no
-    orbit returns to where it began (Neal 2011).
+    0.65; units of length are the prior's standard deviations. Both are then fixed, because E[w] = p(x) fails where
+    they are adapted to the chains that are weighed. Each transition draws its own share of the step size, 0.5 to 1.5,
+    so that no orbit returns to where it began (Neal 2011).
 
     Time grows with T · K · N · ``num_leapfrog``; memory does not grow with N.
 
     Args:
-        pair: the model; of its guide, nothing. It is left as it was.
+        pair: the model; its guide is not used.
         x: data, shape (N, D).
         num_temperatures: T, steps from prior to posterior.
         num_chains: K, independent chains a datum.
         num_leapfrog: gradients a transition.
-        binarize: draw pixels in [0, 1] as 0 or 1 first, once.
-        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``.
-        seed: of the chains. The caller's random state is left as it was.
-        progress: show a bar; None shows it on a terminal.
+        binarize, device, seed, progress: as in :func:`pyrovae.evaluate`.
 
     Raises:
         NotApplicable: the pair has no continuous latent (its evidence is then exact), a latent outside the ``data``
@@ -195,7 +198,7 @@ def annealed_evidence(
         **_common(settings, forward),
         log_evidence=float(forward.log_mean.mean()),
         log_evidence_stderr=forward.stderr,
-        log_evidence_stderr_data=_stderr_over_data(forward.log_mean),
+        log_evidence_stderr_data=stderr_over_data(forward.log_mean),
         log_evidence_per_datum=forward.log_mean,
     )
 
@@ -213,7 +216,7 @@ def bidirectional_evidence(
     seed: int = 0,
     progress: bool | None = None,
 ) -> BidirectionalEvidence:
-    """Bounds of the log evidence from both sides, on data drawn from the model (Grosse, Ghahramani and Adams 2015).
+    """Bound the log evidence from both sides, on data drawn from the model (Grosse, Ghahramani and Adams 2015).
 
     Draw z*, x ~ p(z) p(x | z): then z* is an exact sample of p(z | x). Forward chains are those of
     :func:`annealed_evidence`. Reverse chains start at z* and go from β = 1 to 0 with the same step sizes; their weights
@@ -221,7 +224,7 @@ def bidirectional_evidence(
     settings are enough for data such as the model's own; for real data that is a good sign, and no proof.
 
     Args:
-        pair: the model; its guide only for ``guide``. It is left as it was.
+        pair: the model; its guide is used for ``guide`` only.
         num_data: N, data to draw.
         num_temperatures, num_chains, num_leapfrog, device, seed, progress: as in :func:`annealed_evidence`.
         num_guide_samples: importance samples from the guide a datum.
@@ -250,7 +253,7 @@ def bidirectional_evidence(
         lower_stderr=forward.stderr,
         upper=float(upper.mean()),
         gap=float((upper - lower).mean()),
-        gap_stderr=_stderr_over_data(upper - lower),
+        gap_stderr=stderr_over_data(upper - lower),
         lower_per_datum=lower,
         upper_per_datum=upper,
         guide=scores.log_evidence,
@@ -273,54 +276,48 @@ class _Settings:
             raise ValueError("num_temperatures: expected 2 or more; got 1, with no step between prior and posterior.")
 
 
-class _Weights:
-    """What the log-weights (K, N) of chains come to."""
+class _Weights(MeanWeight):
+    """Weights of chains, from log w of shape (K, N)."""
 
     def __init__(self, log_w: Tensor, acceptance: float) -> None:
+        super().__init__(log_w)
         self.acceptance = acceptance
-        self.log_mean = log_w.logsumexp(0) - math.log(len(log_w))  # (N,)
-        relative = (log_w - self.log_mean).exp()
-        self.effective = float((relative.sum(0).square() / relative.square().sum(0)).mean())
-        self.stderr = None
-        if len(log_w) > 1:  # the delta method: Var(log mean w) = Var(w) / (K E[w]²)
-            self.stderr = float((relative.var(0) / len(log_w)).sum().sqrt()) / log_w.shape[1]
+        self.stderr = float(self.variance.sum().sqrt()) / log_w.shape[1] if len(log_w) > 1 else None
 
 
 def _common(settings: _Settings, forward: _Weights) -> dict[str, Any]:
-    notes = []
-    if settings.num_chains > 1 and forward.effective < settings.num_chains / UNEVEN_SHARE:
+    """Return the fields that both results have."""
+    notes, effective = [], float(forward.effective.mean())
+    if settings.num_chains > 1 and effective < settings.num_chains / UNEVEN_SHARE:
         notes.append(
-            f"of {settings.num_chains} chains effectively {forward.effective:.1f} count: the bound is loose, and its "
-            "Monte Carlo error too small; raise num_temperatures"
+            f"of {settings.num_chains} chains effectively {effective:.1f} count: the bound is loose, and its Monte "
+            "Carlo error too small; raise num_temperatures"
         )
     return {
         **asdict(settings),
         "num_data": len(forward.log_mean),
         "acceptance": forward.acceptance,
-        "effective_sample_size": forward.effective,
+        "effective_sample_size": effective,
         "notes": notes,
     }
 
 
-def _stderr_over_data(per_datum: Tensor) -> float | None:
-    return float(per_datum.std()) / math.sqrt(len(per_datum)) if len(per_datum) > 1 else None
-
-
 @torch.no_grad()
 def _simulate(pair: Pair, num_data: int, data_dim: int | None, seed: int) -> tuple[Latents, Tensor, Tensor, int]:
-    """Draw x and its latents from the model: what the latents are, x, u, and a seed for what comes after."""
+    """Draw x and its latents from the model; return the layout of the latents, x, u, and a seed for the chains."""
     blank = blank_data(pair, num_data, data_dim)
-    with torch.random.fork_rng(), pyro.validation_enabled(False):
-        torch.manual_seed(seed)
+    with seeded(seed):
         trace = poutine.trace(unobserve(pair.model)).get_trace(blank)
-        seed = int(torch.randint(2**31, ()))  # chains that start from the same noise as x would know it
+        seed = int(torch.randint(2**31, ()))  # chains must not start from the noise that made x
     latents = Latents(pair, trace)
     observed = list(drawn_data(trace).values())
     if len(observed) != 1 or observed[0]["value"].shape != blank.shape:
         shapes = {site["name"]: tuple(site["value"].shape) for site in observed}
-        raise NotApplicable(
-            f"bidirectional_evidence does not apply to {type(pair).__name__}: to draw data from the model it needs one "
-            f"observed site, of shape {tuple(blank.shape)}; it observes {shapes}."
+        raise not_applicable(
+            "bidirectional_evidence",
+            pair,
+            f"to draw data from the model it needs one observed site, of shape {tuple(blank.shape)}; it observes "
+            f"{shapes}.",
         )
     return latents, observed[0]["value"], latents.pack(trace), seed
 
@@ -336,7 +333,7 @@ def _annealed(
     settings: _Settings,
     progress: bool | None,
 ) -> list[_Weights]:
-    """Of forward chains, and with ``exact`` of reverse ones."""
+    """Run forward chains, and with ``exact`` reverse ones; return the weights of each."""
     num_chains, num_temperatures = settings.num_chains, settings.num_temperatures
     density = Density(pair, latents)
     try:
@@ -345,7 +342,7 @@ def _annealed(
         raise latents.inapplicable(str(error).rstrip(".")) from error
     num_chunks = math.ceil(len(x) / size)
     size = math.ceil(len(x) / num_chunks)
-    # Equal chunks, so that one record serves all: the last is filled up with rows that are then dropped.
+    # All chunks have one size, so that one record serves all: the last is filled up with rows that are then dropped.
     chunks = (torch.arange(num_chunks * size, device=x.device) % len(x)).split(size)
 
     betas = _schedule(num_temperatures).to(x)
@@ -358,9 +355,10 @@ def _annealed(
     found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(directions)]
     with progress_bar("anneal", progress, total=total, unit="step") as bar:
         for rows in chunks:
-            chains = _Chains(value, gradient, x[rows], settings.num_leapfrog, bar.update)
             start = density.draw(x[rows], num_chains)
-            chains.scale = _scale(start)
+            scale = start.flatten(0, 1).std(0, correction=0)
+            scale = torch.where((scale > 0) & scale.isfinite(), scale, 1.0)
+            chains = _Chains(value, gradient, x[rows], settings.num_leapfrog, bar.update, scale)
             steps = chains.adapt(start, pilot)[nearest]
             found[0].append(chains.run(density.draw(x[rows], num_chains), betas, steps))
             if exact is not None:
@@ -373,32 +371,27 @@ def _annealed(
     return results
 
 
-def _scale(u: Tensor) -> Tensor:
-    """Standard deviation of each dimension over chains and data; 1 where it is not a number above 0."""
-    scale = u.flatten(0, 1).std(0, correction=0)
-    return torch.where((scale > 0) & scale.isfinite(), scale, 1.0)
-
-
 def _schedule(num_temperatures: int) -> Tensor:
-    """β_0 = 0, ..., β_T = 1 along a sigmoid, dense at both ends (Wu et al. 2017), float64."""
+    """Return β_0 = 0, ..., β_T = 1 along a sigmoid, dense at both ends (Wu et al. 2017), float64."""
     s = torch.linspace(-SCHEDULE_STEEPNESS, SCHEDULE_STEEPNESS, num_temperatures + 1, dtype=torch.float64).sigmoid()
     return (s - s[0]) / (s[-1] - s[0])
 
 
+@dataclass
 class _Chains:
     """Hamiltonian chains of one chunk of data, (chains, data, dim)."""
 
+    value: Callable
+    gradient: Callable
+    x: Tensor
+    num_leapfrog: int
+    tick: Callable[[], Any]
     scale: Tensor  # (dim,), unit of length of each dimension
 
-    def __init__(
-        self, value: Callable, gradient: Callable, x: Tensor, num_leapfrog: int, tick: Callable[[], Any]
-    ) -> None:
-        self._value, self._gradient, self._x, self._num_leapfrog, self._tick = value, gradient, x, num_leapfrog, tick
-
     def adapt(self, u: Tensor, betas: Tensor) -> Tensor:
-        """Step sizes (temperatures, data) that follow the acceptance of chains from u."""
+        """Run chains from u, and return step sizes, (temperatures, data), that follow their acceptance."""
         step = torch.full_like(u[0, :, 0], u.shape[-1] ** -0.25)
-        prior, likelihood = self._value(u, self._x)
+        prior, likelihood = self.value(u, self.x)
         gain = min(1.0, PILOT_GAIN * len(u) ** 0.5)
         steps = []
         for beta in betas.unbind():
@@ -408,8 +401,8 @@ class _Chains:
         return torch.stack(steps)
 
     def run(self, u: Tensor, betas: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
-        """log w, (chains, data) float64, and mean acceptance, of chains from u through ``betas``."""
-        prior, likelihood = self._value(u, self._x)
+        """Run chains from u through ``betas``; return log w, (chains, data) float64, and the mean acceptance."""
+        prior, likelihood = self.value(u, self.x)
         differences = betas.double().diff()
         log_w = differences[0] * likelihood.double()
         total = torch.zeros_like(differences[0])
@@ -422,17 +415,17 @@ class _Chains:
     def _transition(
         self, u: Tensor, prior: Tensor, likelihood: Tensor, beta: Tensor, step: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One trajectory (half drift, kick, drift, ..., kick, half drift), accepted or not."""
-        self._tick()
+        """Run one trajectory (half drift, kick, drift, ..., kick, half drift), and accept or reject it."""
+        self.tick()
         jitter = 1 + STEP_JITTER * (2 * torch.rand_like(prior) - 1)
         epsilon = (jitter * step).unsqueeze(-1) * self.scale
         v = torch.randn_like(u)
         energy = prior + beta * likelihood - 0.5 * v.square().sum(-1)
         q = u + 0.5 * epsilon * v
-        for i in range(1, self._num_leapfrog + 1):
-            v = v + epsilon * self._gradient(q, self._x, beta)
-            q = torch.addcmul(q, epsilon, v, value=1.0 if i < self._num_leapfrog else 0.5)
-        new_prior, new_likelihood = self._value(q, self._x)
+        for i in range(1, self.num_leapfrog + 1):
+            v = v + epsilon * self.gradient(q, self.x, beta)
+            q = torch.addcmul(q, epsilon, v, value=1.0 if i < self.num_leapfrog else 0.5)
+        new_prior, new_likelihood = self.value(q, self.x)
         change = new_prior + beta * new_likelihood - 0.5 * v.square().sum(-1) - energy
         acceptance = change.clamp(max=0).exp().nan_to_num(nan=0.0)
         accept = torch.rand_like(acceptance) < acceptance
@@ -445,7 +438,7 @@ class _Chains:
 
 
 def _chunk_size(pair: Pair, density: Density, x: Tensor, num_chains: int) -> int:
-    """Data at a time, so that chains · data · width stays near FLOATS_PER_CHUNK."""
+    """Return how many data run at a time, so that chains · data · width stays near FLOATS_PER_CHUNK."""
     few = x[:2]
     with same_random_state():
         terms = density.terms(pair.model, density.draw(few, 1), few)[0]
@@ -456,15 +449,16 @@ def _chunk_size(pair: Pair, density: Density, x: Tensor, num_chains: int) -> int
 
 
 def _recorded(density: Density, x: Tensor, num_chains: int, *, calls: int) -> tuple[Callable[..., Any], ...]:
-    """``value`` and ``gradient`` of ``density``, for chunks of this size: without Pyro's Python, where calls enough pay
-    for a record, and compiled, where they pay for that too."""
-    functions: tuple[Callable[..., Any], ...] = density.value, density.gradient
+    """Return ``value`` and ``gradient`` of ``density``, for chunks of this size, recorded and compiled.
+
+    Each happens only where there are enough calls to pay for it.
+    """
     if calls < CALLS_WORTH_RECORDING:
-        return functions
+        return density.value, density.gradient
     with same_random_state():
         args = density.draw(x, num_chains), x, x.new_ones(())
     compiled = calls >= CALLS_WORTH_COMPILING
     return tuple(
         recorded_or_itself(function, inputs, [density.pair], "annealing", compiled=compiled)
-        for function, inputs in zip(functions, (args[:2], args), strict=True)
+        for function, inputs in ((density.value, args[:2]), (density.gradient, args))
     )

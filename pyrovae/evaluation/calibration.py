@@ -1,4 +1,4 @@
-"""Is the guide calibrated? Ranks of true latents among its draws, on data that the model makes."""
+"""Calibration of a guide: ranks of true latents among its draws, on data that the model makes."""
 
 from __future__ import annotations
 
@@ -6,26 +6,21 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyrovae.checks import check_choice, check_positive, not_a_pair
-from pyrovae.evaluation.prepare import NotApplicable, prepared, progress_bar
-from pyrovae.evaluation.simulate import Simulator, two_data
+from pyrovae.evaluation.generation import Simulator, two_data
+from pyrovae.evaluation.measurement import Result, not_applicable, prepared, progress_bar
 from pyrovae.pair import Pair
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 __all__ = [
     "LIKELIHOOD",
     "Calibration",
     "RankTest",
-    "plot_calibration",
     "simulation_based_calibration",
 ]
 
@@ -33,6 +28,7 @@ LIKELIHOOD = "log p(x | z)"
 """Name of the rank test of the log likelihood."""
 LEVEL = 0.01  # of the verdicts, and of what lies outside the bands in pictures
 UNIFORM = "no misfit found"
+QUANTITY = "simulation_based_calibration"
 
 
 @dataclass(frozen=True, repr=False)
@@ -46,19 +42,19 @@ class RankTest:
     counts: list[list[int]]
     """The histogram of each dimension, (dimensions, bins)."""
     p_values: list[float]
-    """χ² test of uniformity, by dimension."""
+    """p-value of the χ² test of uniformity, by dimension."""
     adjusted: list[float]
-    """The same for all dimensions together (Holm 1979): right however the dimensions depend on each other."""
+    """p-values adjusted for all dimensions together (Holm 1979): right however the dimensions depend on each other."""
     shift: list[float]
     """z score of the ranks' mean, by dimension: above 0 the draws are too low."""
     shape: list[float]
     """z score of the ranks' distance from their middle, by dimension: above 0 the draws are too narrow."""
     verdicts: list[str]
-    """By dimension, in words. Not ``no misfit found`` only where ``adjusted`` is below 0.01."""
+    """Verdict on each dimension, in words: ``no misfit found`` unless ``adjusted`` is below 0.01."""
 
     @property
     def p_value(self) -> float:
-        """Of the hypothesis that the ranks of every dimension are uniform: the smallest of ``adjusted``."""
+        """p-value of the hypothesis that the ranks of every dimension are uniform: the smallest of ``adjusted``."""
         return min(self.adjusted)
 
     @property
@@ -72,26 +68,26 @@ class RankTest:
         return "; ".join(f"{verdict} in {times} of {count} dimensions" for verdict, times in found.most_common())
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON; without the ranks themselves."""
+        """Return plain numbers, for JSON; without the ranks themselves."""
         names = ("counts", "p_values", "adjusted", "shift", "shape", "verdicts", "p_value", "verdict")
         return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, repr=False)
-class Calibration:
+class Calibration(Result):
     """What :func:`simulation_based_calibration` found."""
 
     num_simulations: int
     num_draws: int
     num_bins: int
     source: str
-    """Where the draws are from: ``guide`` or ``exact``."""
+    """Source of the draws: ``guide`` or ``exact``."""
     tests: dict[str, RankTest]
-    """By latent; and under ``"log p(x | z)"`` that of the log likelihood, where it can be had."""
+    """Rank test of each latent, by name; under ``"log p(x | z)"`` that of the log likelihood, where it can be had."""
 
     @property
     def p_value(self) -> float:
-        """Of the hypothesis that all ranks are uniform (Holm over latents)."""
+        """p-value of the hypothesis that all ranks are uniform (Holm over latents)."""
         return min(1.0, len(self.tests) * min(test.p_value for test in self.tests.values()))
 
     @property
@@ -101,16 +97,10 @@ class Calibration:
         return "; ".join(wrong) or UNIFORM
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON; without the ranks themselves."""
-        own = {name: getattr(self, name) for name in ("num_simulations", "num_draws", "num_bins", "source")}
-        return own | {
-            "p_value": self.p_value,
-            "verdict": self.verdict,
-            "tests": {name: test.to_dict() for name, test in self.tests.items()},
-        }
+        """Return plain numbers, for JSON; without the ranks themselves."""
+        return super().to_dict() | {"p_value": self.p_value, "verdict": self.verdict}
 
-    def __repr__(self) -> str:
-        """A table, for reading."""
+    def _table(self) -> list[str]:
         source = "guide" if self.source == "guide" else "exact posterior"
         width = max(8, *map(len, self.tests)) + 2
         lines = [
@@ -120,7 +110,7 @@ class Calibration:
         ]
         for name, test in self.tests.items():
             lines.append(f"{name:<{width}}{len(test.p_values):>10}{test.p_value:>10.3g}  {test.verdict}")
-        return "\n".join(lines)
+        return lines
 
 
 def simulation_based_calibration(
@@ -144,20 +134,18 @@ def simulation_based_calibration(
     A guide that ignores x and draws from the prior has uniform ranks of z, too. So log p(x | z) is ranked beside them,
     where such a guide fails (Modrák, Moon, Kim, Bürkner, Huurre, Faltejsková, Gelman and Vehtari 2023).
 
-    This is about the guide, on data *of the model*. Whether the model fits the data at hand says
-    :func:`~pyrovae.evaluation.predictive.posterior_predictive_check`.
+    This test is about the guide, on data *of the model*. For the fit of the model to data at hand see
+    :func:`~pyrovae.evaluation.posterior_predictive_check`.
 
     Args:
-        pair: the model and guide. It is left as it was.
+        pair: the model and guide.
         num_simulations: S.
         num_draws: L. L + 1 needs a divisor to make bins of; 99 gives 20 bins.
         num_bins: must divide L + 1; by default the most up to 20 that leave 5 simulations a bin.
         source: draws from the ``guide``, or from ``exact``, ``pair.posterior``. By default the guide, or the exact
             posterior where the guide samples nothing.
         data_dim: D, where the pair does not say.
-        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``.
-        seed: of the simulations. The caller's random state is left as it was.
-        progress: show a bar; None shows it on a terminal.
+        device, seed, progress: as in :func:`pyrovae.evaluate`.
 
     Raises:
         NotApplicable: a global latent, which all data of one run share; nothing to draw from.
@@ -170,14 +158,16 @@ def simulation_based_calibration(
         check_choice("source", source, ("guide", "exact"))
     if not isinstance(pair, Pair):
         raise TypeError(not_a_pair(pair))
-    few = two_data(pair, data_dim, seed)
+    few = two_data(pair, data_dim, seed, QUANTITY)
     with prepared(pair, few, device=device, seed=seed) as few, torch.no_grad():
-        simulator = Simulator(pair, few, "calibration")
+        simulator = Simulator(pair, few, QUANTITY)
         source = simulator.check_source(source)
         if simulator.shared:
-            raise NotApplicable(
-                f"calibration does not apply to {type(pair).__name__}: its latent {', '.join(simulator.shared)} lies "
-                "outside the data plate, so all data of a run share it. Simulate data sets, and fit a guide to each."
+            raise not_applicable(
+                QUANTITY,
+                pair,
+                f"its latent {', '.join(simulator.shared)} lies outside the data plate, so all data of a run share it. "
+                "Simulate data sets, and fit a guide to each.",
             )
         ranks = _ranks(simulator, few, num_simulations, num_draws, source, progress)
     tests = {name: _rank_test(name, value, num_draws, num_bins) for name, value in ranks.items()}
@@ -185,6 +175,7 @@ def simulation_based_calibration(
 
 
 def _num_bins(num_simulations: int, num_draws: int, num_bins: int | None) -> int:
+    """Check or choose the number of bins."""
     possible = [b for b in range(2, num_draws + 2) if (num_draws + 1) % b == 0 and num_simulations >= 5 * b]
     if num_bins is not None:
         check_positive("num_bins", num_bins, integer=True)
@@ -208,7 +199,7 @@ def _num_bins(num_simulations: int, num_draws: int, num_bins: int | None) -> int
 def _ranks(
     simulator: Simulator, few: Tensor, num_simulations: int, num_draws: int, source: str, progress: bool | None
 ) -> dict[str, Tensor]:
-    """By latent: ranks of the true values among the draws, (S, dimensions), on the CPU."""
+    """Rank the true values among the draws, by latent: (S, dimensions), on the CPU."""
     rows_at_a_time, draws_at_a_time = simulator.chunks(num_simulations, num_draws)
     names = [name for name in simulator.local if name in simulator.guided or source == "exact"]
     with_likelihood = len(names) == len(simulator.local)
@@ -241,7 +232,7 @@ def _ranks(
 
 
 def _compared(draws: Tensor, truth: Tensor, *, rounded: bool) -> Tensor:
-    """How many draws lie below the truth, how many below or on it, how many are NaN: (3, N, scalars)."""
+    """Count draws below the truth, draws below or on it, and those that are NaN: (3, N, scalars)."""
     low = high = truth
     if rounded:  # a sum, known to rounding: where z plays no part, all are equal
         slack = 50 * torch.finfo(draws.dtype).eps * truth.abs()
@@ -274,6 +265,7 @@ def _rank_test(name: str, ranks: Tensor, num_draws: int, num_bins: int) -> RankT
 
 
 def _holm(p_values: np.ndarray) -> list[float]:
+    """Adjust p-values for all of them together (Holm 1979)."""
     order = np.argsort(p_values)
     steps = p_values[order] * np.arange(len(p_values), 0, -1)
     adjusted = np.empty_like(steps)
@@ -282,6 +274,7 @@ def _holm(p_values: np.ndarray) -> list[float]:
 
 
 def _verdict(shift: float, shape: float, *, likelihood: bool) -> str:
+    """Say in words how ranks that are not uniform deviate, from the z scores of their mean and of their spread."""
     if max(abs(shift), abs(shape)) < NormalDist().inv_cdf(1 - LEVEL / 2):
         return "not uniform"
     # Where the density of the ranks is monotone, |shift| ≥ √(3/5) |shape|, and equal when all lie at one end.
@@ -292,71 +285,6 @@ def _verdict(shift: float, shape: float, *, likelihood: bool) -> str:
     if likelihood:
         return "not uniform"
     return "too narrow (∪-shaped)" if shape > 0 else "too wide (∩-shaped)"
-
-
-def plot_calibration(calibration: Calibration, *, kind: str = "histogram", max_panels: int = 12) -> Figure:
-    """Ranks of each dimension, those with the smallest p-values first, with the band that holds 99% under uniformity.
-
-    Args:
-        calibration: what :func:`simulation_based_calibration` found.
-        kind: ``histogram`` (the band holds each bar with 99%) or ``ecdf``: the ranks' cumulative distribution less the
-            uniform one, with a band that holds all of it with 99% (Säilynoja, Bürkner and Vehtari 2022).
-        max_panels: the most dimensions shown.
-    """
-    from pyrovae.plots.pair_plots import new_figure
-
-    check_choice("kind", kind, ("histogram", "ecdf"))
-    check_positive("max_panels", max_panels, integer=True)
-    panels = [(name, test, i) for name, test in calibration.tests.items() for i in range(len(test.p_values))]
-    total = len(panels)
-    panels = sorted(panels, key=lambda panel: panel[1].p_values[panel[2]])[:max_panels]
-    columns = min(4, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    figure = new_figure(max(4.5, 3.2 * columns), 2.6 * rows + 0.5)
-    grid = np.atleast_1d(figure.subplots(rows, columns)).ravel()
-    band = ecdf_band(calibration.num_simulations, calibration.num_draws + 1) if kind == "ecdf" else None
-    for axes, (name, test, i) in zip(grid, panels, strict=False):
-        if band is None:
-            _draw_histogram(axes, test.counts[i], calibration)
-        else:
-            _draw_ecdf(axes, test.ranks[:, i], calibration, band)
-        label = name if len(test.p_values) == 1 else f"{name}[{i}]"
-        axes.set_title(f"{label}: p = {test.adjusted[i]:.2g}\n{test.verdicts[i]}", fontsize=9, parse_math=False)
-        axes.set_xlabel("rank of the truth among the draws", fontsize=8)
-        axes.tick_params(labelsize=8)
-    for axes in grid[len(panels) :]:
-        axes.set_axis_off()
-    shown = f"the worst {len(panels)} of {total} dimensions" if len(panels) < total else "all dimensions"
-    figure.suptitle(f"Calibration of the {calibration.source} ({shown}); grey: 99% if uniform", fontsize=10)
-    return figure
-
-
-def _draw_histogram(axes: Axes, counts: list[int], calibration: Calibration) -> None:
-    from scipy.stats import binom
-
-    from pyrovae.plots.pair_plots import DATA, MODEL
-
-    size, bins = calibration.num_simulations, len(counts)
-    low, high = binom.ppf([LEVEL / 2, 1 - LEVEL / 2], size, 1 / bins)
-    width = (calibration.num_draws + 1) / bins
-    axes.axhspan(low, high, color="0.85", zorder=0)
-    axes.axhline(size / bins, color=MODEL, linewidth=0.8)
-    axes.bar([(i + 0.5) * width - 0.5 for i in range(bins)], counts, width=0.94 * width, color=DATA, alpha=0.8)
-    axes.set_ylim(bottom=0)
-    axes.set_ylabel("simulations", fontsize=8)
-
-
-def _draw_ecdf(axes: Axes, ranks: Tensor, calibration: Calibration, band: tuple[np.ndarray, np.ndarray]) -> None:
-    from pyrovae.plots.pair_plots import DATA, MODEL
-
-    levels, size = calibration.num_draws + 1, calibration.num_simulations
-    uniform = np.arange(1, levels) / levels
-    cumulative = np.bincount(ranks.numpy(), minlength=levels).cumsum()[:-1] / size
-    at = np.arange(levels - 1)
-    axes.fill_between(at, band[0] / size - uniform, band[1] / size - uniform, color="0.85", step="mid")
-    axes.axhline(0, color=MODEL, linewidth=0.8)
-    axes.step(at, cumulative - uniform, color=DATA, where="mid")
-    axes.set_ylabel("ECDF − uniform", fontsize=8)
 
 
 def ecdf_band(size: int, levels: int, *, num_samples: int = 4000) -> tuple[np.ndarray, np.ndarray]:

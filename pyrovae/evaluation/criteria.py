@@ -1,26 +1,22 @@
-"""BIC, AIC and ICL of pairs fitted by maximum likelihood; how many components or dimensions the data ask for."""
+"""Criteria for the size of a model: BIC, AIC and ICL of pairs fitted by maximum likelihood."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pyrovae.checks import check_choice, check_data, check_positive, not_a_pair
+from pyrovae.evaluation.measurement import NotApplicable, Result, not_applicable, prepared, progress_bar, runs_at_a_time
 from pyrovae.evaluation.mixtures import category_log_probs, num_categories
-from pyrovae.evaluation.prepare import NotApplicable, prepared, progress_bar
-from pyrovae.evaluation.traces import runs_at_a_time
 from pyrovae.infer.em import fit_em
 from pyrovae.infer.weights import same_random_state
 from pyrovae.pair import Pair
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 __all__ = [
     "CRITERIA",
@@ -28,7 +24,6 @@ __all__ = [
     "InformationCriteria",
     "Selection",
     "information_criteria",
-    "plot_selection",
     "select_components",
 ]
 
@@ -36,7 +31,7 @@ CRITERIA = ("bic", "icl", "aic")
 
 
 @dataclass(frozen=True, repr=False)
-class InformationCriteria:
+class InformationCriteria(Result):
     """What :func:`information_criteria` computed. Lower criteria are better, as in scikit-learn."""
 
     num_data: int
@@ -51,16 +46,11 @@ class InformationCriteria:
     """−2 Σ_n log p(x_n, ẑ_n) + ν log N with ẑ_n the most probable component: BIC, and a price for components that
     overlap (Biernacki, Celeux and Govaert 2000). None without a categorical posterior."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON."""
-        return asdict(self)
-
-    def __repr__(self) -> str:
-        """A table, for reading."""
+    def _table(self) -> list[str]:
         rows = [("log likelihood", self.log_likelihood), ("BIC", self.bic), ("ICL", self.icl), ("AIC", self.aic)]
         lines = [f"{name:<16}{value:>14.4f}" for name, value in rows if value is not None]
         head = f"{self.num_data} data, {self.num_parameters} free parameters; criteria: lower is better"
-        return "\n".join([head, *lines])
+        return [head, *lines]
 
 
 def information_criteria(
@@ -72,15 +62,13 @@ def information_criteria(
     device: str | torch.device = "auto",
     seed: int = 0,
 ) -> InformationCriteria:
-    """BIC, AIC and ICL of a pair fitted to ``x`` by maximum likelihood.
+    """Compute BIC, AIC and ICL of a pair fitted to ``x`` by maximum likelihood.
 
     Args:
         pair: a pair with an exact ``log_prob``, at its maximum likelihood on these data.
         x: the data it was fitted to, (N, D).
         num_parameters: ν; by default ``pair.num_parameters``.
-        binarize: draw pixels in [0, 1] as 0 or 1 first, once.
-        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``.
-        seed: of ``binarize``.
+        binarize, device, seed: as in :func:`pyrovae.evaluate`.
 
     Raises:
         NotApplicable: no ``log_prob``, or nobody says the number of parameters.
@@ -89,28 +77,27 @@ def information_criteria(
     if num_parameters is not None:
         check_positive("num_parameters", num_parameters, integer=True)
     with prepared(pair, x, binarize=binarize, device=device, seed=seed) as x, torch.no_grad():
-        name = type(pair).__name__
         if pair.log_prob is None:
-            raise NotApplicable(f"information criteria do not apply to {name}: it has no exact log_prob(x).")
+            raise not_applicable("information_criteria", pair, "it has no exact log_prob(x).")
         nu = num_parameters if num_parameters is not None else getattr(pair, "num_parameters", None)
         if nu is None:
-            raise NotApplicable(
-                f"information criteria do not apply to {name}: it does not say its number of free parameters. Give it "
-                "a property num_parameters, or pass num_parameters=."
+            raise not_applicable(
+                "information_criteria",
+                pair,
+                "it does not say its number of free parameters. Give it a property num_parameters, or pass "
+                "num_parameters=.",
             )
         try:
-            num_components = num_categories(pair, x[:2], "")
+            num_components = num_categories(pair, x[:2], "icl")
         except NotApplicable:
             num_components = 0
-        log_likelihood: Any = 0
-        log_assigned: Any = 0
-        for rows in x.split(runs_at_a_time(x.device, x.shape[1] * (num_components or 1))):
-            log_likelihood += pair.log_prob(rows).double().sum()
-            if num_components:
-                log_assigned += category_log_probs(pair.posterior(rows)).amax(-1).sum()  # type: ignore[misc]
-    total = float(log_likelihood)
-    bic = -2 * total + nu * math.log(len(x))
-    icl = bic - 2 * float(log_assigned) if num_components else None
+        chunks = x.split(runs_at_a_time(x.device, x.shape[1] * (num_components or 1)))
+        total = float(sum(pair.log_prob(rows).double().sum() for rows in chunks))
+        bic = -2 * total + nu * math.log(len(x))
+        icl = None
+        if num_components:
+            assigned = (category_log_probs(pair.posterior(rows)).amax(-1).sum() for rows in chunks)  # type: ignore[misc]
+            icl = bic - 2 * float(sum(assigned))
     return InformationCriteria(len(x), nu, total, bic, -2 * total + 2 * nu, icl)
 
 
@@ -119,64 +106,60 @@ class Candidate:
     """One fit of :func:`select_components`."""
 
     family: str
-    """The name of what made the pair; empty where there is only one."""
+    """The name of the function that made the pair; empty where there is only one."""
     num_components: int
     criteria: InformationCriteria
     converged: bool
     collapsed: tuple[int, ...]
-    """Components that EM held at the covariance floor: the likelihood then says how low the floor is, not how good
-    the fit is, so this fit is never chosen."""
+    """Components that EM held at the covariance floor. The likelihood then shows how low the floor is, not how good the
+    fit is, so this fit is never chosen."""
     pair: Pair
     """The fitted pair."""
 
 
 @dataclass(frozen=True, repr=False)
-class Selection:
+class Selection(Result):
     """What :func:`select_components` found. Lower criteria are better."""
 
     candidates: list[Candidate]
-    """By BIC, the best first; collapsed ones last."""
+    """All fits by BIC, the best first and collapsed ones last."""
 
     def best(self, criterion: str = "bic") -> Candidate:
-        """The candidate with the lowest ``bic``, ``icl`` or ``aic``, among those that have not collapsed.
+        """Return the candidate with the lowest ``bic``, ``icl`` or ``aic``, among those that have not collapsed.
 
         Raises:
             ValueError: an unknown criterion; no candidate is left.
         """
         check_choice("criterion", criterion, CRITERIA)
-        found = [c for c in self.candidates if not c.collapsed and getattr(c.criteria, criterion) is not None]
-        if not found:
+        if (winner := self.winners().get(criterion)) is None:
             raise ValueError(
                 f"criterion: no fit has a {criterion.upper()} to choose by: all collapsed, or none has a categorical "
                 "posterior. Try fewer components, more restarts, or a covariance with fewer parameters."
             )
-        return min(found, key=lambda candidate: getattr(candidate.criteria, criterion))
+        return winner
 
     def winners(self) -> dict[str, Candidate]:
-        """The best candidate by each criterion that any fit can be chosen by."""
+        """Return the best candidate by each criterion that any fit can be chosen by."""
         found = {}
         for criterion in CRITERIA:
-            try:
-                found[criterion] = self.best(criterion)
-            except ValueError:
-                continue
+            value = attrgetter(f"criteria.{criterion}")
+            if able := [c for c in self.candidates if not c.collapsed and value(c) is not None]:
+                found[criterion] = min(able, key=value)
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON."""
+        """Return plain numbers, for JSON."""
 
-        def row(c: Candidate) -> dict[str, Any]:
-            own = {"family": c.family, "num_components": c.num_components, "converged": c.converged}
-            return own | {"collapsed": list(c.collapsed)} | c.criteria.to_dict()
+        def name(c: Candidate) -> dict[str, Any]:
+            return {"family": c.family, "num_components": c.num_components}
 
-        best = {
-            criterion: {"family": winner.family, "num_components": winner.num_components}
-            for criterion, winner in self.winners().items()
-        }
-        return {"candidates": [row(c) for c in self.candidates], "best": best}
+        rows = [
+            name(c) | {"converged": c.converged, "collapsed": list(c.collapsed)} | c.criteria.to_dict()
+            for c in self.candidates
+        ]
+        return {"candidates": rows, "best": {criterion: name(winner) for criterion, winner in self.winners().items()}}
 
-    def __repr__(self) -> str:
-        """A table, for reading; the best of each column is starred."""
+    def _table(self) -> list[str]:
         winners = self.winners()
         width = max([0, *(len(c.family) + 2 for c in self.candidates if c.family)])
         shown = [name for name in CRITERIA if any(getattr(c.criteria, name) is not None for c in self.candidates)]
@@ -195,7 +178,7 @@ class Selection:
             elif not c.converged:
                 line += "  not converged"
             lines.append(line.rstrip())
-        return "\n".join(lines)
+        return lines
 
 
 def select_components(
@@ -224,9 +207,7 @@ def select_components(
         x: the data.
         counts: the k to try.
         restarts, max_iter, tol: of :func:`pyrovae.fit_em`, which works in float64.
-        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``.
-        seed: of the starts.
-        progress: show a bar; None shows it on a terminal.
+        device, seed, progress: as in :func:`pyrovae.evaluate`.
 
     Raises:
         NotApplicable: a pair without ``log_prob`` or number of parameters.
@@ -260,6 +241,7 @@ def select_components(
 
 
 def _counts(counts: Any, num_data: int) -> list[int]:
+    """Check the numbers of components, and drop repeated ones."""
     if isinstance(counts, (str, bytes)) or not isinstance(counts, Iterable):
         raise TypeError(f"counts: expected whole numbers of components, such as range(1, 7); got {counts!r}.")
     found = list(dict.fromkeys(counts))
@@ -270,43 +252,3 @@ def _counts(counts: Any, num_data: int) -> list[int]:
     if max(found) > num_data:
         raise ValueError(f"counts: expected at most as many components as data, {num_data}; got {max(found)}.")
     return found
-
-
-def plot_selection(selection: Selection) -> Figure:
-    """How far each fit lies above the best by each criterion, against the number of components.
-
-    The best is ringed, collapsed fits are crosses off the line. Linear up to 10, logarithmic beyond.
-    """
-    from matplotlib.ticker import MaxNLocator
-
-    from pyrovae.plots.pair_plots import MODEL, new_figure
-
-    winners = selection.winners()
-    shown = [name for name in CRITERIA if any(getattr(c.criteria, name) is not None for c in selection.candidates)]
-    families = sorted({c.family for c in selection.candidates})
-    figure = new_figure(4.2 * len(shown), 3.8)
-    for axes, criterion in zip(np.atleast_1d(figure.subplots(1, len(shown))), shown, strict=True):
-        having = [c for c in selection.candidates if getattr(c.criteria, criterion) is not None]
-        winner = winners.get(criterion)
-        zero = min(getattr(c.criteria, criterion) for c in ([winner] if winner else having))
-        for index, family in enumerate(families):
-            rows = sorted(
-                (c.num_components, getattr(c.criteria, criterion) - zero, bool(c.collapsed))
-                for c in having
-                if c.family == family
-            )
-            sound, held = ([row[:2] for row in rows if row[2] == collapsed] for collapsed in (False, True))
-            axes.plot(*np.reshape(sound, (-1, 2)).T, "o-", ms=4, color=f"C{index}", label=family)
-            axes.plot(*np.reshape(held, (-1, 2)).T, "x", color=f"C{index}")
-        title = criterion.upper()
-        if winner is not None:
-            axes.plot(winner.num_components, 0, "o", ms=13, mfc="none", mec=MODEL, mew=1.5)
-            title += f": best is {winner.num_components} {winner.family}".rstrip()
-        axes.set_title(title, parse_math=False)
-        axes.set_yscale("symlog", linthresh=10)
-        axes.set(xlabel="components", ylabel=f"{criterion.upper()} above the best")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.grid(alpha=0.3)
-        if any(families):
-            axes.legend(fontsize=8)
-    return figure

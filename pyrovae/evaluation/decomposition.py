@@ -1,20 +1,19 @@
-"""What the average KL is made of: information about the data, and the distance of the aggregate from the prior."""
+"""Decomposition of the average KL: information about the data, and distance of the aggregate from the prior."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyrovae.checks import check_positive
-from pyrovae.evaluation.local_guide import LocalGuide, in_words, log_prob_of_categories
-from pyrovae.evaluation.prepare import NotApplicable, prepared, progress_bar
-from pyrovae.evaluation.traces import runs_at_a_time
+from pyrovae.evaluation.guide_densities import GuideDensities, in_words, log_prob_of_categories
+from pyrovae.evaluation.measurement import Result, not_applicable, prepared, progress_bar, runs_at_a_time
 from pyrovae.pair import Pair
 
 __all__ = ["KLDecomposition", "KLParts", "kl_decomposition"]
@@ -24,14 +23,14 @@ DRAWS_PER_BLOCK = 256
 
 @dataclass(frozen=True, repr=False)
 class KLParts:
-    """The parts of one average KL, nats per datum; None, or an empty list, where a part does not apply.
+    """Parts of one average KL, nats per datum; None, or an empty list, where a part does not apply.
 
     ``kl`` = ``mutual_information`` + ``marginal_kl``, and ``marginal_kl`` = ``total_correlation`` +
     ``dimension_wise_kl``, to rounding: all come from the same draws.
     """
 
     kl: float | None
-    """E_n KL(q(z | x_n) ‖ p(z)). None of a latent whose prior depends on other latents."""
+    """E_n KL(q(z | x_n) ‖ p(z)). None for a latent whose prior depends on other latents."""
     mutual_information: float
     """I(n; z) = E_n KL(q(z | x_n) ‖ q(z)): what z tells about which of the N data it encodes; at most log N."""
     marginal_kl: float | None
@@ -49,32 +48,27 @@ class KLParts:
 
 
 @dataclass(frozen=True, repr=False)
-class KLDecomposition(KLParts):
-    """What :func:`kl_decomposition` found: the parts for all latents together, and for each that stands alone."""
+class KLDecomposition(KLParts, Result):
+    """What :func:`kl_decomposition` found: parts for all latents together, and for each latent that stands alone."""
 
     num_data: int
-    """N, of the aggregate."""
+    """N, the number of data in the aggregate."""
     num_drawn: int
-    """Data that z was drawn from: N, or fewer (``max_data``)."""
+    """Number of data that z was drawn from: N, or fewer (``max_data``)."""
     num_samples: int
-    """Draws of z from each of those; 0 where the sum over z is exact."""
+    """Number of draws of z from each of those; 0 where the sum over z is exact."""
     latents: dict[str, KLParts]
-    """By name, for each latent whose guide depends on x alone and not on another latent."""
+    """Parts for each latent whose guide depends on x alone and not on another latent, by name."""
     notes: list[str] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON."""
-        return asdict(self)
-
-    def __repr__(self) -> str:
-        """A table, for reading."""
+    def _table(self) -> list[str]:
         sampled = "exact sums over z" if not self.num_samples else f"{self.num_samples} samples each"
         some = f" of {self.num_drawn} of them" if self.num_samples and self.num_drawn < self.num_data else ""
         lines = [f"{self.num_data} data, {sampled}{some}; nats per datum", *_rows(self, math.log(self.num_data))]
         if len(self.latents) > 1 or any(parts.kl is None for parts in self.latents.values()):
             for name, parts in self.latents.items():
                 lines += [f"{name} alone", *_rows(parts, math.log(self.num_data), "  ")]
-        return "\n".join([*lines, *(f"NOTE: {note}" for note in self.notes)])
+        return lines
 
 
 LABELS = {
@@ -87,6 +81,7 @@ LABELS = {
 
 
 def _rows(parts: KLParts, most: float, indent: str = "") -> Iterator[str]:
+    """Yield a line of the table for each part that applies; ``most`` is log N."""
     for name, label in LABELS.items():
         if (value := getattr(parts, name)) is not None:
             error = f" ± {parts.stderr[name]:.3f}" if parts.stderr[name] else ""
@@ -115,24 +110,19 @@ def kl_decomposition(
     them: its density at each draw is computed given each of the N data.
 
     For these N data the estimates are unbiased, as every datum is in the aggregate and only z is drawn. As estimates
-    for the population they are not: I(n; z) is at most log N, lies in expectation below the information that z has of
-    a new x (Poole et al. 2019), and the KL of the aggregate lies above its own by as much. A note says when it is near
-    log N. Any part may come out negative by Monte Carlo error; it is given as it is, with a note.
+    for the population they are biased: I(n; z) is at most log N, and lies in expectation below the information that z
+    has of a new x (Poole et al. 2019). The KL of the aggregate is too large by the same amount. A note says when I(n;
+    z) is near log N. Any part may come out negative by Monte Carlo error; it is given as it is, with a note.
 
     Where the only latent is discrete and enumerable, the sums over z are exact and nothing is drawn.
 
     Time grows with max_data · N · num_samples · dimensions; memory does not.
 
     Args:
-        pair: the model and guide. It is left as it was.
-        x: data, shape (N, D), N ≥ 2.
         num_samples: draws of z a datum, 2 or more.
         max_data: where N is larger, z is drawn from a random subset of this many data. The aggregate is of all N all
             the same, so the estimates stay unbiased; the standard errors include the choice of the subset.
-        binarize: draw pixels in [0, 1] as 0 or 1 first, once.
-        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``.
-        seed: of the draws. The caller's random state is left as it was.
-        progress: show a bar; None shows it on a terminal.
+        pair, x, binarize, device, seed, progress: as in :func:`pyrovae.evaluate`; two data or more.
 
     Raises:
         TypeError, ValueError: bad data or options, before work starts.
@@ -145,10 +135,8 @@ def kl_decomposition(
         information.
     """
     check_counts(num_samples, max_data)
-    with prepared(pair, x, binarize=binarize, device=device, seed=seed) as x, torch.no_grad():
-        if len(x) < 2:
-            raise ValueError(f"x: expected at least 2 data, which z can tell apart; got {len(x)}.")
-        guide = LocalGuide.of(pair, x, "kl_decomposition")
+    with prepared(pair, x, at_least=2, binarize=binarize, device=device, seed=seed) as x, torch.no_grad():
+        guide = GuideDensities.of(pair, x, "kl_decomposition")
         _check_decomposable(guide, x)
         if guide.is_exact:
             drawn, num_samples, latents = len(x), 0, _exact(guide, x)
@@ -167,42 +155,45 @@ def kl_decomposition(
 
 
 def check_counts(num_samples: Any, max_data: Any) -> None:
+    """Raise TypeError or ValueError unless both are whole numbers of 2 or more."""
     for name, value in (("num_samples", num_samples), ("max_data", max_data)):
         check_positive(name, value, integer=True)
         if value < 2:
             raise ValueError(f"{name}: expected 2 or more, for a standard error; got {value}.")
 
 
-def _check_decomposable(guide: LocalGuide, x: Tensor) -> None:
-    """Raise NotApplicable unless there are a KL from one prior, and densities to compare."""
-    head = f"kl_decomposition does not apply to {type(guide.pair).__name__}:"
+def _check_decomposable(guide: GuideDensities, x: Tensor) -> None:
+    """Raise NotApplicable unless all data have one prior in common, and the densities are known."""
+
+    def inapplicable(reason: str) -> Exception:
+        return not_applicable("kl_decomposition", guide.pair, reason)
+
     if guide.outside:
-        raise NotApplicable(f"{head} {in_words(guide.outside)} outside the plate 'data', shared by all the data.")
+        raise inapplicable(f"{in_words(guide.outside)} outside the plate 'data', shared by all the data.")
     few = x[torch.linspace(0, len(x) - 1, min(len(x), 16)).long()]
     model_trace, guide_trace = guide.draw(few, 2)
     for name in guide.latents:
         if name not in model_trace.nodes:
-            raise NotApplicable(f"{head} site '{name}' is auxiliary, a guide's variable that has no prior.")
+            raise inapplicable(f"site '{name}' is auxiliary, a guide's variable that has no prior.")
     # The prior of the same draws must not change when other data are observed.
     values = {name: guide_trace.nodes[name]["value"] for name in guide.latents}
     other = guide.given(guide.pair.model, few.flip(0), values)
     for name, latent in guide.latents.items():
         if guide.structure.enumerated and not latent.fixed_prior:
-            continue  # it depends on what the model has just drawn, too
+            continue  # it depends on latents that the model has just drawn, too
         at, again = (guide.log_prob(trace.nodes[name]["fn"], values[name]) for trace in (model_trace, other))
         if not torch.allclose(at, again, rtol=1e-4, atol=1e-4):
-            raise NotApplicable(f"{head} the prior of '{name}' depends on x, so the data have no prior in common.")
+            raise inapplicable(f"the prior of '{name}' depends on x, so the data have no prior in common.")
 
-
-# The parts. Terms belong to a latent by name ("" for all together), and to "all" its dimensions or to "each".
 
 Terms = dict[tuple[str, str], Tensor]
+"""Log densities by latent (its name, or "" for all together) and by "all" its dimensions or "each" of them."""
 
 
 def sampled_parts(
-    guide: LocalGuide, x: Tensor, num_samples: int, drawn: int, progress: bool | None, *, joint: bool = True
+    guide: GuideDensities, x: Tensor, num_samples: int, drawn: int, progress: bool | None, *, joint: bool = True
 ) -> dict[str, KLParts]:
-    """The parts for each latent that stands alone, by name, and (where ``joint``) for all together, under ""."""
+    """Estimate the parts for each latent that stands alone, by name, and with ``joint`` for all together, under ""."""
     rows = x if drawn == len(x) else x[torch.randperm(len(x))[:drawn].to(x.device)]
     rows_a_chunk = max(1, DRAWS_PER_BLOCK // num_samples)
     blocks = x.split(runs_at_a_time(x.device, rows_a_chunk * num_samples * guide.width))
@@ -216,7 +207,11 @@ def sampled_parts(
         values = {name: guide.flat(site["value"]) for name, site in sites.items()}
         sums: Terms = {}
         for i, data in enumerate(blocks):
-            given = guide.functions_given(data, values) if functions is None else functions[i]
+            if functions is None:  # the guide run on the data at the draws, (B, 1)
+                trace = guide.given(guide.pair.guide, data, values)
+                given = {name: trace.nodes[name]["fn"] for name in guide.latents}
+            else:
+                given = functions[i]
             for key, term in _densities(guide, given, values, joint).items():
                 total = term.logsumexp(1)
                 sums[key] = torch.logaddexp(sums[key], total) if key in sums else total
@@ -238,8 +233,8 @@ def sampled_parts(
     return parts
 
 
-def _densities(guide: LocalGuide, functions: dict[str, Any], values: dict[str, Tensor], joint: bool) -> Terms:
-    """log q(z | x), (draws, data), in float64; and that of each dimension, (draws, data, dimensions)."""
+def _densities(guide: GuideDensities, functions: dict[str, Any], values: dict[str, Tensor], joint: bool) -> Terms:
+    """Return log q(z | x), (draws, data), in float64; and that of each dimension, (draws, data, dimensions)."""
     found: Terms = {}
     total: Tensor | float = 0.0
     for name, fn in functions.items():
@@ -259,7 +254,8 @@ def _densities(guide: LocalGuide, functions: dict[str, Any], values: dict[str, T
     return found
 
 
-def _priors(guide: LocalGuide, model_trace: Any, guide_trace: Any, joint: bool) -> Terms:
+def _priors(guide: GuideDensities, model_trace: Any, guide_trace: Any, joint: bool) -> Terms:
+    """Return log p(z) at the draws, with the keys of :func:`_densities`."""
     found: Terms = {}
     for name, latent in guide.latents.items():
         if latent.alone and latent.fixed_prior:
@@ -273,7 +269,7 @@ def _priors(guide: LocalGuide, model_trace: Any, guide_trace: Any, joint: bool) 
 
 
 def _parts_of_draws(own: Terms, log_q: Terms, log_p: Terms) -> Terms:
-    """What :class:`KLParts` has, at each draw, (draws, data) or (draws, data, dimensions): (latent, part) → value."""
+    """Return each part of :class:`KLParts` at the draws, (draws, data[, dimensions]), by latent and part."""
     found: Terms = {}
     for (name, kind), aggregate in log_q.items():
         prior = log_p.get((name, kind))
@@ -293,10 +289,10 @@ def _parts_of_draws(own: Terms, log_q: Terms, log_p: Terms) -> Terms:
 
 
 def _estimate(mean: Tensor, variance: Tensor, num_samples: int, num_data: int) -> tuple[Any, Any]:
-    """The mean over data, and its standard error, from the mean and the variance of each datum's draws.
+    """Return the mean over data and its standard error, from the mean and the variance of each datum's draws.
 
-    With all the data drawn from, only the draws vary; with a subset of R of N, drawn without replacement, so do the
-    data: (1 − R/N) · Var_n(mean_n) / R + R/N · mean_n(Var_n) / (R · num_samples).
+    Where all data are drawn from, only the draws vary. With a subset of R of N, drawn without replacement, the data
+    vary too: (1 − R/N) · Var_n(mean_n) / R + R/N · mean_n(Var_n) / (R · num_samples).
     """
     fraction = len(mean) / num_data
     error = fraction * variance.mean(0) / num_samples
@@ -306,14 +302,15 @@ def _estimate(mean: Tensor, variance: Tensor, num_samples: int, num_data: int) -
 
 
 def _kl_parts(found: dict[tuple[str, str], tuple[Any, Any]], latent: str) -> KLParts:
+    """Collect the (estimate, error) of one latent; parts that are missing are None or empty."""
     parts = {part: estimate for (name, part), estimate in found.items() if name == latent}
     missing: dict[str, Any] = {f.name: [] if f.name.endswith("per_dimension") else None for f in fields(KLParts)}
     values = {part: value for part, (value, _) in parts.items()}
     return KLParts(**{**missing, **values, "stderr": {part: error for part, (_, error) in parts.items()}})
 
 
-def _exact(guide: LocalGuide, x: Tensor) -> dict[str, KLParts]:
-    """The parts for a lone discrete latent, by sums over its values."""
+def _exact(guide: GuideDensities, x: Tensor) -> dict[str, KLParts]:
+    """Compute the parts for a lone discrete latent by sums over its values."""
     (name,) = guide.latents
     values, log_q = log_prob_of_categories(guide, x, name)
     prior = guide.given(guide.pair.model, x[:1], {name: values}).nodes[name]["fn"]
@@ -326,7 +323,7 @@ def _exact(guide: LocalGuide, x: Tensor) -> dict[str, KLParts]:
 
 
 def mean_over_categories(log_q: Tensor, value: Tensor) -> float:
-    """1/N Σ_n Σ_k q(k | x_n) value(k, n), of log q, (K, N)."""
+    """Return 1/N Σ_n Σ_k q(k | x_n) value(k, n), from log q, (K, N)."""
     return float(torch.where(log_q > -math.inf, log_q.exp() * value, 0.0).sum()) / log_q.shape[1]
 
 
@@ -351,6 +348,7 @@ def _notes(parts: KLParts, latents: dict[str, KLParts], num_data: int, drawn: in
 
 
 def _below_zero(parts: KLParts) -> list[str]:
+    """Name the parts that came out negative."""
     below = [label.strip() for name, label in LABELS.items() if (getattr(parts, name) or 0.0) < 0]
     for name in ("mutual_information_per_dimension", "marginal_kl_per_dimension"):
         values = getattr(parts, name)

@@ -1,8 +1,7 @@
-"""Where the bound loses: to the guide's family, or to amortization (Cremer, Li and Duvenaud 2018)."""
+"""Gaps of the bound: what it loses to the guide's family and to amortization (Cremer, Li and Duvenaud 2018)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,22 +10,22 @@ import torch
 from torch import Tensor
 
 from pyrovae.checks import check_positive
-from pyrovae.evaluation.datum_guides import DatumGuides, Offsets
-from pyrovae.evaluation.prepare import prepared, progress_bar
-from pyrovae.evaluation.traces import runs_at_a_time
+from pyrovae.evaluation.importance_sampling import MeanWeight, stderr_over_data, variance_of_mean
+from pyrovae.evaluation.measurement import Result, prepared, progress_bar, runs_at_a_time
+from pyrovae.evaluation.per_datum_guide import Offsets, PerDatumGuide
 from pyrovae.infer.weights import Structure, same_random_state
 from pyrovae.pair import Pair
 
 __all__ = ["InferenceGaps", "inference_gaps"]
 
 EXACT, SAMPLED = "exact", "importance sampling"
-FEW_EFFECTIVE = 100  # samples
+FEW_EFFECTIVE = 100  # with fewer effective samples the evidence is a lower bound only
 CHECK_PARTICLES = 256  # samples a datum, for the choice of its offsets
 WEIGHTS_PER_CHUNK = 2**23
 
 
 @dataclass(frozen=True, repr=False)
-class InferenceGaps:
+class InferenceGaps(Result):
     """What :func:`inference_gaps` measured. Nats per datum; each ``_stderr`` is Monte Carlo error, for these very data.
 
     ``log_evidence`` = ``elbo`` + ``amortization_gap`` + ``approximation_gap``.
@@ -40,13 +39,13 @@ class InferenceGaps:
     evidence: str
     """``exact``, or ``importance sampling``: then on average too low, and with it the approximation gap."""
     elbo: float
-    """L[q_φ], of the pair's own guide."""
+    """L[q_φ], the bound of the pair's own guide."""
     elbo_stderr: float
     elbo_optimal: float
-    """L[q*], of the guide optimised for each datum."""
+    """L[q*], the bound of the guide optimised for each datum."""
     elbo_optimal_stderr: float
     approximation_gap: float
-    """log p(x) − L[q*]: what no guide of this family can reach."""
+    """log p(x) − L[q*]: what no guide of this family can gain."""
     approximation_gap_stderr: float
     amortization_gap: float
     """L[q*] − L[q_φ]: what is lost to one network for all data. Too small where q* is not quite reached."""
@@ -59,14 +58,9 @@ class InferenceGaps:
     converged: bool
     """Whether the bound had stopped rising, from the third to the fourth quarter of the steps."""
     notes: list[str] = field(default_factory=list)
-    """What keeps these numbers from meaning what they usually do."""
+    """Reasons why these numbers do not mean what they usually do."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON; without the values of each datum."""
-        return {name: value for name, value in vars(self).items() if not isinstance(value, Tensor)}
-
-    def __repr__(self) -> str:
-        """A table, for reading."""
+    def _table(self) -> list[str]:
         rows = [
             ("log evidence", self.log_evidence, self.log_evidence_stderr, self.evidence),
             ("ELBO, optimal guides", self.elbo_optimal, self.elbo_optimal_stderr, ""),
@@ -76,7 +70,7 @@ class InferenceGaps:
         ]
         head = f"{self.num_data} data, {self.num_steps} steps, {self.num_samples} samples each; nats per datum"
         lines = [f"{name:<24}{value:>12.3f}  ± {error:.3f}  {note}".rstrip() for name, value, error, note in rows]
-        return "\n".join([head, *lines, *(f"NOTE: {note}" for note in self.notes)])
+        return [head, *lines]
 
 
 def inference_gaps(
@@ -98,30 +92,25 @@ def inference_gaps(
                             approximation gap    amortization gap
 
     q_φ(z | x) is the pair's guide and q* the best guide of the same family for each datum. To find it, the
-    unconstrained parameters of every guide site get offsets of each datum's own, which start at zero: Adam on the
-    pathwise gradient without its score term (Roeder et al. 2017), its steps averaged over their second half. Each datum
-    keeps the average if its bound is the better for it, and otherwise its own start. Both bounds are then taken on
-    fresh noise, common to the two: what is reported is an unbiased estimate of the bound of guides already chosen.
+    unconstrained parameters of every guide site get offsets of each datum's own, which start at zero. Adam moves them
+    along the pathwise gradient without its score term (Roeder et al. 2017), and its steps are averaged over their
+    second half. Each datum keeps the average if its bound is the better for it, and otherwise its own start. Both
+    bounds are then estimated on fresh noise, common to the two, so they are unbiased for the guides chosen before.
 
     For a latent whose guide depends on the data alone, the offsets reach the whole family. Where it depends on a
-    latent sampled before (the second layer of an IWAE), they correct the network for each datum, and so reach a part
-    of what a free conditional could. Discrete latents of the guide are summed over exactly, not sampled; where there is
-    one and nothing else, q* is the exact posterior and needs no search.
+    latent sampled before (the second layer of an IWAE), they correct the network for each datum, and so reach only a
+    part of what a free conditional could. Discrete latents of the guide are summed over exactly, not sampled. A guide
+    of one discrete latent and nothing else needs no search: q* is the exact posterior.
 
     The evidence is exact where the pair has ``log_prob`` or where all is summed out. Otherwise it is importance
     sampling from q*, which on average falls below log p(x), and makes the approximation gap too small.
 
     Args:
-        pair: the model and guide. It is left as it was.
-        x: data, shape (N, D).
         num_samples: samples K a datum, for the bounds and the evidence.
-        num_steps: of Adam.
+        num_steps: steps of Adam.
         num_particles: samples a datum in each step.
         lr: Adam's learning rate. Locations move in units of the pair's own guide's scale.
-        binarize: draw pixels in [0, 1] as 0 or 1 first, once.
-        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``.
-        seed: of all samples. The caller's random state is left as it was.
-        progress: show a bar; None shows it on a terminal.
+        pair, x, binarize, device, seed, progress: as in :func:`pyrovae.evaluate`.
 
     Raises:
         NotApplicable: the guide samples nothing; a latent lies outside the data plate; a guide site's distribution is
@@ -138,7 +127,7 @@ def inference_gaps(
     check_positive("lr", lr)
     with prepared(pair, x, binarize=binarize, device=device, seed=seed) as x:
         structure = Structure.of(pair.model, pair.guide, (x[:2],), {})
-        probe = DatumGuides(pair, x[:2], structure)
+        probe = PerDatumGuide(pair, x[:2], structure)
         fitting = runs_at_a_time(x.device, probe.width())
         if probe.is_discrete:
             num_samples = num_particles = 1
@@ -147,7 +136,7 @@ def inference_gaps(
         options = _Options(num_samples, num_steps, num_particles, lr, at_once, seed)
         chunks = x.split(chunk)
         with progress_bar("gaps", progress, total=len(chunks) * num_steps, unit="step") as bar:
-            found = [_measure(DatumGuides(pair, rows, structure), options, bar.update) for rows in chunks]
+            found = [_measure(PerDatumGuide(pair, rows, structure), options, bar.update) for rows in chunks]
         parts = {name: torch.cat([part[name] for part in found]).cpu() for name in found[0]}
         evidence = EXACT if probe.is_discrete else SAMPLED
         if pair.log_prob is not None:
@@ -166,57 +155,58 @@ class _Options:
     num_particles: int
     lr: float
     at_once: int
-    """Particles in one run without gradients."""
+    """Most particles in one run without gradients."""
     seed: int
 
 
-def _measure(guides: DatumGuides, options: _Options, tick: Callable[[], Any]) -> dict[str, Tensor]:
-    """Of each datum, (N,): bounds and log evidence, the variances of these estimates, and the bound at the checks."""
-    start = dict(guides.offsets)
+def _measure(guide: PerDatumGuide, options: _Options, tick: Callable[[], Any]) -> dict[str, Tensor]:
+    """Measure for each datum, (N,), bounds and log evidence, the variances of both, and the search's bounds."""
+    start = dict(guide.offsets)
     checks: dict[str, Tensor] = {}
-    if guides.is_one_category:
-        best = guides.exact_offsets()
+    if guide.is_discrete and len(guide.offsets) == 1:
+        best = guide.exact_offsets()
     else:
-        best, checks = _optimise(guides, options, tick)
-    guides.offsets = start
+        best, checks = _optimise(guide, options, tick)
+    guide.offsets = start
     with same_random_state():  # the same noise for both
-        own, _ = guides.draw(options.num_samples, options.at_once)
-    guides.offsets = best
-    bound, log_w = guides.draw(options.num_samples, options.at_once)
-    evidence = log_w.logsumexp(0) - math.log(options.num_samples)
-    relative = torch.exp(log_w - evidence)
+        own, _ = guide.draw(options.num_samples, options.at_once)
+    guide.offsets = best
+    bound, log_w = guide.draw(options.num_samples, options.at_once)
+    weight = MeanWeight(log_w)
     found = {"elbo": own, "elbo_optimal": bound, "amortization_gap": bound - own}
-    variances = found | {"log_evidence": relative, "approximation_gap": relative - bound}  # by the delta method
+    # By the delta method, the relative weights have the errors of the log evidence.
+    variances = found | {"log_evidence": weight.relative, "approximation_gap": weight.relative - bound}
     return {
         **checks,
         **{name: value.mean(0) for name, value in found.items()},
-        **{f"{name}_variance": _variance_of_mean(value) for name, value in variances.items()},
-        "log_evidence": evidence,
-        "effective_samples": relative.sum(0).square() / relative.square().sum(0),
+        **{f"{name}_variance": variance_of_mean(value) for name, value in variances.items()},
+        "log_evidence": weight.log_mean,
+        "effective_samples": weight.effective,
     }
 
 
-def _optimise(guides: DatumGuides, options: _Options, tick: Callable[[], Any]) -> tuple[Offsets, dict[str, Tensor]]:
-    """The best offsets of each datum, and the bound, (N,), at three places: ``start``; ``third`` and ``fourth``, the
-    means of the offsets over the third and the fourth quarter of the steps.
+def _optimise(guide: PerDatumGuide, options: _Options, tick: Callable[[], Any]) -> tuple[Offsets, dict[str, Tensor]]:
+    """Search for the best offsets of each datum; return them and the bound, (N,), at three places.
 
-    Adam's steps at a fixed rate jitter about the optimum; the mean of many does not (Polyak and Juditsky 1992).
+    The places are ``start``, and ``third`` and ``fourth``, the means of the offsets over the third and the fourth
+    quarter of the steps. Adam's steps at a fixed rate jitter about the optimum; the mean of many does not (Polyak and
+    Juditsky 1992).
     """
-    start = dict(guides.offsets)
+    start = dict(guide.offsets)
     moving = {key: offset.clone().requires_grad_() for key, offset in start.items()}
     leaves = list(moving.values())
     # In the offsets' units the bound curves by about 1: eps = lr makes Adam a plain descent of rate 1 near the optimum,
     # where its own normalisation would blow the last rounding error up to steps of size lr.
     adam = torch.optim.Adam(leaves, lr=options.lr, eps=options.lr)
     quarter = max(1, options.num_steps // 4)
-    guides.offsets, means = moving, []
+    guide.offsets, means = moving, []
     for step in range(options.num_steps):
-        bound, _ = guides.bound_and_weight(options.num_particles)
+        bound, _ = guide.bound_and_weight(options.num_particles)
         for leaf, gradient in zip(leaves, torch.autograd.grad(-bound.mean(0).sum(), leaves), strict=True):
             leaf.grad = gradient
         adam.step()
         tick()
-        left = options.num_steps - step  # 1 at the last
+        left = options.num_steps - step  # steps left, this one among them
         if left % quarter == 0 and left <= 2 * quarter:
             means.append({key: torch.zeros_like(offset) for key, offset in start.items()})
         for key in means[-1] if means else ():
@@ -224,24 +214,20 @@ def _optimise(guides: DatumGuides, options: _Options, tick: Callable[[], Any]) -
     third, fourth = means[0], means[-1]
     both = {key: (third[key] + fourth[key]) / 2 for key in start}
     places = {"start": start, "third": third, "fourth": fourth, "both": both}
-    bounds = {name: _check(guides, offsets, options) for name, offsets in places.items()}
+    bounds = {name: _bound_at(guide, offsets, options) for name, offsets in places.items()}
     best, best_bound = start, bounds["start"]
     for name in ("fourth", "both"):
-        best = guides.choose(bounds[name] > best_bound, places[name], best)
+        best = guide.choose(bounds[name] > best_bound, places[name], best)
         best_bound = torch.maximum(bounds[name], best_bound)
     return best, {name: bounds[name] for name in ("start", "third", "fourth")}
 
 
-def _check(guides: DatumGuides, offsets: Offsets, options: _Options) -> Tensor:
-    """The bound of each datum, (N,), with the same noise for all offsets: differences have little noise."""
-    guides.offsets = offsets
+def _bound_at(guide: PerDatumGuide, offsets: Offsets, options: _Options) -> Tensor:
+    """Estimate the bound of each datum, (N,). All offsets get the same noise, so differences have little of it."""
+    guide.offsets = offsets
     with same_random_state():
         torch.manual_seed(options.seed + 1)
-        return guides.draw(CHECK_PARTICLES, options.at_once)[0].mean(0)
-
-
-def _variance_of_mean(draws: Tensor) -> Tensor:
-    return draws.var(0) / len(draws) if len(draws) > 1 else torch.zeros_like(draws[0])
+        return guide.draw(CHECK_PARTICLES, options.at_once)[0].mean(0)
 
 
 def _result(parts: dict[str, Tensor], evidence: str, num_samples: int, num_steps: int) -> InferenceGaps:
@@ -283,10 +269,10 @@ def _result(parts: dict[str, Tensor], evidence: str, num_samples: int, num_steps
 
 
 def _still_rising(parts: dict[str, Tensor]) -> float:
-    """How much the bound rose from the third to the fourth quarter of the steps; 0, if it is next to nothing."""
-    if "start" not in parts:  # solved, not searched
+    """Return how much the bound rose from the third to the fourth quarter of the steps; 0 if next to nothing."""
+    if "start" not in parts:  # q* was not searched for
         return 0.0
     rises = parts["fourth"] - parts["third"]
     rise, total = float(rises.mean()), float((parts["fourth"] - parts["start"]).mean())
-    error = float(rises.std()) / math.sqrt(len(rises)) if len(rises) > 1 else 0.0
-    return 0.0 if rise <= max(3 * error, 0.01 * total, 1e-3) else rise  # NaN has not come to rest
+    error = stderr_over_data(rises) or 0.0
+    return 0.0 if rise <= max(3 * error, 0.01 * total, 1e-3) else rise  # NaN counts as still rising

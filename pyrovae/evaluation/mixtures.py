@@ -1,9 +1,9 @@
-"""Mixtures: how sharp and how right their responsibilities are."""
+"""Mixtures: how sharp their responsibilities are, and how right."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,16 +12,16 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import Categorical, OneHotCategorical
 
-from pyrovae.evaluation.prepare import NotApplicable, prepared
-from pyrovae.evaluation.traces import is_local, runs_at_a_time
+from pyrovae.evaluation.measurement import Result, not_applicable, prepared, runs_at_a_time
+from pyrovae.evaluation.sites import is_local
 from pyrovae.infer.weights import same_random_state, sample_sites
 from pyrovae.pair import Pair
 
-__all__ = ["MixtureScores", "category_log_probs", "mixture_scores", "num_categories"]
+__all__ = ["MixtureScores", "category_log_probs", "check_labels", "mixture_scores", "num_categories"]
 
 
 @dataclass(frozen=True, repr=False)
-class MixtureScores:
+class MixtureScores(Result):
     """What :func:`mixture_scores` measured. None where a quantity does not apply."""
 
     num_data: int
@@ -41,12 +41,7 @@ class MixtureScores:
     accuracy: float | None
     """Share of data in the right cluster, with clusters matched to labels one to one as well as possible."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON."""
-        return asdict(self)
-
-    def __repr__(self) -> str:
-        """A table, for reading."""
+    def _table(self) -> list[str]:
         rows = [
             ("entropy of responsibilities", self.entropy, "nats per datum"),
             ("effective components", self.effective_components, f"of {self.num_components}"),
@@ -57,7 +52,7 @@ class MixtureScores:
             ("accuracy", self.accuracy, "best matching of components and labels"),
         ]
         lines = [f"{name:<32}{value:>9.4f}  {note}".rstrip() for name, value, note in rows if value is not None]
-        return "\n".join([f"{self.num_data} data, {self.num_components} components", *lines])
+        return [f"{self.num_data} data, {self.num_components} components", *lines]
 
 
 def mixture_scores(
@@ -75,12 +70,10 @@ def mixture_scores(
     responsibilities q(z | x) are compared with the exact ones.
 
     Args:
-        pair: a pair whose ``posterior(x)`` is a ``Categorical``. It is left as it was.
+        pair: a pair whose ``posterior(x)`` is a ``Categorical``.
         x: data, shape (N, D).
         labels: known classes, (N,), whole numbers or names, for the clustering scores.
-        binarize: draw pixels in [0, 1] as 0 or 1 first, once.
-        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``.
-        seed: of ``binarize``.
+        binarize, device, seed: as in :func:`pyrovae.evaluate`.
 
     Raises:
         NotApplicable: the pair has no such posterior.
@@ -88,37 +81,29 @@ def mixture_scores(
     """
     with prepared(pair, x, binarize=binarize, device=device, seed=seed) as x, torch.no_grad():
         known = None if labels is None else check_labels(labels, len(x))
-        num_components = num_categories(pair, x[:2], "mixture scores")
-        entropy: Any = 0
-        usage: Any = 0
-        distances: Any = 0
-        clusters = []
-        amortized = False
-        for rows in x.split(runs_at_a_time(x.device, x.shape[1] * num_components)):
-            exact = category_log_probs(pair.posterior(rows))  # type: ignore[misc]
-            entropy += -_sum_p_log(exact, exact).sum()
-            usage += exact.exp().sum(0)
-            clusters.append(exact.argmax(-1))
-            if (guide := _guide_log_probs(pair, rows, num_components)) is not None:
-                amortized = True
-                variation = 0.5 * (guide.exp() - exact.exp()).abs().sum(-1)
-                distances += torch.stack([variation.sum(), _sum_p_log(guide, guide - exact).sum()])
-        usage = usage / len(x)
+        num_components = num_categories(pair, x[:2], "mixture_scores")
+        chunks = x.split(runs_at_a_time(x.device, x.shape[1] * num_components))
+        exact = torch.cat([category_log_probs(pair.posterior(rows)) for rows in chunks])  # type: ignore[misc]
+        guides = [_guide_log_probs(pair, rows, num_components) for rows in chunks]
+        variation = kl = None
+        if found := [guide for guide in guides if guide is not None]:
+            guide = torch.cat(found)
+            variation = float(0.5 * (guide.exp() - exact.exp()).abs().sum(-1).mean())
+            kl = float(_sum_p_log(guide, guide - exact).mean())
+        usage = exact.exp().mean(0)
         agreement: tuple[float | None, ...] = (None, None, None)
         if known is not None:
-            agreement = _agreement(known, torch.cat(clusters).cpu().numpy())
-        return MixtureScores(
-            len(x),
-            num_components,
-            float(entropy) / len(x),
-            math.exp(float(-torch.xlogy(usage, usage).sum())),
-            *((distances / len(x)).tolist() if amortized else (None, None)),
-            *agreement,
-        )
+            agreement = _agreement(known, exact.argmax(-1).cpu().numpy())
+        entropy, used = -float(_sum_p_log(exact, exact).mean()), math.exp(-float(torch.xlogy(usage, usage).sum()))
+        return MixtureScores(len(x), num_components, entropy, used, variation, kl, *agreement)
 
 
 def check_labels(labels: Any, num_data: int) -> np.ndarray:
-    """Classes of the data as an array (N,), or TypeError or ValueError."""
+    """Return the classes of the data as an array (N,).
+
+    Raises:
+        TypeError, ValueError: neither whole numbers nor names; not one a datum.
+    """
     found = np.asarray(labels.detach().cpu() if isinstance(labels, Tensor) else labels)
     if found.dtype.kind not in "iubUS":
         raise TypeError(f"labels: expected whole numbers or names, one a datum; got {found.dtype}.")
@@ -128,6 +113,7 @@ def check_labels(labels: Any, num_data: int) -> np.ndarray:
 
 
 def _agreement(labels: np.ndarray, clusters: np.ndarray) -> tuple[float, float, float]:
+    """Return adjusted Rand index, normalized mutual information and accuracy."""
     from scipy.optimize import linear_sum_assignment
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
     from sklearn.metrics.cluster import contingency_matrix
@@ -141,39 +127,40 @@ def _agreement(labels: np.ndarray, clusters: np.ndarray) -> tuple[float, float, 
     )
 
 
-def num_categories(pair: Pair, few: Tensor, what: str) -> int:
-    """K of a posterior over one category a datum.
+def num_categories(pair: Pair, few: Tensor, quantity: str) -> int:
+    """Return K, of a posterior over one category a datum.
 
     Raises:
         NotApplicable: the pair has no such posterior.
     """
     if pair.posterior is None:
-        raise NotApplicable(
-            f"{what} do not apply to {type(pair).__name__}: it has no posterior(x). Give it one that returns a "
-            "Categorical over components."
+        raise not_applicable(
+            quantity, pair, "it has no posterior(x). Give it one that returns a Categorical over components."
         )
     posterior = pair.posterior(few)
     if not isinstance(posterior, (Categorical, OneHotCategorical)) or posterior.batch_shape != few.shape[:1]:
-        raise NotApplicable(
-            f"{what} do not apply to {type(pair).__name__}: its posterior(x) is a {type(posterior).__name__} of batch "
-            f"shape {tuple(posterior.batch_shape)}, not one Categorical a datum."
+        raise not_applicable(
+            quantity,
+            pair,
+            f"its posterior(x) is a {type(posterior).__name__} of batch shape {tuple(posterior.batch_shape)}, not one "
+            "Categorical a datum.",
         )
     return posterior.logits.shape[-1]
 
 
 def category_log_probs(fn: Any) -> Tensor:
-    """(N, K), normalised, float64."""
+    """Return the normalised log probabilities of each category, (N, K), float64."""
     return fn.logits.double().log_softmax(-1)
 
 
 def _sum_p_log(log_p: Tensor, log_ratio: Tensor) -> Tensor:
-    """Σ_k p log r; where p is 0 it adds nothing."""
+    """Return Σ_k p log r; where p is 0 it adds nothing."""
     p = log_p.exp()
     return torch.where(p > 0, p * log_ratio, 0).sum(-1)
 
 
 def _guide_log_probs(pair: Pair, x: Tensor, num_components: int) -> Tensor | None:
-    """log q(z | x), (N, K); None where the guide samples no categorical latent, or several."""
+    """Return log q(z | x), (N, K); None where the guide samples no categorical latent, or several."""
     with same_random_state():
         trace = poutine.trace(pair.guide).get_trace(x)
     categories = [

@@ -1,10 +1,10 @@
-"""One set of honest numbers: evidence with its error, the bound in parts, the quality of the guide's weights."""
+"""Scores of a pair: evidence with its error, the bound in parts, and how far the guide's weights can be trusted."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,24 +12,25 @@ import torch
 from torch import Tensor
 
 from pyrovae.checks import check_positive
-from pyrovae.evaluation.collapse import ACTIVE_UNIT_VARIANCE
-from pyrovae.evaluation.pareto import FEWEST_SAMPLES, GuideQuality, WeightQuality, guide_quality_of, summarise
-from pyrovae.evaluation.predict import mean_or_value
-from pyrovae.evaluation.prepare import prepared, progress_bar
-from pyrovae.evaluation.traces import chunk_sizes, is_point, log_prob_per_dimension, width
-from pyrovae.infer.record import recorded_or_itself
-from pyrovae.infer.weights import LogWeightTerms, Structure, log_weight_terms, sample_sites
+from pyrovae.evaluation.guide_reliability import (
+    FEWEST_SAMPLES,
+    GuideQuality,
+    WeightQuality,
+    guide_quality_of,
+    summarise,
+)
+from pyrovae.evaluation.importance_sampling import ImportanceSampling, MeanWeight, Summary, stderr_over_data
+from pyrovae.evaluation.measurement import Result, prepared
+from pyrovae.evaluation.posterior_collapse import ACTIVE_UNIT_VARIANCE
+from pyrovae.evaluation.sites import is_point, log_prob_per_dimension, mean_or_value
+from pyrovae.infer.weights import LogWeightTerms, sample_sites
 from pyrovae.pair import Pair
 
-__all__ = ["Scores", "importance_scores", "scores_of", "title_of"]
-
-CALLS_WORTH_COMPILING = 3000
-
-Summary = dict[tuple[str, str], Tensor]
+__all__ = ["Scores", "importance_scores", "title_of"]
 
 
 @dataclass(frozen=True, repr=False)
-class Scores:
+class Scores(Result):
     """What :func:`evaluate` measured. Nats per datum, unless said otherwise; None where a quantity does not apply."""
 
     num_data: int
@@ -38,8 +39,8 @@ class Scores:
     log_evidence: float
     """mean_n log 1/K Σ_k w_kn: in expectation below log p(x), by about Var(w)/(2K p(x)²) (Burda et al. 2016)."""
     log_evidence_stderr: float | None
-    """Monte Carlo standard error of ``log_evidence`` for these very data, by the delta method; 0 where nothing is
-    sampled, None with one sample, which has no error to tell."""
+    """Monte Carlo standard error of ``log_evidence`` for these very data, by the delta method. It is 0 where nothing
+    is sampled, and None with one sample."""
     log_evidence_stderr_data: float | None
     """Standard error of ``log_evidence`` as an estimate for the population that the data were drawn from."""
     elbo: float
@@ -50,7 +51,7 @@ class Scores:
     """E_q[log q(z | x) − log p(z)], summed over latents."""
     kl_per_latent: dict[str, float]
     kl_per_dimension: dict[str, list[float]]
-    """For latents whose prior and guide factorise over dimensions."""
+    """KL of each dimension, for latents whose prior and guide factorise over dimensions."""
     active_units: int | None
     """Latent dimensions whose posterior mean varies over the data by more than 0.01 (variance; Burda et al. 2016)."""
     active_units_per_latent: dict[str, int]
@@ -65,22 +66,16 @@ class Scores:
     guide: GuideQuality | None = field(default=None, compare=False)
     """Pareto-k̂ and effective sample size of the weights behind ``log_evidence``, datum by datum."""
     too_few_for_k: bool = False
-    """The weights have a tail, and the samples are too few to fit it to: hence no ``guide``."""
+    """Whether the weights have a tail but the samples are too few to fit it: then ``guide`` is None."""
     also: dict[str, Any] = field(default_factory=dict, compare=False)
-    """What else was asked for, by the name of its function."""
+    """Other quantities that were asked for, by the name of their function."""
     left_out: dict[str, str] = field(default_factory=dict)
-    """What was asked for and does not apply to this pair, and why."""
+    """Quantities that were asked for and do not apply to this pair, with the reason."""
     notes: list[str] = field(default_factory=list)
-    """What keeps these numbers from meaning what they usually do."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON. It has no infinity and no NaN: such a number is None."""
-        plain = vars(self) | {"guide": None if self.guide is None else self.guide.to_dict()}
-        del plain["log_evidence_per_datum"]
-        return _finite(plain | {"also": {name: result.to_dict() for name, result in self.also.items()}})
+    """Reasons why these numbers do not mean what they usually do."""
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """The table: quantity, value, remark."""
+        """Return the table: quantity, value, remark."""
         over_data = self.log_evidence_stderr_data
         monte_carlo = self.log_evidence_stderr
         error = "one sample: Monte Carlo error unknown" if monte_carlo is None else f"± {monte_carlo:.3f} Monte Carlo"
@@ -110,42 +105,34 @@ class Scores:
         return table
 
     def __repr__(self) -> str:
-        """A table, for reading."""
-        lines = [f"{name:<24}{value:>12}  {note}".rstrip() for name, value, note in self.rows()]
-        absent = [
-            label
-            for label, value in (
-                ("exact log likelihood", self.log_likelihood),
-                ("reconstruction and KL", self.kl),
-                ("active units", self.active_units),
-            )
-            if value is None
-        ]
-        sampled = f"{self.num_samples} sample{'s' * (self.num_samples > 1)} each" if self.num_samples else "no sampling"
-        head = f"{self.num_data} data, {sampled}; nats per datum"
-        foot = [f"does not apply to this pair: {', '.join(absent)}"] if absent else []
-        table = "\n".join([head, *lines, *foot, *(f"NOTE: {note}" for note in self.notes)])
+        """Return the table, then the table of each quantity in ``also``, and why others were left out."""
         more = [f"{title_of(name)}: {result!r}" for name, result in self.also.items()]
-        reasons = [f"LEFT OUT, {title_of(name)}: {reason}" for name, reason in self.left_out.items()]
-        return "\n\n".join([table, *more, *(["\n".join(reasons)] if reasons else [])])
+        reasons = "\n".join(f"LEFT OUT, {title_of(name)}: {reason}" for name, reason in self.left_out.items())
+        return "\n\n".join([super().__repr__(), *more, *([reasons] if reasons else [])])
+
+    def _table(self) -> list[str]:
+        labels = {
+            "exact log likelihood": self.log_likelihood,
+            "reconstruction and KL": self.kl,
+            "active units": self.active_units,
+        }
+        absent = [label for label, value in labels.items() if value is None]
+        sampled = f"{self.num_samples} sample{'s' * (self.num_samples > 1)} each" if self.num_samples else "no sampling"
+        return [
+            f"{self.num_data} data, {sampled}; nats per datum",
+            *(f"{name:<24}{value:>12}  {note}".rstrip() for name, value, note in self.rows()),
+            *([f"does not apply to this pair: {', '.join(absent)}"] if absent else []),
+        ]
 
 
 def title_of(quantity: str) -> str:
-    """Of a quantity that bears its function's name: for readers."""
+    """Return the name of a quantity's function as readers see it: ``kl_decomposition`` is "KL decomposition"."""
     title = quantity.replace("_", " ").replace("kl ", "KL ")
     return title[0].upper() + title[1:]
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _trust(bad: float) -> str:
-    """In words, what a share of data with k̂ above the threshold means."""
+    """Say in words what it means that this share of the data has a k̂ above the threshold."""
     if bad <= 0.01:
         return "the guide is a good importance sampler"
     if bad <= 0.1:
@@ -163,84 +150,26 @@ def importance_scores(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Scores:
-    """:func:`pyrovae.evaluate` without its ``also``: one pass of importance sampling over the data."""
+    """Score a pair by one pass of importance sampling: :func:`pyrovae.evaluate` without its ``also``."""
     check_positive("num_samples", num_samples, integer=True)
     with prepared(pair, x, binarize=binarize, device=device, seed=seed) as x, torch.no_grad():
-        return scores_of(pair, x, num_samples, progress)
-
-
-def scores_of(pair: Pair, x: Tensor, num_samples: int, progress: bool | None) -> Scores:
-    """:func:`importance_scores` of a pair and data that are :func:`~pyrovae.evaluation.prepare.prepared`."""
-    structure = Structure.of(pair.model, pair.guide, (x[:2],), {})
-    probe = log_weight_terms(pair.model, pair.guide, x[:2], structure=structure)
-    if not probe.guide:  # nothing is sampled: every weight is p(x)
-        num_samples = 1
-    size = width(pair, probe.model_trace, len(x[:2]), enumerated=structure.enumerated)
-    data_chunk, particle_chunk = chunk_sizes(x.device, size, len(x), num_samples, joint=probe.log_weights.dim() == 1)
-
-    def summarise(rows: Tensor, particles: int) -> Summary:
-        return _summary(
-            log_weight_terms(pair.model, pair.guide, rows, num_particles=particles, structure=structure), particles
-        )
-
-    chunks = x.split(data_chunk)
-    rounds = num_samples // particle_chunk
-    summarise_full = _compiled(summarise, pair, chunks[0], particle_chunk, calls=rounds * len(chunks))
-    sites: Any = probe.guide_trace.nodes
-    has_tails = any(not sites[name]["fn"].support.is_discrete for name in probe.guide)
-    enough = num_samples >= FEWEST_SAMPLES
-    parts = _Parts(fits_tails=has_tails and enough)
-    for rows in progress_bar("evaluate", progress, chunks):
-        parts.start()
-        for _ in range(rounds):
-            parts.add(summarise_full(rows) if len(rows) == data_chunk else summarise(rows, particle_chunk))
-        if rest := num_samples - rounds * particle_chunk:
-            parts.add(summarise(rows, rest))
-        parts.finish()
-    exact = None
-    if pair.log_prob is not None:
-        exact = float(sum(pair.log_prob(rows).double().sum() for rows in chunks)) / len(x)
-    return parts.scores(
-        x,
-        num_samples,
-        exact,
-        sampled=bool(probe.guide),
-        split=not structure.enumerated,
-        too_few_for_k=has_tails and not enough,
-        notes=_notes(probe),
-    )
-
-
-def _notes(probe: LogWeightTerms) -> list[str]:
-    points = [name for name, site in sample_sites(probe.guide_trace).items() if is_point(site)]
-    if not points:
-        return []
-    return [
-        f"the guide puts all its mass on one value of {', '.join(points)}: what is called ELBO and evidence here is "
-        "a log joint density, and bounds nothing"
-    ]
-
-
-def _compiled(
-    summarise: Callable[[Tensor, int], Summary], pair: Pair, rows: Tensor, particles: int, *, calls: int
-) -> Callable[[Tensor], Summary]:
-    """``summarise`` for chunks of one size: compiled, where there are enough of them to pay for it."""
-    if calls < CALLS_WORTH_COMPILING:
-        return lambda rows: summarise(rows, particles)
-    names: list[tuple[str, str]] = []
-
-    def flat(rows: Tensor) -> tuple[Tensor, ...]:
-        summary = summarise(rows, particles)
-        names[:] = summary
-        return tuple(summary.values())
-
-    run = recorded_or_itself(flat, (rows,), [pair], "evaluate", compiled=True)
-    return lambda rows: dict(zip(names, run(rows), strict=True))
+        sampling = ImportanceSampling(pair, x, num_samples)
+        can_fit_tails = sampling.has_tails and sampling.num_samples >= FEWEST_SAMPLES
+        sums = _Sums(fits_tails=can_fit_tails)
+        for summaries in sampling.run(_summary, progress):
+            sums.add_chunk(summaries)
+        exact = None
+        if pair.log_prob is not None:
+            exact = float(sum(pair.log_prob(rows).double().sum() for rows in sampling.chunks)) / len(x)
+        return _scores(sampling, sums, x, exact, too_few_for_k=sampling.has_tails and not can_fit_tails)
 
 
 def _summary(terms: LogWeightTerms, particles: int) -> Summary:
-    """What :class:`_Parts` sums: ``("log_w", "")``, (K, units); ``("reconstruction", "")``, (); and of each guide site
-    ``("kl", name)``, (); ``("dims", name)``, the KL by dimension; ``("mean", name)``, (data, dimensions), if any.
+    """Return what :class:`_Sums` adds up.
+
+    ``("log_w", "")`` has shape (K, units), ``("reconstruction", "")`` has shape (). Each guide site has ``("kl",
+    name)``, (). Where they exist it also has ``("dims", name)``, the KL by dimension, and ``("mean", name)``, the
+    posterior means, (data, dimensions).
     """
     sites = sample_sites(terms.model_trace)
     observed = [terms.model[n].double().sum() for n, site in sites.items() if site["is_observed"] and n in terms.model]
@@ -265,97 +194,82 @@ def _summary(terms: LogWeightTerms, particles: int) -> Summary:
     return summary
 
 
-class _Parts:
-    """Sums over particles and data, chunk by chunk. Nothing is read from the device before ``scores``."""
+class _Sums:
+    """Sums over particles and data. Apart from the fit of tails, nothing is read from the device here."""
 
     def __init__(self, *, fits_tails: bool) -> None:
-        self.evidence: list[Tensor] = []  # per unit
+        self.evidence: list[Tensor] = []  # per unit, as are the next two
         self.relative_variance: list[Tensor] = []
         self.elbo: list[Tensor] = []
-        self.sums: Summary = {}
         self.means: dict[str, list[Tensor]] = defaultdict(list)
+        self.total: Summary = {}
         self.quality: list[WeightQuality] = []
-        self._fits_tails = fits_tails
+        self.fits_tails = fits_tails
 
-    def start(self) -> None:
-        self._log_w: list[Tensor] = []
-        self._means: Summary = {}
-
-    def add(self, summary: Summary) -> None:
-        for key, value in summary.items():
-            if key[0] == "log_w":
-                self._log_w.append(value)
-            else:
-                sums = self._means if key[0] == "mean" else self.sums
+    def add_chunk(self, summaries: Iterable[Summary]) -> None:
+        parts: list[Tensor] = []
+        means: Summary = {}
+        for summary in summaries:
+            parts.append(summary.pop(("log_w", "")))
+            for key, value in summary.items():
+                sums = means if key[0] == "mean" else self.total
                 sums[key] = sums[key] + value if key in sums else value
-
-    def finish(self) -> None:
-        log_w = torch.cat(self._log_w)
-        count = len(log_w)
-        evidence = torch.logsumexp(log_w, 0) - math.log(count)
-        self.evidence.append(evidence)
+        log_w = torch.cat(parts)
+        weight = MeanWeight(log_w)
+        self.evidence.append(weight.log_mean)
+        self.relative_variance.append(weight.variance)
         self.elbo.append(log_w.mean(0))
-        relative = torch.exp(log_w - evidence)
-        self.relative_variance.append(relative.var(0) / count if count > 1 else torch.zeros_like(evidence))
-        for (_, name), total in self._means.items():
-            self.means[name].append(total / count)
-        self._fits_tails = self._fits_tails and not bool((log_w.isnan() | (log_w == math.inf)).any())
-        if self._fits_tails:
+        for (_, name), total in means.items():
+            self.means[name].append(total / len(log_w))
+        self.fits_tails = self.fits_tails and not bool((log_w.isnan() | (log_w == math.inf)).any())
+        if self.fits_tails:
             self.quality.append(guide_quality_of(log_w))
 
-    def scores(
-        self,
-        x: Tensor,
-        num_samples: int,
-        exact: float | None,
-        *,
-        sampled: bool,
-        split: bool,
-        too_few_for_k: bool,
-        notes: list[str],
-    ) -> Scores:
-        evidence, relative_variance = torch.cat(self.evidence), torch.cat(self.relative_variance)
-        num_data, total = len(x), len(x) * num_samples
-        active: dict[str, int] = {}
-        units: dict[str, int] = {}
-        for name, means in self.means.items():
-            if len(mean := torch.cat(means)) > 1:
-                active[name] = int((mean.var(0) > ACTIVE_UNIT_VARIANCE).sum())
-                units[name] = mean.shape[1]
-        kl = {name: float(value) / total for (kind, name), value in self.sums.items() if kind == "kl"}
-        dims = {name: (value / total).tolist() for (kind, name), value in self.sums.items() if kind == "dims"}
-        if sampled and len(evidence) != num_data:
-            effective = float((1 / (relative_variance * (num_samples - 1) / num_samples + 1 / num_samples)).min())
-            notes = [
-                *notes,
-                f"a global latent: one weight for all the data, of {num_samples} samples effectively {effective:.1f}; "
-                "below some 100 the evidence is no more than a lower bound, and its Monte Carlo error too small",
-            ]
-        # One weight a datum is the rule; with a global latent there is one for all of them.
-        per_datum = 1 / num_data
-        log_evidence = float(evidence.sum()) * per_datum
-        return Scores(
-            num_data=num_data,
-            num_samples=num_samples if sampled else 0,
-            log_evidence=log_evidence,
-            log_evidence_stderr=float(relative_variance.sum().sqrt()) * per_datum
-            if num_samples > 1 or not sampled
-            else None,
-            log_evidence_stderr_data=float(evidence.std()) / math.sqrt(num_data)
-            if len(evidence) == num_data > 1
-            else None,
-            elbo=float(torch.cat(self.elbo).sum()) * per_datum,
-            reconstruction=float(self.sums["reconstruction", ""]) / total if split else None,
-            kl=sum(kl.values()) if split else None,
-            kl_per_latent=kl if split else {},
-            kl_per_dimension=dims,
-            active_units=sum(active.values()) if active else None,
-            active_units_per_latent=active,
-            units_per_latent=units,
-            log_likelihood=exact,
-            bits_per_dim=-log_evidence / (x.shape[1] * math.log(2)),
-            log_evidence_per_datum=evidence.cpu() if len(evidence) == num_data else None,
-            guide=summarise(self.quality, num_data, num_samples) if self._fits_tails else None,
-            too_few_for_k=too_few_for_k,
-            notes=notes,
+
+def _scores(
+    sampling: ImportanceSampling, sums: _Sums, x: Tensor, exact: float | None, *, too_few_for_k: bool
+) -> Scores:
+    evidence, relative_variance = torch.cat(sums.evidence), torch.cat(sums.relative_variance)
+    num_data, num_samples, sampled = len(x), sampling.num_samples, bool(sampling.probe.guide)
+    has_split = not sampling.structure.enumerated  # a latent that is summed out ties prior and likelihood together
+    has_unit_per_datum = len(evidence) == num_data  # with a global latent, all data are one unit
+    total = num_data * num_samples
+    means = {name: torch.cat(parts) for name, parts in sums.means.items()}
+    means = {name: mean for name, mean in means.items() if len(mean) > 1}
+    active = {name: int((mean.var(0) > ACTIVE_UNIT_VARIANCE).sum()) for name, mean in means.items()}
+    kl = {name: float(value) / total for (kind, name), value in sums.total.items() if kind == "kl"}
+    notes = []
+    if points := [name for name, site in sample_sites(sampling.probe.guide_trace).items() if is_point(site)]:
+        notes.append(
+            f"the guide puts all its mass on one value of {', '.join(points)}: what is called ELBO and evidence here "
+            "is a log joint density, and bounds nothing"
         )
+    if sampled and not has_unit_per_datum:
+        effective = float((1 / (relative_variance * (num_samples - 1) / num_samples + 1 / num_samples)).min())
+        notes.append(
+            f"a global latent: one weight for all the data, of {num_samples} samples effectively {effective:.1f}; "
+            "below some 100 the evidence is no more than a lower bound, and its Monte Carlo error too small"
+        )
+    log_evidence = float(evidence.sum()) * (1 / num_data)
+    has_error = num_samples > 1 or not sampled
+    return Scores(
+        num_data=num_data,
+        num_samples=num_samples if sampled else 0,
+        log_evidence=log_evidence,
+        log_evidence_stderr=float(relative_variance.sum().sqrt()) * (1 / num_data) if has_error else None,
+        log_evidence_stderr_data=stderr_over_data(evidence) if has_unit_per_datum else None,
+        elbo=float(torch.cat(sums.elbo).sum()) * (1 / num_data),
+        reconstruction=float(sums.total["reconstruction", ""]) / total if has_split else None,
+        kl=sum(kl.values()) if has_split else None,
+        kl_per_latent=kl if has_split else {},
+        kl_per_dimension={n: (v / total).tolist() for (kind, n), v in sums.total.items() if kind == "dims"},
+        active_units=sum(active.values()) if active else None,
+        active_units_per_latent=active,
+        units_per_latent={name: mean.shape[1] for name, mean in means.items()},
+        log_likelihood=exact,
+        bits_per_dim=-log_evidence / (x.shape[1] * math.log(2)),
+        log_evidence_per_datum=evidence.cpu() if has_unit_per_datum else None,
+        guide=summarise(sums.quality, num_data, num_samples) if sums.fits_tails else None,
+        too_few_for_k=too_few_for_k,
+        notes=notes,
+    )

@@ -90,7 +90,7 @@ def steps_by_itself(optimizer: Optimizer) -> bool:
 
 def _new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
     """What torch's first step makes, laid out as it does."""
-    on_device = {"device": param.device} if group["fused"] or group["capturable"] else {}
+    device = param.device if group["fused"] or group["capturable"] else None
     kind = torch.float64 if torch.get_default_dtype() is torch.float64 and not group["fused"] else torch.float32
     moments = {name: torch.zeros_like(param, memory_format=torch.preserve_format) for name in ("exp_avg", "exp_avg_sq")}
-    return {"step": torch.zeros((), dtype=kind, **on_device), **moments}
+    return {"step": torch.zeros((), dtype=kind, device=device), **moments}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,15 +67,7 @@ class Captured:
         except RuntimeError as error:
             torch.cuda.set_stream(current)  # a capture that fails leaves its own
             self._failed = graph  # its memory pool refers to it
-            self._end_capturing(current)
             cause = error.__context__ or error  # what stopped it; then its end failed too
             warn_once(f"pyrovae: this step runs without a CUDA graph: {str(cause).strip().splitlines()[0]}")
             return
         self._graph = graph
-
-    def _end_capturing(self, current: Any) -> None:
-        """Capture nothing: after one that failed, torch's generator takes itself to be captured until one succeeds."""
-        empty = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream, capture_error_mode="thread_local")
-        with suppress(RuntimeError), empty:
-            torch.zeros((), device="cuda")
-        torch.cuda.set_stream(current)

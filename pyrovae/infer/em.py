@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyrovae.checks import check_data, check_positive, pick_device
+from pyrovae.machine import limit_threads
 from pyrovae.pair import Pair
 
 __all__ = ["CovarianceFloor", "EMResult", "fit_em"]
@@ -79,6 +80,7 @@ def fit_em(
     dtype: torch.dtype = torch.float64,
     chunk_size: int | None = None,
     device: str | torch.device = "auto",
+    threads: int | None = None,
     progress: bool = False,
 ) -> EMResult:
     """Fit a pair by exact EM (Dempster, Laird and Rubin 1977) and leave the best fit in it.
@@ -113,6 +115,7 @@ def fit_em(
         chunk_size: rows that are converted, moved to the device and worked on at a time. By default all data are
             converted and moved once.
         device: where to compute; ``auto`` takes CUDA when present.
+        threads: torch's threads; None chooses by the work of an iteration (:func:`pyrovae.machine.limit_threads`).
         progress: show a bar with the log likelihood per datum.
 
     Raises:
@@ -141,7 +144,9 @@ def fit_em(
         return (chunk.to(device, dtype) for chunk in x.split(chunk_size))
 
     work: Any = copy.deepcopy(pair).to(device, dtype)
-    with torch.no_grad(), tqdm(desc="EM", unit="it", disable=not progress) as bar:
+    rows, dim = min(len(x), chunk_size), x.shape[1]
+    operations = 2 * rows * num_components * dim * (dim + OVERHEAD) * (restarts if batched else 1)
+    with limit_threads(threads, operations), torch.no_grad(), tqdm(desc="EM", unit="it", disable=not progress) as bar:
         starts = []
         for r in range(restarts):
             if initialize:
@@ -171,6 +176,10 @@ def fit_em(
         covariance_floor=CovarianceFloor(work.covariance_floor, best.collapsed) if best.collapsed else None,
         num_data=len(x),
     )
+
+
+OVERHEAD = 20
+"""What exponentials and sums over data and components cost beside a product, in multiplications a feature."""
 
 
 @dataclass

@@ -35,8 +35,9 @@ from pyrovae.infer.weights import (
     log_weights_of_traces,
     trace_pair,
 )
+from pyrovae.pair import Pair
 
-__all__ = ["RenyiELBO", "TraceEnum_ELBO", "TraceMeanField_ELBO", "Trace_ELBO", "renyi_bound"]
+__all__ = ["RenyiELBO", "TraceEnum_ELBO", "TraceMeanField_ELBO", "Trace_ELBO", "default_loss", "renyi_bound"]
 
 
 MOST_CALLS = 8
@@ -201,6 +202,11 @@ def _local_learning_signal(model_trace: Trace, guide_trace: Trace) -> MultiFrame
                 term = term - guide_trace.nodes[name]["log_prob"]
             log_r.add((stacks[name], term.detach()))
     return log_r
+
+
+def default_loss(pair: Pair) -> ELBO:
+    """Return the loss that a pair is trained by when none is named: its own, or ``Trace_ELBO``."""
+    return Trace_ELBO() if pair.default_loss is None else pair.default_loss()
 
 
 class TraceMeanField_ELBO(Trace_ELBO):

@@ -1,8 +1,8 @@
 """A recorded graph as compiled code: TorchInductor's, of a form of the graph that a CPU runs faster.
 
-Cross-entropies become arithmetic that the compiler fuses with what surrounds it, the products of Gaussian densities
-take the cheapest order, and each matrix product goes to the library that is faster at its shape. Numbers stay those of
-the graph to float32 rounding; random ones are drawn in their order, from torch's generator.
+``tanh`` and cross-entropies become arithmetic that the compiler fuses with what surrounds it, the products of Gaussian
+densities take the cheapest order, and each matrix product goes to the library that is faster at its shape. Numbers stay
+those of the graph to float32 rounding.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def compile_graph(graph: Callable[..., Any], inputs: Sequence[Tensor]) -> Callab
     def compiled(graph: GraphModule, options: dict[str, Any]) -> Callable[..., Any]:
         written = [node.name for node in graph.graph.find_nodes(op="placeholder") if _is_written(node)]
         names = [node.name for node in graph.graph.find_nodes(op="placeholder")]
-        examples = [copy_of(x) if name in written else x for name, x in zip(names, inputs, strict=True)]
+        examples: list[Any] = [copy_of(x) if name in written else x for name, x in zip(names, inputs, strict=True)]
         with torch_context():
             run = _inductor.compile(graph, examples, options=options)
             run(*examples)
@@ -63,7 +63,7 @@ def compile_graph(graph: Callable[..., Any], inputs: Sequence[Tensor]) -> Callab
 
 def lower(graph: Callable[..., Any], inputs: Sequence[Tensor]) -> GraphModule:
     """Return ``graph`` in the form that a CPU runs faster."""
-    lowered = make_fx(graph, tracing_mode="fake", decomposition_table=_CHECKED | _DRAWN | _FASTER)(*inputs)
+    lowered = make_fx(graph, tracing_mode="fake", decomposition_table=_CHECKED | _FASTER)(*inputs)
     if any(_is_in_place(node) for node in lowered.graph.nodes):  # without, a node is one value wherever it is read
         lowered = make_fx(functionalize(lowered), tracing_mode="fake")(*inputs)
     _reorder_products(lowered)
@@ -129,9 +129,26 @@ def _layout(node: Any) -> tuple[torch.Size, tuple[int, ...]]:
 
 # Elementary functions -----------------------------------------------------------------------------------------------
 
-# log(1 + e) = 2 atanh s with s = e / (2 + e), and atanh s = s R(s²) on s² <= 1/9: least squares in the relative error,
-# reweighted to even it out (4e-9; a float32 evaluation is within 4e-7).
-_ATANH = (1.0, 0.33333160, 0.20012326, 0.13982172, 0.14080727)
+# tanh x = x P(x²) / Q(x²) on |x| <= 8.5, where it is 1 in float32; log(1 + e) = 2 s R(s²) with s = e / (2 + e). Least
+# squares in the relative error, reweighted to even it out: 1.2e-8 and 4e-9; a float32 evaluation is within 4e-7.
+_P = (0.999999988278, 0.134132324368, 0.0035340088786, 2.12507191363e-05, 1.42687206321e-08)
+_Q = (1.0, 0.467465552101, 0.026022684908, 0.000334883412843, 8.14492799972e-07)
+_R = (1.0, 0.33333160, 0.20012326, 0.13982172, 0.14080727)
+
+
+def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
+    value = x * coefficients[-1] + coefficients[-2]
+    for coefficient in coefficients[-3::-1]:
+        value = value * x + coefficient
+    return value
+
+
+def _tanh(x: Tensor) -> Any:
+    """Arithmetic that the compiler fuses, in place of the vector library's function."""
+    if x.dtype != torch.float32:
+        return NotImplemented
+    x = x.clamp(-8.5, 8.5)
+    return (x * _polynomial(_P, x * x) / _polynomial(_Q, x * x)).clamp(-1, 1)
 
 
 def _cross_entropy(
@@ -143,10 +160,7 @@ def _cross_entropy(
         return NotImplemented
     e = torch.exp2(x.abs() * -1.4426950408889634)  # the compiler would keep in memory what it computes by exp
     s = e / (e + 2)
-    square, series = s * s, torch.full_like(s, _ATANH[-1])
-    for coefficient in _ATANH[-2::-1]:
-        series = series * square + coefficient
-    return (1 - target) * x - torch.minimum(x, torch.zeros_like(x)) + (s + s) * series
+    return (1 - target) * x - torch.minimum(x, torch.zeros_like(x)) + (s + s) * _polynomial(_R, s * s)
 
 
 def _linear(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
@@ -170,52 +184,32 @@ def _solve_triangular(
 
 
 _FASTER: dict[Any, Callable[..., Any]] = {
+    aten.tanh.default: _tanh,
     aten.binary_cross_entropy_with_logits.default: _cross_entropy,
     aten.addmm.default: _linear,
     aten.linalg_solve_triangular.default: _solve_triangular,
 }
 
 
-# Indices and random numbers -----------------------------------------------------------------------------------------
+# Indices --------------------------------------------------------------------------------------------------------------
 # An index out of bounds is an error. Compiled, these operations would take a negative one to count from the end.
 
 
+def _at(x: Tensor, dim: int, index: Tensor) -> list[Tensor | None]:
+    return [torch.where(index < 0, x.shape[dim], index) if axis == dim % x.ndim else None for axis in range(x.ndim)]
+
+
 def _index_select(x: Tensor, dim: int, index: Tensor) -> Any:
-    if x.ndim == 0 or index.ndim == 0:
-        return NotImplemented
-    at: list[Tensor | None] = [None] * x.ndim
-    at[dim] = torch.where(index < 0, x.shape[dim], index)
-    return aten.index.Tensor(x, at).contiguous()
+    return aten.index.Tensor(x, _at(x, dim, index)).contiguous() if x.ndim and index.ndim else NotImplemented
 
 
 def _index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: float = 1) -> Any:
     if x.ndim == 0 or index.ndim == 0 or alpha != 1:
         return NotImplemented
-    at: list[Tensor | None] = [None] * x.ndim
-    at[dim] = torch.where(index < 0, x.shape[dim], index)
-    return aten.index_put.default(x, at, source, accumulate=True).contiguous()
+    return aten.index_put.default(x, _at(x, dim, index), source, accumulate=True).contiguous()
 
 
 _CHECKED: dict[Any, Callable[..., Any]] = {aten.index_select.default: _index_select, aten.index_add.default: _index_add}
-
-
-def _bernoulli_(x: Tensor, p: float = 0.5, *, generator: torch.Generator | None = None) -> Any:
-    """Draw in the order of memory, as the operation in place does; what stands for it draws in that of indices."""
-    order = sorted(range(x.ndim), key=x.stride, reverse=True)
-    if x.is_contiguous() or not x.permute(order).is_contiguous():
-        return NotImplemented
-    drawn = torch.bernoulli(torch.empty_like(x.permute(order)), p, generator=generator)
-    return x.copy_(drawn.permute([order.index(dim) for dim in range(x.ndim)]))
-
-
-def _bernoulli(x: Tensor, p: float = 0.5, *, generator: torch.Generator | None = None) -> Any:
-    """Draw in the order of indices, which torch's compiler does not keep to."""
-    if x.is_contiguous():
-        return NotImplemented
-    return torch.bernoulli(torch.empty_like(x, memory_format=torch.contiguous_format), p, generator=generator)
-
-
-_DRAWN: dict[Any, Callable[..., Any]] = {aten.bernoulli_.float: _bernoulli_, aten.bernoulli.p: _bernoulli}
 
 
 # The order of products ----------------------------------------------------------------------------------------------
@@ -235,29 +229,10 @@ def _reorder_products(graph: GraphModule) -> None:
         is_inside = node.target in _VIEWS and not any(use.op == "output" for use in node.users)
         if is_inside and _layout(node) == _layout(node.args[0]):
             node.replace_all_uses_with(node.args[0])
-    graph.graph.eliminate_dead_code()
-    _share_inverses(graph)
     for target in _PRODUCTS:
         for product in graph.graph.find_nodes(op="call_function", target=target):
             _sum_first(graph, product)
     graph.graph.eliminate_dead_code()
-
-
-def _share_inverses(graph: GraphModule) -> None:
-    """Take the inverse of a transposed matrix as the transposed inverse."""
-    inverses: dict[object, Node] = {}
-    for solve in graph.graph.find_nodes(op="call_function", target=aten.linalg_solve_triangular.default):
-        args: Any = solve.args
-        matrix, right = args
-        if right.target is not aten.eye.default or solve.kwargs.get("unitriangular"):
-            continue
-        upper = solve.kwargs["upper"]
-        inverses.setdefault((matrix, upper), solve)
-        is_transposed = matrix.target is aten.transpose.int and matrix.args[1:] in ((-2, -1), (-1, -2))
-        known = inverses.get((matrix.args[0], not upper)) if is_transposed else None
-        if known is not None and all(use.target in _PRODUCTS for use in solve.users):
-            with graph.graph.inserting_after(known):
-                solve.replace_all_uses_with(_call(graph, aten.transpose.int, known, -2, -1))
 
 
 def _sum_first(graph: GraphModule, product: Node) -> None:

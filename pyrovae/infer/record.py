@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-from weakref import WeakValueDictionary
 
 import pyro
 import torch
@@ -56,12 +55,12 @@ class Recorded:
 
     Every other tensor that the function meets is read anew at each call, and random numbers are drawn anew in their
     order. Making a record runs the function three times: to let it set itself up, to record it, and to compare. Tensors
-    that it writes to, plain attributes of ``modules`` and random states are put back each time.
+    and plain attributes of ``modules`` and torch's random states are put back each time.
 
     Args:
         function: of tensors, returning tensors.
         args: examples of its arguments.
-        modules: those whose plain attributes must not change while it runs.
+        modules: those whose plain attributes must not change while it runs, and whose tensors it may write to.
         reference: the function to compare with, where ``function`` itself takes tensors in the place of floats.
 
     Raises:
@@ -78,14 +77,10 @@ class Recorded:
     ) -> None:
         self._reference = reference or function
         self._owners = [module for root in modules for module in root.modules()]
-        self._changed: list[str] = []
-        self._written: list[Tensor] = []
         self._run: Callable[..., Any] | None = None
-        with self._trial(), _SaveWrites() as writes:
+        with self._trial():
             self._reference(*map(copy_of, args))
-        self._written = writes.put_back()
-        self._changed.clear()
-        unread = {memory(t) for m in self._owners for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))}
+        unread = set(map(memory, self._tensors()))
 
         def watched(*args: Tensor) -> Any:
             with _RefuseReads(unread | set(map(memory, args))), _RefuseConversions():
@@ -128,10 +123,11 @@ class Recorded:
 
     @contextmanager
     def _trial(self) -> Iterator[None]:
-        """Run without lasting effect, without validation, which reads values, and without warnings."""
+        """Run without lasting effect on the modules, without validation, which reads values, and without warnings."""
         spaces = [vars(owner) for owner in self._owners]
         before = [{name: value for name, value in space.items() if isinstance(value, PLAIN)} for space in spaces]
-        held = [tensor.clone() for tensor in self._written]
+        held = [(tensor, tensor.detach().clone()) for tensor in self._tensors()]
+        self._changed: list[str] = []
         try:
             with _unvalidated(), same_random_state(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -139,12 +135,16 @@ class Recorded:
         except Exception as error:
             raise CannotRecord(f"{_reason(error)}{where(error.__traceback__)}") from error
         finally:
-            for tensor, value in zip(self._written, held, strict=True):
-                tensor.copy_(value)
+            for tensor, value in held:
+                if not torch.equal(tensor, value):
+                    tensor.data.copy_(value)
             for owner, space, values in zip(self._owners, spaces, before, strict=True):
                 changed = {name: value for name, value in values.items() if space.get(name) is not value}
                 space.update(changed)
                 self._changed += [f"{type(owner).__name__}.{name}" for name in changed]
+
+    def _tensors(self) -> list[Tensor]:
+        return [t for m in self._owners for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
 
 
 def recorded_or_itself(
@@ -267,43 +267,6 @@ def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
         return nn.functional.one_hot(tensor, num_classes)
     classes = torch.arange(num_classes, device=tensor.device)
     return (nn.functional.embedding(tensor, classes.unsqueeze(-1)) == classes).to(torch.int64)
-
-
-class _SaveWrites(TorchDispatchMode):
-    """Saves the values of tensors that were there before and are written to in place."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._saved: list[tuple[Tensor, Tensor]] = []
-        self._known: WeakValueDictionary[int, Any] = WeakValueDictionary()  # memory that is new, or saved
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        parameters = func._schema.arguments
-        given = dict(zip([p.name for p in parameters], args, strict=False)) | kwargs
-        names = [p.name for p in parameters if p.alias_info is not None and p.alias_info.is_write]
-        if given.get("training"):
-            names += ["running_mean", "running_var"]  # batch norm's schema does not say that it writes them
-        for name in names:
-            value = given.get(name)
-            for tensor in value if isinstance(value, list | tuple) else [value]:
-                if isinstance(tensor, Tensor) and tensor.layout is torch.strided and memory(tensor) not in self._known:
-                    whole = tensor.new_empty(0).set_(tensor.untyped_storage())
-                    self._known[memory(tensor)] = whole.untyped_storage()
-                    self._saved.append((whole, whole.clone()))
-        result = func(*args, **kwargs)
-        for tensor, returned in zip(
-            result if isinstance(result, list | tuple) else [result], func._schema.returns, strict=False
-        ):
-            if isinstance(tensor, Tensor) and tensor.layout is torch.strided and returned.alias_info is None:
-                self._known[memory(tensor)] = tensor.untyped_storage()
-        return result
-
-    def put_back(self) -> list[Tensor]:
-        """Write the saved values back, and return the tensors."""
-        for tensor, value in self._saved:
-            tensor.copy_(value)
-        return [tensor for tensor, _ in self._saved]
 
 
 def memory(tensor: Tensor) -> int:

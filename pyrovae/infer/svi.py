@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -12,19 +12,19 @@ import torch
 from pyro import poutine
 from pyro.infer import ELBO
 from pyro.optim import PyroOptim
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pyrovae.checks import check_choice
 from pyrovae.infer.adam import AdamOperations
 from pyrovae.infer.cudagraph import Captured
 from pyrovae.infer.record import PLAIN, CannotRecord, Recorded, compile_or_warn, memory, replay, warn, warn_once
 from pyrovae.infer.setting import Setting
+from pyrovae.infer.weights import DatasetSize
 
-__all__ = ["BACKENDS", "SVI", "DatasetSize"]
+__all__ = ["BACKENDS", "SVI"]
 
 BACKENDS = ("auto", "eager", "compiled", "cudagraph")
 WORTH_COMPILING = 5000
@@ -56,26 +56,24 @@ class SVI:
     **A compiled step is recorded once** for each kind of arguments (shapes, strides, dtypes and devices of tensors;
     values of bools, ints and strings) and each setting of the pair: plain attributes of its modules and its loss
     (numbers, strings, None, ``training``), which tensors are its parameters and buffers and how they lie in memory,
-    what the optimizer trains and with which options. When one of these changes, the step is recorded again. After
-    eight records steps run eagerly, and a warning says what kept changing.
+    what the optimizer trains and with which options. After eight records steps run eagerly, and a warning says what
+    kept changing.
 
     **What may move.** Every tensor is read anew at each step: parameters, buffers, the optimizer's state, the learning
-    rate. A float among the arguments of ``step`` becomes a scalar tensor. So a KL weight or a temperature that is
-    annealed is an argument, ``svi.step(x, beta)``, or a buffer that changes in place, ``pair.beta.fill_(0.5)``.
+    rate. A float among the arguments becomes a scalar tensor. So a KL weight or a temperature that is annealed is an
+    argument, ``svi.step(x, beta)``, or a buffer that changes in place, ``pair.beta.fill_(0.5)``.
 
     **Everything else is fixed** while recorded: globals, closures, attributes of other objects, files, the random
     numbers of NumPy and Python. What Python does then is not done again, and recording runs the pair three times.
 
     **What is noticed.** Reading a tensor's value into Python, a shape that depends on values, ``.numpy()``, or a plain
-    attribute of the pair that changes while it runs cannot be recorded: one warning names it and the line, and such
-    steps run eagerly with the same numbers. The program is compared with the pair when it is recorded, at its steps 2,
-    8, 32, 128, 512 and every 1,000th from there on. Where they differ, a warning says since when numbers may be off,
-    and steps run eagerly.
+    attribute of the pair that changes while it runs: a warning names it and the line, and such steps run eagerly with
+    the same numbers. The program is compared with the pair when it is recorded, at its steps 2, 8, 32, 128, 512 and
+    every 1,000th. Where they differ, a warning says since when numbers may be off, and steps run eagerly.
 
-    The first step runs eagerly, with Pyro's validation on; recorded steps do not validate. A ``pyro.optim`` optimizer
-    with a dict of options becomes one ``torch.optim`` optimizer of all parameters, ``svi.optim``, at the first step;
-    with a function of options for each parameter, clipping or a scheduler, steps run eagerly. A parameter that has no
-    gradient in a step stays as it is; Pyro's own SVI moves it on by Adam's momentum.
+    The first step runs eagerly, with Pyro's validation on. A ``pyro.optim`` optimizer with a dict of options becomes
+    one ``torch.optim`` optimizer, ``svi.optim``, at the first step; with options for each parameter, clipping or a
+    scheduler, steps run eagerly. A parameter that has no gradient in a step stays as it is.
     """
 
     def __init__(
@@ -103,7 +101,8 @@ class SVI:
         check_choice("backend", backend, BACKENDS)
         if backend == "cudagraph" and not torch.cuda.is_available():
             raise ValueError("backend: 'cudagraph' was asked for, and torch sees no CUDA device. Use backend='auto'.")
-        self.model, self.guide, self.optim = model, guide, optim
+        self.model, self.guide = model, guide
+        self.optim: Any = optim
         self.loss: Any = loss
         self.backend = backend
         self.num_steps, self.dataset_size, self.prepare = num_steps, dataset_size, prepare
@@ -194,20 +193,21 @@ class SVI:
         return tuple(args) if self.prepare is None else (self.prepare(*args),)
 
     def _eager_step(self, args: tuple, kwargs: dict) -> Tensor:
-        if not self._names_params:
-            self.optim.zero_grad(set_to_none=True)  # type: ignore[union-attr]
-            is_ours = hasattr(self.loss, "_bound")  # Pyro's losses take gradients where parameters are announced
-            with self._handlers(), nullcontext() if is_ours else poutine.trace(param_only=True):
+        if isinstance(self.optim, Optimizer):
+            self.optim.zero_grad(set_to_none=True)
+        if not self._names_params and hasattr(self.loss, "_bound"):
+            with self._handlers():
                 loss = self.loss.loss_and_grads(self.model, self.guide, *self._prepared(args), **kwargs)
-            self.optim.step()  # type: ignore[union-attr]
-            self.optim.zero_grad(set_to_none=True)  # type: ignore[union-attr]
+            self.optim.step()
+            self.optim.zero_grad(set_to_none=True)
             return torch.as_tensor(loss)
-        # Parameters are those that this run names, as in Pyro.
+        # Parameters are those that this run names, as in Pyro, whose own losses look for them.
         with self._handlers(), poutine.trace(param_only=True) as captured:
             loss = self.loss.loss_and_grads(self.model, self.guide, *self._prepared(args), **kwargs)
         values: list[Any] = [site["value"] for site in captured.trace.nodes.values()]
         params = list(dict.fromkeys(v.unconstrained() if hasattr(v, "unconstrained") else v for v in values))
-        self._make_or_extend_optimizer(params)
+        if self._names_params:
+            self._make_or_extend_optimizer(params)
         if isinstance(self.optim, PyroOptim):
             self.optim(params)
         else:
@@ -218,14 +218,16 @@ class SVI:
 
     def _make_or_extend_optimizer(self, params: list[Tensor]) -> None:
         optim: Any = self.optim
-        if isinstance(optim, PyroOptim):
-            is_plain = type(optim) is PyroOptim and isinstance(optim.pt_optim_args, dict) and not optim.pt_clip_args
+        if type(optim) is PyroOptim:
+            options: Any = optim.pt_optim_args
+            is_plain = isinstance(options, dict) and not optim.pt_clip_args
             has_state = optim.optim_objs or optim._state_waiting_to_be_consumed
             if is_plain and not has_state and self.backend != "eager":
-                self.optim = optim.pt_optim_constructor(params, **optim.pt_optim_args)
-        elif not isinstance(optim, Optimizer):
+                make: Any = optim.pt_optim_constructor
+                self.optim = make(params, **options)
+        elif not isinstance(optim, Optimizer | PyroOptim):
             self.optim = optim(params)
-        else:
+        elif isinstance(optim, Optimizer):
             held = {id(p) for group in optim.param_groups for p in group["params"]}
             if new := [p for p in params if id(p) not in held]:
                 optim.add_param_group({"params": new})
@@ -235,12 +237,9 @@ class SVI:
 
     def _recorded(self, args: tuple, kwargs: dict) -> tuple[_RecordedStep | str | None, Sequence[Tensor]]:
         """The recorded step for these arguments, or why it runs eagerly, and the tensors that it takes."""
-        optimizer: Any = self.optim
-        self._setting = setting = self._setting or Setting((self.model, self.guide, self.loss), optimizer)
-        if not kwargs and all(type(x) is Tensor and not x.requires_grad for x in args):
-            tensors, form = args, None
-        else:
-            tensors, form = _take_apart(args, kwargs, self._float_dtype)
+        self._setting = setting = self._setting or Setting((self.model, self.guide, self.loss), self.optim)
+        plain = not kwargs and all(type(x) is Tensor and not x.requires_grad for x in args)
+        tensors, form = (args, None) if plain else _take_apart(args, kwargs, self._float_dtype)
         layouts = [(x.shape, x.stride(), x.dtype, x.device) for x in tensors]
         call = (form, self.dataset_size, *layouts)
         if self._names_params and call not in self._named:
@@ -268,17 +267,15 @@ class SVI:
     @property
     def _float_dtype(self) -> torch.dtype:
         """Of a tensor that promotes others as little as the float in whose place it stands."""
-        optimizer: Any = self.optim
-        params = [p for group in optimizer.param_groups for p in group["params"]]
+        params = [p for group in self.optim.param_groups for p in group["params"]]
         kind = next((p.dtype for p in params if p.is_floating_point()), torch.float32)
         return torch.promote_types(kind, torch.get_default_dtype())
 
     def _record(self, tensors: Sequence[Tensor], form: Any) -> _RecordedStep:
         assert self._setting is not None
-        optimizer: Any = self.optim
         if not hasattr(self.loss, "_bound"):
             raise CannotRecord(f"{type(self.loss).__module__}.{type(self.loss).__name__} reads tensors")
-        wanted = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        wanted = [p for group in self.optim.param_groups for p in group["params"] if p.requires_grad]
         used: list[Tensor] = []
 
         def loss_and_gradients(*tensors: Tensor, as_floats: bool = False) -> tuple[Tensor, ...]:
@@ -293,7 +290,7 @@ class SVI:
         record = Recorded(loss_and_gradients, tensors, self._setting.modules, reference)
         # Another shape, a short last batch say, is recorded too, but is not worth a compiler's time.
         is_first = (kind := (self._setting.key(), form)) not in self._compiled
-        recorded = _RecordedStep(record, list(used), optimizer, tensors, compiled=is_first)
+        recorded = _RecordedStep(record, list(used), self.optim, tensors, compiled=is_first)
         self._compiled.add(kind)
         if is_first and self.backend in ("auto", "cudagraph"):
             recorded.capture(tensors, asked=self.backend == "cudagraph")
@@ -388,10 +385,7 @@ def _owned(gradients: list[Tensor], params: list[Tensor]) -> list[Tensor]:
 
 def _take_apart(args: tuple, kwargs: dict, float_dtype: torch.dtype) -> tuple[list[Tensor], tuple]:
     """The tensors among arguments, floats as such; and everything else, which a record holds fixed."""
-    leaves: list[Any] = [*args, *kwargs.values()]
-    spec: Any = (len(args), tuple(kwargs))
-    if any(isinstance(leaf, tuple | list | dict) for leaf in leaves):
-        leaves, spec = tree_flatten((args, kwargs))
+    leaves, spec = tree_flatten((args, kwargs))
     fixed = tuple([float if isinstance(x, float) else ... if isinstance(x, Tensor) else x for x in leaves])
     for x in fixed:
         if x is not ... and x is not float and not isinstance(x, PLAIN):
@@ -414,27 +408,4 @@ def _put_together(tensors: Sequence[Tensor], form: tuple, *, as_floats: bool) ->
     leaves = [
         (float(next(rest)) if as_floats else next(rest)) if x is float else next(rest) if x is ... else x for x in fixed
     ]
-    if isinstance(spec, TreeSpec):
-        return tree_unflatten(leaves, spec)
-    number, names = spec
-    return leaves[:number], dict(zip(names, leaves[number:], strict=True))
-
-
-class DatasetSize(Messenger):
-    """Tells the sites inside the plate ``data`` how many data there are, as ``pyro.plate(..., subsample_size=)`` would.
-
-    A pair opens its plate over the batch it is given. Under this handler the plate counts as a subsample of ``size``
-    data, so every objective weighs the sites inside by dataset / batch against global latents outside.
-    """
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.size = size
-
-    def _pyro_sample(self, msg: Any) -> None:
-        for frame in msg["cond_indep_stack"]:
-            if frame.name == "data" and frame.full_size in (None, frame.size):
-                msg["scale"] = msg["scale"] * (self.size / frame.size)
-        msg["cond_indep_stack"] = tuple(
-            frame._replace(full_size=self.size) if frame.name == "data" else frame for frame in msg["cond_indep_stack"]
-        )
+    return tree_unflatten(leaves, spec)

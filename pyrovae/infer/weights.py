@@ -16,6 +16,7 @@ from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
 from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from pyro.util import check_site_shape
 from torch import Tensor
@@ -23,6 +24,7 @@ from torch import Tensor
 from pyrovae.checks import check_positive
 
 __all__ = [
+    "DatasetSize",
     "LogWeightTerms",
     "Structure",
     "enumerated_bound",
@@ -133,6 +135,26 @@ def trace_pair(
         for site in [*sample_sites(model_trace).values(), *sample_sites(guide_trace).values()]:
             check_site_shape(site, structure.max_plate_nesting + (num_particles > 1))
     return model_trace, guide_trace
+
+
+class DatasetSize(Messenger):
+    """Tells the sites inside the plate ``data`` how many data there are, as ``pyro.plate(..., subsample_size=)`` would.
+
+    A pair opens its plate over the batch it is given. Under this handler the plate counts as a subsample of ``size``
+    data, so every objective weighs the sites inside by dataset / batch against global latents outside.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def _pyro_sample(self, msg: Any) -> None:
+        for frame in msg["cond_indep_stack"]:
+            if frame.name == "data" and frame.full_size in (None, frame.size):
+                msg["scale"] = msg["scale"] * (self.size / frame.size)
+        msg["cond_indep_stack"] = tuple(
+            frame._replace(full_size=self.size) if frame.name == "data" else frame for frame in msg["cond_indep_stack"]
+        )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The pictures of a run, with words for those who cannot see them."""
+"""Pictures that a run folder and a report draw, each with words for those who cannot see it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
+from pyrovae import plots
 from pyrovae.data import DataSet
-from pyrovae.evaluation.collapse import USED_NATS
-from pyrovae.evaluation.predict import latents, local_latents
+from pyrovae.evaluation.generation import latents, local_latents
+from pyrovae.evaluation.posterior_collapse import USED_NATS
 from pyrovae.pair import Pair
-from pyrovae.plots import pair_plots as plots
-from pyrovae.plots import score_plots
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,32 +21,33 @@ if TYPE_CHECKING:
 
 __all__ = ["Picture", "pictures_of_run", "pictures_of_scores"]
 
-TRAVERSED = 8  # dimensions of a latent that are shown one by one
+MAX_TRAVERSED = 8  # dimensions of a latent that are shown one by one
 
 
 class Picture(NamedTuple):
+    """A figure to be drawn later, and what to say about it."""
+
     draw: Callable[[], Figure]
     alt: str
-    """What it shows."""
+    """Words in place of the picture: what it shows."""
     caption: str = ""
 
 
 def pictures_of_run(
     pair: Pair, data: DataSet, rows: Tensor, labels: Tensor | None, history: list[dict[str, float]]
 ) -> dict[str, Picture]:
-    """By name, those that apply to this pair and these data."""
+    """Return the pictures, by name, that apply to this pair and these data."""
     shape, names = data.image_shape, data.feature_names
     found: dict[str, Picture] = {}
     if len(history) > 1:
         first, last = history[0]["train_bound"], history[-1]["train_bound"]
         found["training"] = Picture(
-            lambda: plots.plot_history(history),
+            partial(plots.plot_history, history),
             f"Curve of the bound over {len(history)} epochs: from {first:.2f} to {last:.2f} nats per datum.",
         )
-    what = "A grid of images drawn from the model." if shape else "Points drawn from the model beside the data."
     found["samples"] = Picture(
-        lambda: plots.plot_samples(pair, rows, image_shape=shape, feature_names=names),
-        what,
+        partial(plots.plot_samples, pair, rows, image_shape=shape, feature_names=names),
+        "A grid of images drawn from the model." if shape else "Points drawn from the model beside the data.",
         "New data: z from the prior, then the mean of p(x | z)." if shape else "New data from the model.",
     )
     try:
@@ -57,22 +57,20 @@ def pictures_of_run(
         means, local = {}, ()
     continuous = {name: means[name] for name in local if means[name].is_floating_point() and means[name].dim() == 2}
     if continuous:
-        what = "Rows of images, each above its reconstruction." if shape else "Reconstructed against observed features."
         found["reconstructions"] = Picture(
-            lambda: plots.plot_reconstructions(pair, rows, image_shape=shape),
-            what,
+            partial(plots.plot_reconstructions, pair, rows, image_shape=shape),
+            "Rows of images, each above its reconstruction." if shape else "Reconstructed against observed features.",
             "z from the guide, then the mean of p(x | z).",
         )
     if rows.shape[1] == 2 and plots.has_density(pair, rows):
-        found["density"] = Picture(
-            lambda: plots.plot_density(pair, rows, feature_names=names), "The data over contours of the fitted density."
-        )
+        draw = partial(plots.plot_density, pair, rows, feature_names=names)
+        found["density"] = Picture(draw, "The data over contours of the fitted density.")
     for name, z in continuous.items():
         if z.shape[1] == 2:
+            colours = "." if labels is None else ", coloured by label."
             found["latents"] = Picture(
                 partial(plots.plot_latents, pair, rows, name, labels=labels),
-                f"The data's posterior means in the two dimensions of {name}"
-                + ("." if labels is None else ", coloured by label."),
+                f"The data's posterior means in the two dimensions of {name}{colours}",
             )
             if shape is not None and len(means) == 1:
                 found["manifold"] = Picture(
@@ -83,45 +81,43 @@ def pictures_of_run(
 
 
 def pictures_of_scores(pair: Pair, data: DataSet, rows: Tensor, scores: Scores) -> dict[str, Picture]:
-    """By name, those of what was measured."""
+    """Return the pictures, by name, of what was measured."""
     found: dict[str, Picture] = {}
-    kl = scores.kl_per_dimension
+    kl, shape = scores.kl_per_dimension, data.image_shape
     if kl:
         counts = {name: sum(value > USED_NATS for value in values) for name, values in kl.items()}
         used = ", ".join(f"{count} of {len(kl[name])} in {name}" for name, count in counts.items())
         unused = any(count < len(kl[name]) for name, count in counts.items())
         found["kl"] = Picture(
-            lambda: score_plots.plot_kl(kl),
+            partial(plots.plot_kl, kl),
             f"Bars of the KL of each latent dimension, largest first. Above {USED_NATS:g} nats: {used}.",
             "Dimensions in grey carry nothing about the data." if unused else "",
         )
-        shape, name = data.image_shape, max(kl, key=lambda name: sum(kl[name]))
-        if shape is not None and len(kl[name]) > 2 and score_plots.can_traverse(pair, rows, name):
-            top = sorted(range(len(kl[name])), key=lambda d: -kl[name][d])[:TRAVERSED]
+        name = max(kl, key=lambda name: sum(kl[name]))
+        if shape is not None and len(kl[name]) > 2 and plots.can_traverse(pair, rows, name):
+            top = sorted(range(len(kl[name])), key=lambda d: -kl[name][d])[:MAX_TRAVERSED]
             found["traversal"] = Picture(
-                partial(score_plots.plot_traversal, pair, rows, name, shape, dimensions=top),
+                partial(plots.plot_traversal, pair, rows, name, shape, dimensions=top),
                 f"Rows of images: each row changes one of the {len(top)} dimensions of {name} that carry most KL.",
                 "The other dimensions stay at the posterior mean of the first datum.",
             )
     if scores.guide is not None and not scores.guide.is_joint:
         k, limit = scores.guide.k, f"{scores.guide.threshold:.2g}"
         found["pareto_k"] = Picture(
-            partial(score_plots.plot_pareto_k, k, threshold=scores.guide.threshold),
+            partial(plots.plot_pareto_k, k, threshold=scores.guide.threshold),
             f"Histogram of Pareto k-hat over {len(k)} data; {scores.guide.num_bad} lie above {limit}.",
             f"Above {limit}, with so many samples, importance sampling from the guide is unreliable for that datum.",
         )
     if (gaps := scores.also.get("inference_gaps")) is not None:
         found["gaps"] = Picture(
-            partial(score_plots.plot_gaps, {type(pair).__name__: gaps}),
+            partial(plots.plot_gaps, {type(pair).__name__: gaps}),
             f"Stacked bar, nats per datum: approximation gap {gaps.approximation_gap:.3f}, amortization gap "
             f"{gaps.amortization_gap:.3f}.",
             "What the guide's family cannot reach, and what one network for all data loses on top.",
         )
     if (calibration := scores.also.get("simulation_based_calibration")) is not None:
-        from pyrovae.evaluation.calibration import plot_calibration
-
         found["calibration"] = Picture(
-            partial(plot_calibration, calibration),
+            partial(plots.plot_calibration, calibration),
             f"Rank histograms of simulation-based calibration. Verdict: {calibration.verdict}.",
             "An exact posterior has uniform ranks, inside the grey band.",
         )

@@ -1,40 +1,53 @@
-"""Pictures of what was measured: KL by dimension, k̂, inference gaps; and a latent's dimensions one by one."""
+"""Pictures of measured numbers: training, KL, k̂, inference gaps, calibration and choice of components."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyro
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
-from pyro import poutine
-from pyro.infer.inspect import get_dependencies
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import constraints
 
-from pyrovae.evaluation.collapse import USED_NATS
-from pyrovae.evaluation.pareto import BAD_K
-from pyrovae.evaluation.predict import decode, latents, local_latents, mean_or_value
-from pyrovae.infer.weights import same_random_state
-from pyrovae.plots.pair_plots import DATA, MODEL, new_figure, plot_images
+from pyrovae.checks import check_choice, check_positive
+from pyrovae.evaluation.calibration import LEVEL, ecdf_band
+from pyrovae.evaluation.criteria import CRITERIA
+from pyrovae.evaluation.guide_reliability import BAD_K
+from pyrovae.evaluation.posterior_collapse import USED_NATS
+from pyrovae.plots.figures import DATA, GAP, GREY, MODEL, add_legend_below, new_axes, new_figure, set_value_range
 
 if TYPE_CHECKING:
+    from pyrovae.evaluation.calibration import Calibration
+    from pyrovae.evaluation.criteria import Selection
     from pyrovae.evaluation.gaps import InferenceGaps
-    from pyrovae.pair import Pair
 
-__all__ = ["plot_gaps", "plot_kl", "plot_pareto_k", "plot_traversal"]
+__all__ = ["plot_calibration", "plot_gaps", "plot_history", "plot_kl", "plot_pareto_k", "plot_selection"]
 
-GREY = "#9a9a9a"
-GAP = "#e0a030"
+
+def plot_history(history: Sequence[dict[str, float]]) -> Figure:
+    """Plot the bound against epochs, on training and held-out data (nats per datum)."""
+    figure, axes = new_axes(6, 4)
+    epochs = [row["epoch"] for row in history]
+    curves = {"training data": [row["train_bound"] for row in history]}
+    if any("validation_bound" in row for row in history):
+        curves["held-out data"] = [row.get("validation_bound", math.nan) for row in history]
+    for (label, curve), color in zip(curves.items(), (DATA, MODEL), strict=False):
+        axes.plot(epochs, curve, color=color, label=label, marker="o" if len(history) == 1 else None)
+    # The first epochs are far below the rest: show what happens after them.
+    set_value_range(axes, np.array([curve[len(history) // 10 :] for curve in curves.values()]))
+    axes.set(xlabel="epoch", ylabel="bound (nats per datum)", title="Training")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    return figure
 
 
 def plot_kl(kl_per_dimension: Mapping[str, Sequence[float]]) -> Figure:
-    """The KL of each latent dimension, largest first; those below ``USED_NATS`` in grey: they carry nothing."""
+    """Plot the KL of each latent dimension, largest first. Those below ``USED_NATS`` are grey: they carry nothing."""
     latent_names = list(kl_per_dimension)
     figure = new_figure(7, 1.2 + 2.0 * len(latent_names))
     for axes, name in zip(np.atleast_1d(figure.subplots(len(latent_names), 1)), latent_names, strict=True):
@@ -63,17 +76,16 @@ def plot_kl(kl_per_dimension: Mapping[str, Sequence[float]]) -> Figure:
 
 
 def plot_pareto_k(pareto_k: Tensor, *, threshold: float = BAD_K) -> Figure:
-    """A histogram of k̂ over data, with 0.5 and the ``threshold`` of its number of samples (Vehtari et al. 2024).
+    """Plot a histogram of k̂ over data, with 0.5 and the ``threshold`` of its number of samples (Vehtari et al. 2024).
 
-    Infinite ones are counted in the title: −inf is a datum whose weights have no tail, +inf one that cannot be fitted.
+    The title counts infinite values: −inf is a datum whose weights have no tail, +inf one that cannot be fitted.
     """
     k = pareto_k[torch.isfinite(pareto_k)].double().cpu().numpy()
     title = f"k̂ of {len(pareto_k)} data"
     for infinity, text in ((-math.inf, "no tail (k̂ = −∞)"), (math.inf, "no fit (k̂ = ∞)")):
         if count := int((pareto_k == infinity).sum()):
             title += f"\n{count} of them: {text}"
-    figure = new_figure(6, 3.2)
-    axes = figure.subplots()
+    figure, axes = new_axes(6, 3.2)
     low, high = (min(-0.25, float(k.min())), max(1.0, float(k.max()))) if len(k) else (-0.25, 1.0)
     edges = np.linspace(low, high, 41).tolist()
     axes.hist(k, bins=edges, color=DATA)
@@ -86,10 +98,9 @@ def plot_pareto_k(pareto_k: Tensor, *, threshold: float = BAD_K) -> Figure:
 
 
 def plot_gaps(gaps: Mapping[str, InferenceGaps]) -> Figure:
-    """Bars of what separates each ELBO from the evidence: approximation gap, then amortization gap (nats per datum)."""
+    """Plot the gap from each ELBO to the evidence as bars: approximation, then amortization (nats per datum)."""
     names = list(gaps)
-    figure = new_figure(7, 1.3 + 0.6 * len(names))
-    axes = figure.subplots()
+    figure, axes = new_axes(7, 1.3 + 0.6 * len(names))
     approximation = [max(g.approximation_gap, 0.0) for g in gaps.values()]  # below 0 by Monte Carlo error
     amortization = [max(g.amortization_gap, 0.0) for g in gaps.values()]
     errors = [math.hypot(g.approximation_gap_stderr, g.amortization_gap_stderr) for g in gaps.values()]
@@ -97,76 +108,100 @@ def plot_gaps(gaps: Mapping[str, InferenceGaps]) -> Figure:
     axes.barh(names, amortization, height=0.55, left=approximation, color=GAP, xerr=errors, label="amortization gap")
     axes.margins(x=0.1)
     axes.set(xlabel="log evidence − ELBO (nats per datum)", xlim=(0, None), ylim=(len(names) - 0.5, -0.5))
-    figure.legend(frameon=False, loc="outside lower center", ncols=2)
+    add_legend_below(figure, axes, max_columns=2)
     return figure
 
 
-def plot_traversal(
-    pair: Pair,
-    x: Tensor,  # (1, D), or more rows, of which the first counts
-    name: str,
-    image_shape: tuple[int, int],
-    *,
-    dimensions: Sequence[int],
-    steps: int = 11,
-) -> Figure:
-    """Images decoded as one dimension of a latent moves from −2.5 to 2.5, the others held at their posterior mean.
+def plot_calibration(calibration: Calibration, *, kind: str = "histogram", max_panels: int = 12) -> Figure:
+    """Plot the ranks of each dimension, smallest p-values first, with a band that holds 99% of uniform ranks.
 
-    Latents whose prior depends on the moved one (the layers below it) are at their prior's mean given it.
+    Args:
+        calibration: result of :func:`~pyrovae.evaluation.simulation_based_calibration`.
+        kind: ``histogram`` (the band holds each bar with 99%) or ``ecdf``: the ranks' cumulative distribution less the
+            uniform one, with a band that holds all of it with 99% (Säilynoja, Bürkner and Vehtari 2022).
+        max_panels: largest number of dimensions shown.
     """
-    means = latents(pair, x[:1], mean=True, seed=0)
-    local = local_latents(pair, x[:1])
-    below = _below(pair, x[:1], name)
-    values = torch.linspace(-2.5, 2.5, steps)
-    count = steps * len(dimensions)
-    z = {
-        site: value.expand(count, *value.shape[1:]).clone() if site in local else value
-        for site, value in means.items()
-        if site not in below
-    }
-    for row, dimension in enumerate(dimensions):
-        z[name][row * steps : (row + 1) * steps, dimension] = values.to(z[name])
-    with _AtMean(below):
-        images = decode(pair, z, data_dim=x.shape[1], seed=0)
-    figure = plot_images(images, image_shape, columns=steps, title=f"One dimension of {name} a row")
-    axes = figure.axes[0]
-    axes.set_axis_on()
-    height, width = (size + 1 for size in image_shape)  # with the line between two
-    axes.set_xticks([width * (at + 0.5) - 1 for at in (0, (steps - 1) / 2, steps - 1)], ["−2.5", "0", "2.5"])
-    axes.set_yticks(
-        [height * (row + 0.5) - 1 for row in range(len(dimensions))],
-        [f"{name}[{dimension}]" for dimension in dimensions],
-    )
-    axes.tick_params(length=0)
+    check_choice("kind", kind, ("histogram", "ecdf"))
+    check_positive("max_panels", max_panels, integer=True)
+    panels = [(name, test, i) for name, test in calibration.tests.items() for i in range(len(test.p_values))]
+    total = len(panels)
+    panels = sorted(panels, key=lambda panel: panel[1].p_values[panel[2]])[:max_panels]
+    columns = min(4, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = new_figure(max(4.5, 3.2 * columns), 2.6 * rows + 0.5)
+    grid = np.atleast_1d(figure.subplots(rows, columns)).ravel()
+    band = ecdf_band(calibration.num_simulations, calibration.num_draws + 1) if kind == "ecdf" else None
+    for axes, (name, test, i) in zip(grid, panels, strict=False):
+        if band is None:
+            _draw_histogram(axes, test.counts[i], calibration)
+        else:
+            _draw_ecdf(axes, test.ranks[:, i], calibration, band)
+        label = name if len(test.p_values) == 1 else f"{name}[{i}]"
+        axes.set_title(f"{label}: p = {test.adjusted[i]:.2g}\n{test.verdicts[i]}", fontsize=9, parse_math=False)
+        axes.set_xlabel("rank of the truth among the draws", fontsize=8)
+        axes.tick_params(labelsize=8)
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    shown = f"the worst {len(panels)} of {total} dimensions" if len(panels) < total else "all dimensions"
+    figure.suptitle(f"Calibration of the {calibration.source} ({shown}); grey: 99% if uniform", fontsize=10)
     return figure
 
 
-def can_traverse(pair: Pair, x: Tensor, name: str) -> bool:
-    """Whether the latent has a value for each datum, and may be any real number."""
-    with same_random_state(), pyro.validation_enabled(False), torch.no_grad():
-        site: Any = poutine.trace(pair.guide).get_trace(x[:2].to(next(pair.parameters(), x))).nodes[name]
-    support = getattr(site["fn"].support, "base_constraint", site["fn"].support)
-    return support is constraints.real and any(frame.name == "data" for frame in site["cond_indep_stack"])
+def _draw_histogram(axes: Axes, counts: list[int], calibration: Calibration) -> None:
+    from scipy.stats import binom
+
+    size, bins = calibration.num_simulations, len(counts)
+    low, high = binom.ppf([LEVEL / 2, 1 - LEVEL / 2], size, 1 / bins)
+    width = (calibration.num_draws + 1) / bins
+    axes.axhspan(low, high, color="0.85", zorder=0)
+    axes.axhline(size / bins, color=MODEL, linewidth=0.8)
+    axes.bar([(i + 0.5) * width - 0.5 for i in range(bins)], counts, width=0.94 * width, color=DATA, alpha=0.8)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("simulations", fontsize=8)
 
 
-def _below(pair: Pair, x: Tensor, name: str) -> set[str]:
-    """The latents whose prior depends on the latent ``name``, by way of others or not."""
-    with same_random_state(), pyro.validation_enabled(False), torch.no_grad():
-        needs: Any = get_dependencies(pair.model, (x.to(next(pair.parameters(), x)),))
-    found = {name}
-    for site, upstream in needs["prior_dependencies"].items():  # in the order of the model
-        if site in needs["posterior_dependencies"] and found & upstream.keys():  # a latent, not the data
-            found.add(site)
-    return found - {name}
+def _draw_ecdf(axes: Axes, ranks: Tensor, calibration: Calibration, band: tuple[np.ndarray, np.ndarray]) -> None:
+    levels, size = calibration.num_draws + 1, calibration.num_simulations
+    uniform = np.arange(1, levels) / levels
+    cumulative = np.bincount(ranks.numpy(), minlength=levels).cumsum()[:-1] / size
+    at = np.arange(levels - 1)
+    axes.fill_between(at, band[0] / size - uniform, band[1] / size - uniform, color="0.85", step="mid")
+    axes.axhline(0, color=MODEL, linewidth=0.8)
+    axes.step(at, cumulative - uniform, color=DATA, where="mid")
+    axes.set_ylabel("ECDF − uniform", fontsize=8)
 
 
-class _AtMean(Messenger):
-    """These sites take the mean of their distribution."""
+def plot_selection(selection: Selection) -> Figure:
+    """Plot how far each fit lies above the best by each criterion, against the number of components.
 
-    def __init__(self, names: set[str]) -> None:
-        super().__init__()
-        self._names = names
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if msg["name"] in self._names:
-            msg["value"] = mean_or_value(msg["fn"], msg["value"])
+    A ring marks the best fit; collapsed fits are crosses off the line. The scale is linear up to 10, then logarithmic.
+    """
+    winners = selection.winners()
+    shown = [name for name in CRITERIA if any(getattr(c.criteria, name) is not None for c in selection.candidates)]
+    families = sorted({c.family for c in selection.candidates})
+    figure = new_figure(4.2 * len(shown), 3.8)
+    for axes, criterion in zip(np.atleast_1d(figure.subplots(1, len(shown))), shown, strict=True):
+        having = [c for c in selection.candidates if getattr(c.criteria, criterion) is not None]
+        winner = winners.get(criterion)
+        zero = min(getattr(c.criteria, criterion) for c in ([winner] if winner else having))
+        for index, family in enumerate(families):
+            rows = sorted(
+                (c.num_components, getattr(c.criteria, criterion) - zero, bool(c.collapsed))
+                for c in having
+                if c.family == family
+            )
+            sound, held = ([row[:2] for row in rows if row[2] == collapsed] for collapsed in (False, True))
+            axes.plot(*np.reshape(sound, (-1, 2)).T, "o-", ms=4, color=f"C{index}", label=family)
+            axes.plot(*np.reshape(held, (-1, 2)).T, "x", color=f"C{index}")
+        title = criterion.upper()
+        if winner is not None:
+            axes.plot(winner.num_components, 0, "o", ms=13, mfc="none", mec=MODEL, mew=1.5)
+            title += f": best is {winner.num_components} {winner.family}".rstrip()
+        axes.set_title(title, parse_math=False)
+        axes.set_yscale("symlog", linthresh=10)
+        axes.set(xlabel="components", ylabel=f"{criterion.upper()} above the best")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.grid(alpha=0.3)
+        if any(families):
+            axes.legend(fontsize=8)
+    return figure

@@ -1,4 +1,4 @@
-"""Time what ``evaluate`` measures, at the sizes of the results page.
+"""Time ``evaluate`` and the other measures, at the sizes of the results page.
 
 python tests/benchmarks/evaluation.py [--device cuda]
 
@@ -85,7 +85,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 @torch.no_grad()
 def evidence_by_hand(pair: Any, x: Tensor, num_samples: int, device: torch.device) -> float:
-    """The same estimate for this one model, with the chunk sizes of ``evaluate``."""
+    """Return the estimate of ``evaluate``, written for this one model, with the same chunk sizes."""
     pair.to(device)
     total = 0.0
     for rows in x.to(device).split(100):

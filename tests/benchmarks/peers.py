@@ -1,4 +1,4 @@
-"""Speed against peers, side by side: each repeat times every contender in turn, and ratios are of medians.
+"""Compare speed with peers, side by side: each repeat times every contender in turn, and ratios are of medians.
 
 Contenders do the same work: one SVI step (loss, gradient, Adam) of the same network on the same batch, or one EM
 iteration from the same start. Peers that are not installed are left out and named.
@@ -32,7 +32,7 @@ from pyrovae.pair import Pair
 __all__ = ["CASES", "Result", "run_cases"]
 
 Run = Callable[[int], object]
-"""Takes a number of steps, and returns when they are done."""
+"""Contender: a function that takes a number of steps and returns when they are done."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class Result:
     shape: dict[str, Any]
     milliseconds: dict[str, float]
     spread: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Least and greatest repeat."""
+    """Least and greatest time over repeats, by contender."""
     missing: tuple[str, ...] = ()
 
     def ratios(self) -> dict[str, float]:
-        """Time of the project over time of each peer: below 1, the project is faster."""
+        """Return the project's time over that of each peer. Below 1 the project is faster."""
         own = self.milliseconds[OWN]
         return {name: own / value for name, value in self.milliseconds.items() if name != OWN}
 
@@ -97,7 +97,7 @@ def processor() -> str:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What the figures were taken on."""
+    """Return what the figures were taken on: processor, GPU, versions."""
     found = {"processor": processor(), "threads": torch.get_num_threads(), "python": platform.python_version()}
     if device == "cuda":
         found["gpu"] = torch.cuda.get_device_name()
@@ -155,7 +155,7 @@ def _unvalidated(run: Run) -> Run:
 
 
 def _pairs(make: Callable[[], Pair], x: Tensor, loss: Callable[[], Any], stock: Callable[[], Any]) -> dict[str, Run]:
-    """The project compiled and eager, and stock Pyro, on copies of one pair."""
+    """Return the project, compiled and eager, and stock Pyro, on copies of one pair."""
     on_gpu = x.is_cuda
 
     def svi(backend: str) -> Run:
@@ -212,7 +212,7 @@ def _autoencoder(
 
 
 def _torch_by_hand(pair: Any, x: Tensor, num_particles: int, compiled: bool) -> Run:
-    """What one would write without Pyro: the same networks, the loss in closed tensor form, fused Adam."""
+    """Return the step as one would write it without Pyro: the same networks, the loss in tensors, fused Adam."""
 
     def log_normal(z: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
         return (-0.5 * ((z - loc) / log_scale.exp()) ** 2 - log_scale - 0.5 * math.log(2 * math.pi)).sum(-1)
@@ -248,7 +248,7 @@ def _torch_by_hand(pair: Any, x: Tensor, num_particles: int, compiled: bool) -> 
 
 
 def _products(pair: Any, x: Tensor, num_particles: int) -> Run:
-    """The step's matrix products, forward and backward, by the faster library, and nothing else."""
+    """Return the step's matrix products alone, forward and backward, by the faster library."""
     networks = [e.network for e in pair.encoders] + [d.network for d in pair.decoders] + [pair.likelihood]
 
     def fastest(left: Tensor, right: Tensor) -> Callable[[], Tensor]:
@@ -372,7 +372,7 @@ def _small_pair(device: torch.device, pair: str, data: str) -> tuple[dict[str, R
 def _em(
     device: torch.device, num_data: int, data_dim: int, num_components: int
 ) -> tuple[dict[str, Run], tuple[str, ...]]:
-    """An iteration of exact EM in double precision, from the same start, far from convergence."""
+    """Return an iteration of exact EM in double precision, from the same start, far from convergence."""
     import warnings
 
     from sklearn.mixture import GaussianMixture

@@ -18,12 +18,17 @@ from pyrovae.checks import check_choice, check_positive, pick_device
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="pyrovae bench", description=__doc__.splitlines()[0])
-    parser.add_argument("cases", nargs="*", metavar="CASE", help="which; by default all (see --list)")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="names of cases; by default all (see --list)")
     parser.add_argument("--list", action="store_true", help="show the names of the cases")
-    parser.add_argument("--repeats", type=int, default=7, help="times that each contender is timed, in turn")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch; two, so that machines compare")
-    parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu or cuda")
-    parser.add_argument("--out", "-o", type=Path, help="a .json file for the figures")
+    parser.add_argument("--repeats", type=int, default=7, help="number of times that each contender is timed, in turn")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=2,
+        help="number of torch threads; two by default, so that results of machines compare",
+    )
+    parser.add_argument("--device", default="auto", help="device: auto (CUDA where there is one), cpu or cuda")
+    parser.add_argument("--out", "-o", type=Path, help="path of a .json file for the figures")
     parser.add_argument("--keep", action="store_true", help="write the figures to tests/benchmarks/results/")
     arguments = parser.parse_args()
     if arguments.list:

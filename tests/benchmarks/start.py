@@ -1,7 +1,7 @@
 """Time processes that take one compiled step, from start to exit: python tests/benchmarks/start.py [--device cuda]
 
-Once with nothing in torch's disk cache, then those that find the program there; beside them, one that takes an eager
-step. Writes tests/benchmarks/results/DEVICE-start.json.
+The first process finds nothing in torch's disk cache; later ones find the program there. Others take an eager step, for
+comparison. Writes tests/benchmarks/results/DEVICE-start.json.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def process(backend: str, device: str, cache: str) -> float:
-    """Seconds that a process takes, from its start to its end."""
+    """Return the seconds that a process takes, from its start to its end."""
     environment = os.environ | {"OMP_NUM_THREADS": "2"} | ({"TORCHINDUCTOR_CACHE_DIR": cache} if cache else {})
     program = ONE_STEP.format(backend=backend, device=device)
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The benchmarks run, name who is missing, and time equal work. They prove no speed: noise would decide."""
+"""Benchmarks run, name peers that are missing, and time equal work. No test asserts a speed: noise would decide."""
 
 import json
 import re
@@ -31,7 +31,7 @@ def test_bench_prints_ratios_and_writes_json(tmp_path, capsys, monkeypatch):
             assert ratio == result["milliseconds"]["pyrovae"] / result["milliseconds"][peer]
 
 
-def test_the_command_runs_the_script():
+def test_the_command_line_runs_the_script():
     shown = subprocess.run([sys.executable, "-m", "pyrovae", "bench", "--list"], capture_output=True, text=True)
     assert shown.stdout.splitlines() == list(bench.CASES)
 
@@ -46,7 +46,7 @@ def test_the_command_runs_the_script():
         (["--out", "no/figures.json"], "--out: expected a .json file in a folder that exists; got no/figures.json"),
     ],
 )
-def test_mistakes(arguments, message, capsys, monkeypatch):
+def test_wrong_arguments_are_refused(arguments, message, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         run_script(monkeypatch, *arguments)
     assert stop.value.code == 2
@@ -68,8 +68,8 @@ def test_a_missing_peer_is_named(monkeypatch):
 
 @pytest.mark.parametrize("num_particles", [1, 3])
 @pytest.mark.parametrize("layers", [bench._ONE, bench._TWO], ids=["one layer", "two layers"])
-def test_the_loss_by_hand_is_ours(num_particles, layers, monkeypatch):
-    """At equal noise: contenders that do other work would prove nothing."""
+def test_the_loss_by_hand_equals_that_of_the_project(num_particles, layers, monkeypatch):
+    """The noise is equal, too. A contender that does other work would prove nothing."""
     seen = []
 
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The ``pyrovae`` command as a person meets it: help, lists, what it prints and writes, and how it refuses."""
+"""The ``pyrovae`` command: its help and lists, what it prints and writes, and its refusals."""
 
 from __future__ import annotations
 
@@ -14,35 +14,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import call, refusal
 from matplotlib.figure import Figure
 
 import pyrovae
+from pyrovae import plots
 from pyrovae.cli.main import main
-from pyrovae.cli.runs import find_pair, parse_options
+from pyrovae.cli.names import find_pair, parse_options
 from pyrovae.data import load_file, names
 from pyrovae.evaluation import ALSO, decode, latents, reconstruct
 from pyrovae.infer import LOSSES
 from pyrovae.models import REGISTRY
-from pyrovae.plots import comparison_plots as compare_plots
-from pyrovae.plots import pair_plots as plots
 
 COMMANDS = ("list", "fit", "evaluate", "report", "sample", "compare", "bench", "new")
 SMALL = ["--set", "latent_dim=2", "--set", "hidden_dims=8", "--epochs", "3", "--num-samples", "20"]
-
-
-def call(*arguments):
-    """Run the command in this process; its exit code."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(a) for a in arguments])
-    return stop.value.code or 0
-
-
-def refusal(capsys, *arguments):
-    """Run a command that must be refused: its message, one line without a traceback."""
-    assert call(*arguments) == 2
-    message = capsys.readouterr().err
-    assert "Traceback" not in message
-    return message
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +76,7 @@ def test_no_arguments_show_help(capsys):
     assert "Commands:" in said.out + said.err
 
 
-def test_what_resume_takes(capsys):
+def test_help_says_which_folder_resume_takes(capsys):
     for command, expected in (("fit", "RUN"), ("compare", "FOLDER")):
         assert call(command, "--help") == 0
         assert re.search(rf"--resume {expected} ", capsys.readouterr().out)
@@ -118,13 +103,12 @@ def test_list_names_every_pair_data_set_and_loss(capsys):
 
 
 def test_every_command_is_tested():
-    here = Path(__file__)
-    text = "".join(here.with_name(name).read_text() for name in (here.name, "test_compare.py", "test_bench.py"))
+    text = "".join(file.read_text() for file in Path(__file__).parents[1].rglob("test_*.py"))
     shown = subprocess.run([sys.executable, "-m", "pyrovae", "--help"], capture_output=True, text=True, check=True)
     commands = re.findall(r"^  (\w+) ", shown.stdout.split("Commands:")[1], re.M)
     assert set(commands) == set(COMMANDS)
     for command in commands:
-        assert f'call("{command}"' in text or f'main(["{command}"' in text
+        assert f'call("{command}"' in text or f'"pyrovae", "{command}"' in text
 
 
 # Refusals
@@ -136,7 +120,7 @@ TABLE = {
     "data": (["fit", "vae", "--data", "digit"], r"--data: .*got 'digit'. Did you mean 'digits'"),
     "no data": (["fit", "vae", "--data", "nope"], r"--data: .*got 'nope'.*A \.csv or \.npy file of rows will do too"),
     "data file type": (["fit", "vae", "--data", "my.txt"], r"--data: .*\.csv or \.npy file; got 'my.txt'"),
-    "data file missing": (["fit", "vae", "--data", "no.csv"], r"data: .*none at no.csv"),
+    "data file missing": (["fit", "vae", "--data", "no.csv"], r"--data: .*none at no.csv"),
     "loss": (["fit", "vae", "--loss", "Trace_ELB"], r"--loss: .*got 'Trace_ELB'. Did you mean 'Trace_ELBO'"),
     "loss option without loss": (["fit", "vae", "--alpha", "0"], r"--alpha: .*--loss"),
     "loss option of another": (["fit", "vae", "--loss", "Trace_ELBO", "--alpha", "0"], r"--alpha: Trace_ELBO has no"),
@@ -151,7 +135,7 @@ TABLE = {
     "no file": (["fit", "my.py:My"], r"PAIR: expected a Python file; found none at my.py"),
     "run": (["evaluate", "nothing"], r"RUN: .*nothing has no config.json"),
     "run to sample": (["sample", "nothing"], r"RUN: .*nothing has no config.json"),
-    "run to resume": (["fit", "--resume", "nothing"], r"RUN: .*nothing has no config.json"),
+    "run to resume": (["fit", "--resume", "nothing"], r"--resume: .*nothing has no config.json"),
     "samples": (["evaluate", "nothing", "--num-samples", "0"], r"--num-samples: expected a whole number.*got 0"),
     "number of draws": (["sample", "nothing", "-n", "0"], r"--num: expected a whole number, 1 or more; got 0"),
     "sample file": (["sample", "nothing", "-o", "x.pdf"], r"--out: expected a .csv, .npy or .png file; got x.pdf"),
@@ -167,7 +151,7 @@ TABLE = {
     "report folder": (["report", "no", "-o", "none/x.html"], r"--out: expected a folder that exists; found none"),
     "compare pair": (["compare", "gm"], r"PAIR: .*Did you mean 'gmm'"),
     "compare epochs": (["compare", "gmm", "--epochs", "0"], r"--epochs: expected a whole number, 1 or more; got 0"),
-    "compare device": (["compare", "gmm", "--device", "gpu"], r"device: expected 'auto', 'cpu' or 'cuda'; got 'gpu'"),
+    "compare device": (["compare", "gmm", "--device", "gpu"], r"--device: expected 'auto', 'cpu' or 'cuda'; got 'gpu'"),
     "new": (["new", "my-pair.py"], r"FILE: expected a Python file such as mypair.py; got my-pair.py"),
     "new in no folder": (["new", "nodir/my.py"], r"FILE: expected a folder that exists; found none at nodir"),
     "own loss's option": (["fit", "iwae", "--num-particles", "50"], r"--num-particles: .*--set num_particles=50"),
@@ -228,7 +212,7 @@ def test_traceback_on_request(monkeypatch):
         ("vae", "likelihood=a=b", "a=b"),
     ],
 )
-def test_set(pair, text, value):
+def test_set_reads_values_as_the_constructor_takes_them(pair, text, value):
     assert list(parse_options(find_pair(pair), [text]).values()) == [value]
 
 
@@ -300,7 +284,7 @@ def test_evaluate_measures_more_on_demand(capsys, digits_run):
     assert call("evaluate", run, "--also", "collapse", "--also", "mixture_scores") == 0
     shown = capsys.readouterr().out
     assert re.search(r"^Collapse: 360 data", shown, re.M)
-    assert re.search(r"^LEFT OUT, Mixture scores: mixture scores do not apply to VAE", shown, re.M)
+    assert re.search(r"^LEFT OUT, Mixture scores: mixture_scores does not apply to VAE", shown, re.M)
     scores = json.loads((run / "scores.json").read_text())
     assert list(scores["also"]) == ["collapse"]
     assert list(scores["also"]["collapse"]["latents"]) == ["z"]
@@ -317,14 +301,14 @@ def test_evaluate_measures_more_on_demand(capsys, digits_run):
 @pytest.mark.parametrize(
     ("command", "default"), [("evaluate", []), ("report", [name for name in ALSO if "evidence" not in name])]
 )
-def test_what_is_measured(monkeypatch, digits_run, command, default):
+def test_also_and_all_choose_the_measurements(monkeypatch, digits_run, command, default):
     asked = []
 
     def keep(pair, x, *, also, **options):
         asked.append(list(also))
         raise ValueError("enough")
 
-    monkeypatch.setattr("pyrovae.evaluate", keep)
+    monkeypatch.setattr("pyrovae.cli.fits.evaluate", keep)
     monkeypatch.setattr("pyrovae.cli.report.evaluate", keep)
     for options in ([], ["--all"], ["--also", "collapse"], ["--also", "collapse", "--all"]):
         assert call(command, digits_run, "--num-samples", 2, *options) == 2
@@ -338,7 +322,7 @@ def test_help_names_all_that_can_be_measured(capsys):
         assert all(name in shown for name in ALSO)
 
 
-def test_report(capsys, digits_run):
+def test_report_writes_one_html_file(capsys, digits_run):
     few = ["--num-data", 20, "--num-samples", 30, "--also", "collapse"]
     assert call("report", digits_run, *few, "-o", "page.html") == 0
     assert capsys.readouterr().out == "Wrote page.html\n"
@@ -351,7 +335,7 @@ def test_report(capsys, digits_run):
     assert "--out: expected an .html file; folder.html is a folder" in message
 
 
-def test_sample(capsys, digits_run):
+def test_sample_writes_each_format(capsys, digits_run):
     assert call("sample", digits_run, "-n", 3) == 0
     header, *rows = csv.reader(capsys.readouterr().out.splitlines())
     assert len(header) == 64
@@ -454,9 +438,8 @@ def test_a_picture_that_fails_is_a_line(capsys, monkeypatch, table):
     def fail(*args, **options):
         raise RuntimeError("no ink")
 
-    monkeypatch.setattr(plots, "plot_samples", fail)
-    monkeypatch.setattr(plots, "plot_densities", fail)
-    monkeypatch.setattr(compare_plots, "plot_responsibilities", fail)
+    for name in ("plot_samples", "plot_density", "plot_responsibilities"):
+        monkeypatch.setattr(plots, name, fail)
     assert call("fit", "gmm", "--data", table, "--epochs", 2, "-o", "run") == 0
     said = capsys.readouterr()
     assert said.out.index("log evidence") < said.out.index("run/pictures/training.png")
@@ -552,7 +535,7 @@ def test_bad_csv(capsys, folder, name):
     text, match = CSV[name]
     Path("my.csv").write_text(text, encoding="latin-1")
     message = refusal(capsys, "fit", "gmm", "--data", "my.csv")
-    assert message.startswith("pyrovae: data: ")
+    assert message.startswith("pyrovae: --data: ")
     assert re.search(match, message), message
     assert [file.name for file in folder.iterdir()] == ["my.csv"]
 
@@ -573,7 +556,7 @@ def test_bad_npy(capsys, folder, name):
     rows, match = NPY[name]
     np.save("my.npy", rows)
     message = refusal(capsys, "fit", "gmm", "--data", "my.npy")
-    assert message.startswith("pyrovae: data: ")
+    assert message.startswith("pyrovae: --data: ")
     assert re.search(match, message), message
     assert "pickle" not in message
 
@@ -657,7 +640,7 @@ OWN = {
     "import": ("import nothing_of_this_name\n", 2, r"cannot be imported. ModuleNotFoundError.*my.py, line 1\)"),
     "no pair": ("class My: pass\n", 2, r"PAIR: my.py defines no subclass of pyrovae.Pair"),
     "other name": (HEAD.format(*GOOD).replace("My", "Mine"), 2, r"PAIR: expected one of Mine; got 'My'"),
-    "required option": (HEAD.format(", width", *GOOD[1:]), 2, r"--set: My has no default for width. Add --set width="),
+    "required option": (HEAD.format(", width", *GOOD[1:]), 2, r"--set: My has no default for width. Add width="),
     "missed site": (HEAD.format(*GOOD[:2], "pass"), 2, r"the model samples site 'z' and the guide does not"),
     "name": (HEAD.format("", "nothing", GOOD[2]), 1, r"NameError: name 'nothing' is not defined \(.*my.py, line 11\)"),
     "shape": (HEAD.format("", SHAPE, GOOD[2]), 1, r"RuntimeError: .*shapes cannot be multiplied.*my.py, line 11\)"),

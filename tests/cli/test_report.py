@@ -18,14 +18,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import call
 from matplotlib.image import imread
 
-from pyrovae.cli.main import main
+from pyrovae import plots
 from pyrovae.cli.runs import RunFolder
 from pyrovae.data import load
-from pyrovae.evaluation import ALSO, everything
-from pyrovae.plots import pair_plots as plots
-from pyrovae.plots import score_plots
+from pyrovae.evaluation import ALSO, full_evaluation
 
 SMALL = {
     "collapse": {"num_samples": 2},
@@ -41,11 +40,11 @@ FEW = ["--num-data", "30", "--num-samples", "40"]
 
 @pytest.fixture(scope="module", autouse=True)
 def small():
-    """The same functions, with few samples and steps."""
+    """Replace the measurements by the same functions with few samples and steps."""
     with pytest.MonkeyPatch.context() as patch:
         for name, settings in SMALL.items():
             function, most = ALSO[name]
-            patch.setitem(everything.ALSO, name, (partial(function, **settings), most))
+            patch.setitem(full_evaluation.ALSO, name, (partial(function, **settings), most))
         yield
 
 
@@ -53,12 +52,6 @@ def small():
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def call(*arguments):
-    with pytest.raises(SystemExit) as stop:
-        main([str(a) for a in arguments])
-    return stop.value.code or 0
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +86,7 @@ def mine(digits):
 
 @pytest.fixture
 def table():
-    """Someone's own data, with a name that is no HTML."""
+    """A user's data, in a file whose name must be escaped in HTML."""
     file = Path("a<b>&'x'.csv")
     rows = np.random.default_rng(0).normal(size=(40, 2)) * [1, 10] + [5, 50]
     np.savetxt(file, rows, delimiter=",", header="<i>height,$weight$", comments="")
@@ -158,13 +151,13 @@ def alone(digits, tmp_path_factory):
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    """They take the most time."""
+    """Leave out the pictures, which take the most time."""
     for name in ("pyrovae.cli.report", "pyrovae.plots.run_pictures"):
         monkeypatch.setattr(f"{name}.pictures_of_run", lambda *_: {})
         monkeypatch.setattr(f"{name}.pictures_of_scores", lambda *_: {})
 
 
-# What every page keeps to
+# Properties of every page
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +214,9 @@ def test_scores_are_those_of_the_run(digits, page):
     config, pair, data = folder.load()
     generator = torch.Generator().manual_seed(config.seed)
     rows = data.test[torch.randperm(len(data.test), generator=generator)[:30]]
-    scores = everything.evaluate(pair, rows, num_samples=40, also="all", binarize=True, device="cpu", seed=config.seed)
+    scores = full_evaluation.evaluate(
+        pair, rows, num_samples=40, also="all", binarize=True, device="cpu", seed=config.seed
+    )
     cells = [text for tag, text in page.texts if tag in ("th", "td")]
     for name, value, remark in scores.rows():
         at = cells.index(name.strip())
@@ -278,14 +273,14 @@ def test_a_run_alone(alone):
     assert [text for level, text in alone.headings if level == 3] == ["Collapse"]
 
 
-def test_both_in_this_order(page):
+def test_the_run_comes_before_the_comparison(page):
     assert page.headings[0] == (1, "VAE on digits")
     at = page.sections.index("gmm on faithful")
     assert page.sections[at:] == ["gmm on faithful", "Methods", "Pictures"]
     assert at == 5
 
 
-def test_by_default_it_lies_in_the_run_and_leaves_out_annealing(capsys, no_pictures, mine):
+def test_by_default_the_page_lies_in_the_run_and_leaves_out_annealing(capsys, no_pictures, mine):
     assert call("report", "mine", *FEW) == 0
     assert capsys.readouterr().out == f"Wrote {Path('mine/report.html')}\n"
     page = Page("mine/report.html")
@@ -315,7 +310,7 @@ def test_history_is_read_as_it_was_written(tmp_path):
     assert folder.read_history() == history
 
 
-def test_rows_that_are_scored():
+def test_test_rows_are_scored_or_training_rows():
     digits, faithful = load("digits"), load("faithful")
     which, rows, labels = digits.scored
     assert which == "test"
@@ -400,7 +395,7 @@ class Shared(Pair):
 """
 
 
-def test_a_global_latent(digits):
+def test_a_run_with_a_global_latent_has_a_page(digits):
     Path("own.py").write_text(GLOBAL)
     assert call("fit", "own.py:Shared", "--data", "digits", "--epochs", 1, "--num-samples", 30, "-o", "run") == 0
     assert call("report", "run", *FEW, "-o", "page.html") == 0
@@ -421,7 +416,7 @@ def test_a_picture_that_fails_is_a_notice(monkeypatch, digits, alone):
         raise RuntimeError("no <ink>")
 
     monkeypatch.setattr(plots, "plot_samples", fail)
-    monkeypatch.setattr(score_plots, "plot_kl", fail)
+    monkeypatch.setattr(plots, "plot_kl", fail)
     page = read(digits)
     notices = re.findall(r'<p class="notice">(Not drawn[^<]*)</p>', page.source)
     assert len(notices) == 2
@@ -430,7 +425,7 @@ def test_a_picture_that_fails_is_a_notice(monkeypatch, digits, alone):
 
 
 @pytest.mark.parametrize("when", ["writing", "replacing", "measuring"])
-def test_nothing_half_written(capsys, monkeypatch, no_pictures, mine, when):
+def test_a_failure_leaves_the_old_page_whole(capsys, monkeypatch, no_pictures, mine, when):
     old = mine / "report.html"
     old.write_text("the old one")
 
@@ -442,13 +437,13 @@ def test_nothing_half_written(capsys, monkeypatch, no_pictures, mine, when):
     elif when == "replacing":
         monkeypatch.setattr(os, "replace", fail)
     else:
-        write = Path.write_text
+        write = Path.write_bytes
 
-        def half(self, text, **options):
-            write(self, text[: len(text) // 2], **options)
+        def half(self, content):
+            write(self, content[: len(content) // 2])
             fail()
 
-        monkeypatch.setattr(Path, "write_text", half)
+        monkeypatch.setattr(Path, "write_bytes", half)
     files = sorted(mine.iterdir())
     assert call("report", mine, *FEW, "--also", "collapse", "--overwrite") == 2
     assert "no space left on device" in capsys.readouterr().err
@@ -490,7 +485,7 @@ BAD_COMPARISONS = {
 
 
 @pytest.mark.parametrize("spoil", BAD_COMPARISONS)
-def test_a_comparison_that_is_none(capsys, comparison, spoil):
+def test_a_folder_that_holds_no_comparison_is_refused(capsys, comparison, spoil):
     spoil(Path(shutil.copytree(comparison, "copy")))
     assert call("report", "--compare", "copy") == 2
     assert re.search(BAD_COMPARISONS[spoil], capsys.readouterr().err)
@@ -543,7 +538,7 @@ addEventListener("load", () => {
 
 @pytest.fixture(scope="module")
 def looked(both, tmp_path_factory):
-    """What a browser makes of the page, by width."""
+    """Measure the page as a browser shows it, by width."""
     folder = tmp_path_factory.mktemp("browser")
     source = html.escape(both.read_text(encoding="utf-8"))
     frames = "".join(f'<iframe width="{w}" height="900" style="border:0" srcdoc="{source}"></iframe>' for w in WIDTHS)
@@ -572,7 +567,7 @@ def test_the_page_fits_the_screen(looked, page, width):
 
 
 @browser
-def test_the_page_is_drawn(both, folder):
+def test_a_browser_draws_the_page(both, folder):
     chrome("profile", "--window-size=1200,1600", "--screenshot=page.png", both.as_uri())
     pixels = imread("page.png")[..., :3]
     assert pixels.shape[:2] == (1600, 1200)
@@ -584,7 +579,7 @@ def test_the_page_is_drawn(both, folder):
 
 
 @browser
-def test_the_page_prints(both, folder):
+def test_a_browser_prints_the_page(both, folder):
     chrome("profile", "--no-pdf-header-footer", "--print-to-pdf=page.pdf", both.as_uri())
     data = Path("page.pdf").read_bytes()
     assert data.startswith(b"%PDF-")

@@ -18,21 +18,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import call
 from safetensors.torch import load_file, save_file
 
 import pyrovae
-from pyrovae.cli.main import main
-from pyrovae.cli.runs import RunFolder, build_pair
+from pyrovae.cli.names import build_pair
+from pyrovae.cli.runs import RunFolder
 from pyrovae.evaluation import evaluate
 
 SMALL = ["--set", "latent_dim=2", "--set", "hidden_dims=8", "--set", "likelihood=normal", "--num-samples", "20"]
-
-
-def call(*arguments):
-    """Run the command in this process; its exit code."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(a) for a in arguments])
-    return stop.value.code or 0
 
 
 def fit(*arguments):
@@ -95,7 +89,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def run(finished, folder):
-    """A copy of the finished run, to be spoilt."""
+    """A copy of the finished run, for the test to damage."""
     return Path(shutil.copytree(finished / "run", folder / "run"))
 
 
@@ -115,7 +109,7 @@ def edit_config(run, **changes):
 
 @pytest.fixture
 def interrupt(monkeypatch):
-    """``interrupt(n)``: Ctrl-C, or another exception, at the n-th training step from now."""
+    """Return a function: ``interrupt(n)`` raises Ctrl-C, or another exception, at the n-th training step from now."""
     step = pyrovae.infer.SVI.step
 
     def arm(at, error=KeyboardInterrupt):
@@ -137,7 +131,7 @@ def interrupt(monkeypatch):
 # What a run writes
 
 
-def test_files(finished):
+def test_a_run_writes_its_files(finished):
     run = finished / "run"
     assert {file.name for file in run.iterdir()} == {
         "config.json",
@@ -162,7 +156,7 @@ def test_files(finished):
 
 
 def test_the_folder_is_enough_to_rebuild(finished, folder):
-    """From another folder: pair, weights, data and scores."""
+    """Pair, weights, data and scores come back from another working folder too."""
     config, pair, data = RunFolder(finished / "run").load()
     scores = evaluate(pair, data.train, num_samples=config.num_samples, seed=config.seed)
     written = json.loads((finished / "run" / "scores.json").read_text())
@@ -171,13 +165,13 @@ def test_the_folder_is_enough_to_rebuild(finished, folder):
         assert torch.equal(pair.state_dict()[name], value)
 
 
-def test_python_opens_it_by_a_public_name(finished, folder):
+def test_load_run_opens_a_run_from_python(finished, folder):
     config, pair, data = pyrovae.load_run(str(finished / "run"))
     same = RunFolder(finished / "run").load()
     assert (config, data.name) == (same[0], same[2].name)
     for name, value in same[1].state_dict().items():
         assert torch.equal(pair.state_dict()[name], value)
-    with pytest.raises(FileNotFoundError, match=r"expected a folder that `pyrovae fit` wrote; .* has no config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"^path: expected a folder that .* wrote; .* has no config\.json"):
         pyrovae.load_run(folder)
 
 
@@ -282,7 +276,7 @@ def test_ctrl_c_before_the_first_step_leaves_the_run_as_it_was(monkeypatch, run,
         raise KeyboardInterrupt
 
     before = tree(run)
-    monkeypatch.setattr("pyrovae.training.loop.check_pair", stop)
+    monkeypatch.setattr("pyrovae.training.batches.check_pair", stop)
     assert call("fit", *options) == 130
     assert tree(run) == before
 
@@ -319,7 +313,7 @@ LONG = ["vae", *SMALL, "--data", "my.csv", "--epochs", "200", "--batch-size", "1
 
 
 def start(out):
-    """A run in its own process, once its first checkpoint is there."""
+    """Start a run in its own process, and return when its first checkpoint is there."""
     command = [sys.executable, "-m", "pyrovae", "fit", *LONG, "--out", out]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # the same sums, bit for bit
     process = subprocess.Popen(
@@ -373,7 +367,7 @@ def test_resume_takes_no_other_options(capsys, run, options):
 def test_resume_needs_a_checkpoint(capsys, run):
     (run / "checkpoint.safetensors").unlink()
     assert call("fit", "--resume", run) == 2
-    assert "RUN: " in capsys.readouterr().err
+    assert "--resume: " in capsys.readouterr().err
 
 
 # --out and --overwrite
@@ -414,7 +408,7 @@ def test_overwrite_leaves_other_folders_alone(capsys, folder, config):
         (other / "config.json").write_text(config, encoding="latin-1")
     before = tree(other)
     assert fit("--epochs", 1, "-o", other, "--overwrite") == 2
-    assert "no pyrovae run folder, so --overwrite leaves it alone" in capsys.readouterr().err
+    assert "no pyrovae run, so --overwrite leaves it alone" in capsys.readouterr().err
     assert tree(other) == before
 
 
@@ -423,7 +417,7 @@ def test_overwrite_leaves_a_file_alone(capsys, folder):
     assert "expected a folder for the run; my.csv is a file" in capsys.readouterr().err
 
 
-def test_an_empty_folder_will_do(folder):
+def test_a_run_may_go_into_an_empty_folder(folder):
     (folder / "empty").mkdir()
     assert fit("--epochs", 1, "-o", "empty") == 0
 
@@ -444,7 +438,7 @@ BAD = {
     "samples": (["--num-samples", "0"], r"--num-samples: .*got 0"),
     "loss": (["--loss", "Trace_ELB"], r"--loss: .*Did you mean 'Trace_ELBO'"),
     "alpha": (["--loss", "RenyiELBO", "--alpha", "1"], r"alpha"),
-    "particles": (["--loss", "Trace_ELBO", "--num-particles", "0"], r"num_particles: .*got 0"),
+    "particles": (["--loss", "Trace_ELBO", "--num-particles", "0"], r"--num-particles: .*got 0"),
     "option": (["--set", "latent_dim=-2"], r"latent_dim: .*got -2"),
     "not pixels": (["--binarize", "dynamic"], r"binarize: .*\[0, 1\]"),
     "support": (["--set", "likelihood=bernoulli"], r"--data: .*over {0, 1}.*choose --set likelihood=normal"),
@@ -464,7 +458,7 @@ def test_bad_options_leave_the_old_run_untouched(capsys, run, name):
 
 
 OTHERS = {
-    "grey pixels": (["vae", "--binarize", "none"], r"grey pixels: .*--binarize dynamic"),
+    "grey pixels": (["vae", "--binarize", "none"], r"--data: .*grey pixels: .*--binarize dynamic"),
     "loss of another kind": (["gmm", "--loss", "Trace_ELBO"], r"site 'z'.*TraceEnum_ELBO"),
     "too few data": (["gmm", "--set", "num_components=100", "--data", "my.csv"], r"as many data as components; got 54"),
     "too few features": (["ppca", "--set", "latent_dim=3", "--data", "my.csv"], r"latent_dim: .*below data_dim=3"),
@@ -490,7 +484,7 @@ def test_an_absent_device_leaves_the_old_run_untouched(capsys, run):
 
 
 @pytest.mark.parametrize("options", [[], ["--overwrite"]])
-def test_a_file_is_no_folder(capsys, folder, options):
+def test_a_file_in_place_of_the_folder_is_refused(capsys, folder, options):
     Path("mine.py").write_text("mine")
     assert fit("-o", "mine.py", *options) == 2
     message = capsys.readouterr().err
@@ -548,13 +542,13 @@ CONFIG = {
     "an option's value": ({"options": {"latent_dim": 0}}, r"RUN: options in .*config.json make no VAE \(latent_dim"),
     "data": ({"data": "mnost"}, r"Did you mean 'mnist'"),
     "seed": ({"seed": "a"}, r"seed: expected int; got 'a'"),
-    "binarize": ({"binarize": "maybe"}, r"--binarize: expected one of"),
+    "binarize": ({"binarize": "maybe"}, r"binarize: expected one of"),
     "other sizes": ({"options": {"latent_dim": 3}}, r"weights"),
 }
 
 
 @pytest.mark.parametrize("name", CONFIG)
-def test_a_configuration_that_was_changed(capsys, run, name):
+def test_a_changed_configuration_is_refused(capsys, run, name):
     changes, match = CONFIG[name]
     edit_config(run, **changes)
     assert call("evaluate", run) == 2
@@ -631,7 +625,7 @@ def test_an_own_run_works_from_every_folder(own_run, folder, monkeypatch):
 @pytest.mark.parametrize("where", ["own/mypair.py", "own/pictures/../mypair.py", "own/pictures/mypair.py"])
 def test_no_code_in_a_run_folder_is_executed(capsys, own_run, folder, where):
     (folder / where).write_text('open("imported", "w")\n' + (folder / "mypair.py").read_text())
-    from pyrovae.cli.runs import file_digest
+    from pyrovae.cli.names import file_digest
 
     edit_config(own_run, pair=f"{where}:MyPair", pair_sha256=file_digest(f"{where}:MyPair"))
     for command in (["evaluate", own_run], ["sample", own_run], ["fit", "--resume", own_run]):

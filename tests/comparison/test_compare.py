@@ -1,4 +1,4 @@
-"""Comparisons: every method from one start, the exact numbers, the tables, and going on after a stop."""
+"""Comparisons: methods start alike, numbers are exact, tables are right, and a stopped comparison is resumed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from test_cli import call, refusal
+from command_line import call, refusal
 
 import pyrovae as pv
 from pyrovae.comparison import Cell, Comparison, cells, compare
 from pyrovae.comparison.methods import find_methods, parse_method, split_methods
 from pyrovae.infer import LOSSES
 from pyrovae.models import GMM, PPCA, VAE
-from pyrovae.plots.comparison_plots import plot_gaps, plot_responsibilities, responsibilities
+from pyrovae.plots import plot_method_gaps, plot_method_training, plot_responsibilities, responsibilities
 from pyrovae.training.loop import _Run
 
 FAITHFUL = -1130.26396  # full covariances, two components
@@ -126,7 +126,7 @@ def test_gaps_are_split_on_request(faithful):
     assert svi.approximation_gap == pytest.approx(0, abs=1e-4)
     assert svi.amortization_gap == pytest.approx(svi.gap, abs=0.02)
     assert "amortization" in repr(result)
-    legend = plot_gaps(result).legends[0]
+    legend = plot_method_gaps(result).legends[0]
     assert "amortization gap" in [text.get_text() for text in legend.get_texts()]
 
 
@@ -204,7 +204,7 @@ def test_means_and_standard_errors(faithful):
         ("closed-form", "closed-form"),
     ],
 )
-def test_names_of_methods(given, normal):
+def test_a_method_has_one_normal_name(given, normal):
     assert parse_method(given) == normal == parse_method(normal)
 
 
@@ -217,7 +217,7 @@ def test_names_are_split_at_commas_but_not_their_options():
     ]
 
 
-def test_names_in_the_table():
+def test_tables_name_loss_particles_and_alpha():
     x = torch.rand(4, 3)
     vae = VAE(3, 2, hidden_dims=(4,), likelihood="continuous-bernoulli")
     specs = ["RenyiELBO:K=50,alpha=0.5", "Trace_ELBO:K=3", "default-loss", "RenyiELBO", "EM"]
@@ -235,7 +235,7 @@ def test_names_in_the_table():
 
 
 class GlobalMean(pv.Pair):
-    """mu ~ N(0, 1) for all data together: one weight, which evaluate warns of."""
+    """mu ~ N(0, 1) is shared by all data, so there is one weight for all, which evaluate warns of."""
 
     def __init__(self):
         super().__init__()
@@ -250,7 +250,7 @@ class GlobalMean(pv.Pair):
         pyro.sample("mu", dist.Normal(self.loc, 0.2).to_event(1))
 
 
-def test_what_limits_the_scores_is_said_once_a_method():
+def test_a_note_appears_once_for_each_method():
     result = compare(GlobalMean, torch.randn(30, 1), methods=["Trace_ELBO"], epochs=2, num_samples=9, seeds=3)
     assert re.search(
         r"^globalmean, SVI, Trace_ELBO, seed 0 \(and of 2 more seeds\): a global latent", repr(result), re.M
@@ -259,7 +259,7 @@ def test_what_limits_the_scores_is_said_once_a_method():
 
 
 class Own(pv.Pair):
-    """Its loss is no loss of ours, and nothing else is tried beside it: it has a closed form too."""
+    """A pair with a closed form and a loss that pyrovae does not have: by default only these two train it."""
 
     data_dim = 1
 
@@ -283,7 +283,7 @@ class Own(pv.Pair):
         self.loc.data = x.mean(0)
 
 
-def test_a_loss_of_ones_own_and_evidence_that_nothing_gives():
+def test_a_users_loss_is_compared_and_missing_evidence_is_noted():
     result = compare(Own, torch.randn(30, 1) + 2, epochs=2, num_samples=3)
     closed, svi = result.cells
     assert (svi.method, svi.loss) == ("SVI, own loss", "default-loss")
@@ -331,7 +331,7 @@ class Mean(Pair):
 """
 
 
-def test_an_own_pair(capsys):
+def test_a_users_pair_is_compared_from_its_file(capsys):
     Path("mine.py").write_text(OWN)
     x = np.random.default_rng(0).normal(size=(50, 2)) + np.array([3, -2])
     np.save("x.npy", x)
@@ -420,7 +420,7 @@ def test_a_stopped_comparison_goes_on_to_the_same_table(monkeypatch, faithful):
         compare(mixture, faithful, folder="out", resume=True, **options | {"epochs": 7})
 
 
-def test_stopped_on_the_command_line(capsys, monkeypatch):
+def test_the_command_resumes_a_stopped_comparison(capsys, monkeypatch):
     options = ["compare", "ppca", "--epochs", 2, "--num-samples", 5, "--seeds", 2]
     assert call(*options, "-o", "whole") == 0
     run_cell, count = cells.run_cell, iter(range(100))
@@ -449,7 +449,7 @@ def test_stopped_on_the_command_line(capsys, monkeypatch):
 
 @pytest.fixture
 def made_up():
-    """Two pairs, two seeds, a missing number, and names with every special character."""
+    """A comparison of two pairs and two seeds, with a missing number and names with every special character."""
     trace = {"passes": [1.0, 2.0], "seconds": [0.1, 0.2], "log_evidence": [-20.0, -11.0]}
     found = []
     for seed, shift in ((0, 0.0), (1, 0.5)):
@@ -461,7 +461,7 @@ def made_up():
     return Comparison("t & u", "test", 10, 20, 2, 7, [0, 1], found, notes=["a note"])
 
 
-def test_text(made_up):
+def test_text_table_is_aligned(made_up):
     lines = repr(made_up).splitlines()
     assert lines[0] == (
         "t & u: 10 test rows, nats per datum; total: log evidence of all 10. Mean ± standard error over 2 seeds."
@@ -475,7 +475,7 @@ def test_text(made_up):
     assert lines[-1] == "a note"
 
 
-def test_csv(made_up):
+def test_csv_has_means_and_standard_errors(made_up):
     path = Path("t.csv")
     rows = list(csv.DictReader(io.StringIO(made_up.to_csv(path))))
     assert path.read_text() == made_up.to_csv()
@@ -486,7 +486,7 @@ def test_csv(made_up):
     assert (rows[0]["rows"], rows[0]["num_data"], rows[0]["num_seeds"]) == ("test", "10", "2")
 
 
-def test_markdown(made_up):
+def test_markdown_table_escapes_bars(made_up):
     table = [line for line in made_up.to_markdown().splitlines() if line.startswith("|")]
     columns = [re.split(r"(?<!\\)\|", line.strip("|")) for line in table]
     assert {len(row) for row in columns} == {8}
@@ -494,7 +494,7 @@ def test_markdown(made_up):
     assert columns[3][0].strip() == r"c\|d"
 
 
-def test_latex(made_up):
+def test_latex_table_escapes_special_characters(made_up):
     text = made_up.to_latex(Path("t.tex"))
     assert Path("t.tex").read_text() == text
     lines = [line for line in text.splitlines() if not line.startswith("%")]
@@ -511,7 +511,7 @@ def test_latex(made_up):
         assert line.isascii()
 
 
-def test_json(made_up):
+def test_a_comparison_is_plain_json(made_up):
     assert json.loads(json.dumps(made_up.to_dict()))["cells"][0]["gap"] == pytest.approx(-1e-9)
 
 
@@ -523,7 +523,7 @@ def test_bars_start_at_zero_and_have_no_rounding_below_it(made_up):
 
 
 def test_curves_against_seconds_and_passes(made_up):
-    seconds, passes = made_up.plot().axes
+    seconds, passes = plot_method_training(made_up).axes
     assert (seconds.get_xlabel(), passes.get_xlabel()) == ("seconds", "passes over the data")
     for axes, places in ((seconds, [0.1, 0.2]), (passes, [1, 2])):
         for line in axes.lines:
@@ -559,20 +559,20 @@ def test_responsibilities_in_more_dimensions():
 # Refusals
 
 
-def test_a_file_is_no_folder(capsys):
+def test_a_file_in_place_of_the_folder_is_refused(capsys):
     Path("mine.py").write_text("mine")
     message = refusal(capsys, "compare", "gmm", "--epochs", 1, "-o", "mine.py")
-    assert "--out (folder): mine.py is a file; expected a folder for the comparison" in message
+    assert "--out: expected a folder for the comparison; mine.py is a file" in message
     assert "--overwrite" not in message
 
 
-def test_an_existing_folder(capsys):
+def test_only_a_comparison_is_overwritten(capsys):
     options = ["compare", "ppca", "--epochs", 1, "--num-samples", 5, "-o", "out"]
     other = Path("out")
     other.mkdir()
     (other / "notes.txt").write_text("mine")
-    assert "--out (folder): out exists. Pass --overwrite" in refusal(capsys, *options)
-    assert "holds no comparison" in refusal(capsys, *options, "--overwrite")
+    assert "--out: out exists. Pass --overwrite" in refusal(capsys, *options)
+    assert "holds no pyrovae comparison" in refusal(capsys, *options, "--overwrite")
     assert [file.name for file in other.iterdir()] == ["notes.txt"]
     (other / "notes.txt").unlink()
     assert call(*options, "--seeds", 2) == 0
@@ -599,11 +599,11 @@ def test_an_existing_folder(capsys):
         (["gmm", "--losses", "EM:K=3"], "--losses: EM takes no options"),
         (["gmm", "--losses", "RenyiELBO:K=many"], "--losses: expected a whole number in 'RenyiELBO:K=many'"),
         (["gmm", "--losses", "RenyiELBO:alpha=1"], "--losses: 'RenyiELBO:alpha=1': alpha: expected any number but 1"),
-        (["gmm", "--losses", "closed-form"], r"methods \(--losses\): closed-form trains no pair here. gmm: it has"),
+        (["gmm", "--losses", "closed-form"], r"--losses: closed-form trains no pair here. gmm: it has"),
         (["gmm", "--losses", "TraceMeanField_ELBO"], "_ELBO trains no pair here. gmm: site 'z'.*pathwise"),
         (
             ["gmm", "vae", "-d", "iris", "--set", "likelihood=normal", "--losses", "EM"],
-            r"methods \(--losses\): expected one that trains vae too. vae: it has no expected_statistics",
+            r"--losses: expected one that trains vae too. vae: it has no expected_statistics",
         ),
         (["gmm", "gmm"], "PAIR: expected pairs of different names; got gmm, gmm"),
         (["vae", "ppca", "-d", "digits"], r"PAIR: expected likelihoods over.*vae over {0, 1}, ppca over reals"),
@@ -635,10 +635,11 @@ def test_bad_options_write_nothing(capsys, folder, options, match):
     ],
 )
 def test_bad_arguments_write_nothing(folder, faithful, pairs, options, error, match):
-    with pytest.raises(error, match=match):
+    with pytest.raises(error, match=match) as caught:
         compare(
             pairs, faithful.train, **{"folder": "out"} | ({"folder": None} if "resume" in options else {}) | options
         )
+    assert "--" not in str(caught.value)  # the words of the command line
     assert list(folder.iterdir()) == []
 
 

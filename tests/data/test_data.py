@@ -1,4 +1,4 @@
-"""Data sets: what comes back, the same every time; bad files and bad input are refused."""
+"""Data sets: each load returns the same rows, and bad files and bad input are refused."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_every_name_is_tested_and_described():
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_contents(name):
+def test_a_data_set_has_the_stated_shapes_and_values(name):
     num_train, num_test, data_dim, num_classes, image_shape = SHAPES[name]
     loaded = data.load(name)
     assert loaded.name == name
@@ -165,7 +165,7 @@ def test_train_and_test_get_different_noise():
 
 
 @pytest.mark.parametrize("name", ["digits", *SYNTHETIC])
-def test_the_seed_decides(name):
+def test_the_same_seed_gives_the_same_numbers(name):
     first, again, other = data.load(name, seed=3), data.load(name, seed=np.int64(3)), data.load(name, seed=4)
     assert torch.equal(first.train, again.train)
     assert torch.equal(first.test, again.test)
@@ -174,7 +174,7 @@ def test_the_seed_decides(name):
     assert "seed 3" in first.convention
 
 
-def test_the_seed_moves_no_split():
+def test_the_seed_does_not_change_the_split():
     first, other = data.load("digits", seed=0), data.load("digits", seed=1)
     assert torch.equal(first.labels_train, other.labels_train)
     assert torch.equal(
@@ -306,7 +306,7 @@ def _assert_small(loaded, arrays):
 
 
 @needs_mnist
-def test_real_mnist():
+def test_real_mnist_has_the_known_values():
     loaded = data.load("mnist", binarize=False)  # the MD5 of every file is checked on the way
     assert loaded.train.mean().item() == pytest.approx(0.1307, abs=1e-4)
     assert loaded.labels_train[:5].tolist() == [5, 0, 4, 1, 9]
@@ -350,7 +350,7 @@ def test_a_folder_without_mnist_does_not_stop_the_download(small_mnist, server, 
     _assert_small(data.load("mnist", binarize=False), small_mnist[2])
 
 
-def test_second_mirror(small_mnist, server, monkeypatch):
+def test_the_second_mirror_is_tried_after_the_first(small_mnist, server, monkeypatch):
     url, asked = server
     monkeypatch.setattr(mnist, "MIRRORS", (f"{url}missing", url))
     _assert_small(data.load("mnist", binarize=False), small_mnist[2])
@@ -382,7 +382,7 @@ def test_a_damaged_download_is_refused_and_not_kept(small_mnist, server, monkeyp
     ]
 
 
-def test_all_mirrors_fail(small_mnist, server, monkeypatch, tmp_path):
+def test_an_error_lists_every_mirror_that_failed(small_mnist, server, monkeypatch, tmp_path):
     url, _ = server
     monkeypatch.setattr(mnist, "MIRRORS", (f"{url}missing/", "http://127.0.0.1:9/"))
     with pytest.raises(ConnectionError) as caught:
@@ -472,7 +472,7 @@ BAD_INPUT = [
 
 
 @pytest.mark.parametrize(("call", "error", "match"), BAD_INPUT)
-def test_bad_input(call, error, match):
+def test_bad_input_is_refused(call, error, match):
     with pytest.raises(error, match=match):
         call()
 
@@ -483,7 +483,7 @@ def test_the_environment_variable_must_name_a_folder(monkeypatch):
         data.load("mnist")
 
 
-def test_the_import_is_light():
+def test_importing_the_data_loads_no_heavy_package():
     code = (
         "import sys, pyro; before = set(sys.modules); import pyrovae.data; "
         "print(*({'sklearn', 'pooch', 'pandas', 'requests', 'scipy'} & (set(sys.modules) - before)))"

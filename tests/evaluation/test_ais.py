@@ -10,13 +10,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from evaluation_pairs import GlobalMean
 from pyro import poutine
 from torch import nn
 
 import pyrovae as pv
 from pyrovae.evaluation import ais, evaluate, sample
 from pyrovae.evaluation.ais import annealed_evidence, bidirectional_evidence
-from pyrovae.evaluation.prepare import NotApplicable
+from pyrovae.evaluation.measurement import NotApplicable
 from pyrovae.infer import program
 
 NUM_SE = 5  # standard errors allowed in statistical tests
@@ -124,7 +125,7 @@ class Constrained(pv.Pair):
             pyro.sample("z", self.prior)
 
     def log_prob(self, x):
-        """By quadrature over u, where z = exp(u), or z = sigmoid(u) in (0, 1)."""
+        """Integrate over u, where z = exp(u), or z = sigmoid(u) in (0, 1)."""
         u = torch.linspace(-30, 10, 20_001, dtype=torch.float64)
         marginal = self.prior
         if marginal.event_shape:
@@ -165,20 +166,8 @@ class Parts(pv.Pair):
         return normal_log_prob(1.25 * torch.eye(2).double() + 0.25, x - self.loc)
 
 
-class GlobalMean(pv.Pair):
-    data_dim = 1
-
-    def model(self, x):
-        mu = pyro.sample("mu", dist.Normal(x.new_zeros(()), 3.0))
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.Normal(mu.unsqueeze(-1), 1.0).to_event(1), obs=x)
-
-    def guide(self, x):
-        pyro.sample("mu", dist.Normal(x.new_zeros(()), 3.0))
-
-
 class Discrete(pv.Pair):
-    """A discrete latent that nobody marked for enumeration."""
+    """A pair with a discrete latent that is not marked for enumeration."""
 
     data_dim = 1
 
@@ -193,7 +182,7 @@ class Discrete(pv.Pair):
 
 
 class TwoSites(Linear):
-    """Observes x in two pieces."""
+    """The linear pair, whose model observes x in two pieces."""
 
     def model(self, x):
         with pyro.plate("data", len(x)):
@@ -209,7 +198,7 @@ def normal_log_prob(covariance, x):
 
 
 def assert_agrees(found, pair, x):
-    """With the exact evidence, within the errors stated; data are taken one by one in the second check."""
+    """Check ``found`` against the exact evidence, within the stated errors: the mean first, then each datum."""
     exact = pair.log_prob(x).detach().double()
     assert 0 < found.log_evidence_stderr < 0.1  # else the test would say nothing
     assert abs(found.log_evidence - exact.mean().item()) < NUM_SE * found.log_evidence_stderr
@@ -229,7 +218,7 @@ SUPPORTS = {
 
 
 @pytest.mark.parametrize("pair", [Linear, TwoLayers, Mixed, Parts], ids=lambda pair: pair.__name__)
-def test_exact_evidence(pair):
+def test_annealed_evidence_agrees_with_the_exact_one(pair):
     pair = pair()
     x = 1.5 * torch.randn(40, pair.data_dim)
     assert_agrees(annealed_evidence(pair, x, num_temperatures=60, num_chains=32, num_leapfrog=5), pair, x)
@@ -289,7 +278,7 @@ def test_weights_are_unbiased_in_both_directions(num_temperatures):
 
 
 @pytest.mark.parametrize("pair", [Mixed(), Constrained(dist.LogNormal(0.2, 0.7))], ids=lambda p: type(p).__name__)
-def test_sandwich_contains_the_evidence_and_closes(pair):
+def test_both_bounds_enclose_the_evidence_and_their_gap_closes(pair):
     gaps = []
     for num_temperatures in (3, 12, 60):
         found = bidirectional_evidence(pair, 60, num_temperatures=num_temperatures, num_chains=8, num_leapfrog=3)
@@ -342,7 +331,7 @@ def test_stated_error_covers_the_truth(monkeypatch):
         assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / repeats), z
 
 
-def test_temperatures():
+def test_temperatures_rise_from_zero_to_one_symmetrically():
     betas = ais._schedule(40)
     assert (betas[0], betas[-1], len(betas)) == (0, 1, 41)
     assert (betas.diff() > 0).all()
@@ -391,8 +380,8 @@ def test_a_model_that_cannot_be_recorded_runs_eagerly_and_says_so(monkeypatch):
         annealed_evidence(Reads(), x, **QUICK)
 
 
-def test_chunks_are_filled_up_and_cut_off(monkeypatch):
-    """17 data in chunks of 5 are 4 chunks of 5, with three rows too many."""
+def test_all_chunks_have_one_size_and_no_row_counts_twice(monkeypatch):
+    """17 data in chunks of 5 make 4 chunks of 5: three rows are added and dropped again."""
     pair, x = Linear(), torch.randn(17, 3)
     sizes = set()
 
@@ -408,8 +397,8 @@ def test_chunks_are_filled_up_and_cut_off(monkeypatch):
     assert_agrees(found, pair, x)
 
 
-def test_layout_of_latents_goes_there_and_back():
-    """Plates inside a datum, event dims and the data axis: pack inverts what the model is given."""
+def test_packing_inverts_the_unpacking_of_latents():
+    """``pack`` inverts what the model is given, with plates inside a datum, event dims and the data axis."""
     pair, x = Parts(), torch.randn(4, 2)
     latents = ais.Latents(pair, poutine.trace(pair.model).get_trace(x))
     density = ais.Density(pair, latents)
@@ -422,7 +411,7 @@ def test_layout_of_latents_goes_there_and_back():
     torch.testing.assert_close(latents.pack(trace), u)
 
 
-def test_double_precision_functions_and_binarized_pixels(float64):
+def test_double_precision_function_pairs_and_binarized_pixels_work(float64):
     weight = torch.randn(3, 2)
 
     def model(x):
@@ -446,7 +435,7 @@ def test_double_precision_functions_and_binarized_pixels(float64):
         bidirectional_evidence(pair, 5, **QUICK)
 
 
-def test_what_is_printed():
+def test_results_read_as_tables_and_as_json():
     pair = Linear()
     found = annealed_evidence(pair, torch.randn(7, 3), **QUICK)
     assert repr(found).splitlines()[0] == "7 data, 3 chains, 6 temperatures, 2 steps; nats per datum"
@@ -485,11 +474,11 @@ def test_uneven_weights_are_noted():
     [
         (lambda: pv.models.GMM(2, 3), "GMM: it has no continuous latent, so its evidence is exact already"),
         (lambda: pv.models.GMM(2, 3, amortized=True), "GMM: it has no continuous latent"),
-        (GlobalMean, "GlobalMean: its latent 'mu' lies outside the plate 'data'"),
+        (lambda: GlobalMean(torch.zeros(5, 1)), "GlobalMean: its latent 'mu' lies outside the plate 'data'"),
         (Discrete, "Discrete: its latent 'z' is discrete.*infer={'enumerate': 'parallel'}"),
     ],
 )
-def test_what_does_not_apply(pair, match):
+def test_pairs_without_annealed_evidence_are_refused(pair, match):
     pair = pair()
     with pytest.raises(NotApplicable, match=match):
         annealed_evidence(pair, torch.randn(5, pair.data_dim), **QUICK)
@@ -530,6 +519,6 @@ X = torch.zeros(5, 3)
         (lambda: bidirectional_evidence(Linear), TypeError, "pair: expected an instance; got the class Linear"),
     ],
 )
-def test_bad_input(call, error, match):
+def test_bad_input_is_refused(call, error, match):
     with pytest.raises(error, match=match):
         call()

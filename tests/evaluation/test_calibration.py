@@ -10,17 +10,16 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from matplotlib.figure import Figure
+from evaluation_pairs import GlobalMean
 from scipy import stats
 from torch import nn
 
 import pyrovae as pv
 from pyrovae.evaluation import calibration as module
 from pyrovae.evaluation import sample
-from pyrovae.evaluation.calibration import LIKELIHOOD, ecdf_band, plot_calibration, simulation_based_calibration
-from pyrovae.evaluation.predictive import default_statistics, posterior_predictive_check
-from pyrovae.evaluation.prepare import NotApplicable
-from pyrovae.evaluation.traces import FLOATS_PER_CHUNK
+from pyrovae.evaluation.calibration import LIKELIHOOD, ecdf_band, simulation_based_calibration
+from pyrovae.evaluation.measurement import FLOATS_PER_CHUNK, NotApplicable
+from pyrovae.evaluation.predictive_check import default_statistics, posterior_predictive_check
 from pyrovae.models import GMM, IWAE, PPCA, VAE
 
 NUM_SE = 5  # standard errors allowed in statistical tests
@@ -56,7 +55,7 @@ class Linear(pv.Pair):
 
 
 class PriorGuide(Linear):
-    """Ignores the data."""
+    """The linear pair with a guide that ignores the data."""
 
     def guide(self, x):
         with pyro.plate("data", len(x)):
@@ -106,25 +105,6 @@ class Switch(pv.Pair):
             pyro.sample("z", dist.Categorical(logits=self.sharper * logits.log_softmax(-1)))
 
 
-class GlobalMean(pv.Pair):
-    """mu ~ N(0, 3²), x ~ N(mu, 1). The guide is the exact posterior of the data given."""
-
-    data_dim = 1
-
-    def __init__(self, x):
-        super().__init__()
-        self.scale = (len(x) + 1 / 9) ** -0.5
-        self.loc = nn.Parameter(x.sum() * self.scale**2)
-
-    def model(self, x):
-        mu = pyro.sample("mu", dist.Normal(x.new_zeros(()), 3.0))
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.Normal(mu.unsqueeze(-1), 1.0).to_event(1), obs=x)
-
-    def guide(self, x):
-        pyro.sample("mu", dist.Normal(self.loc, self.scale))
-
-
 class NaNGuide(Linear):
     def guide(self, x):
         with pyro.plate("data", len(x)):
@@ -146,7 +126,7 @@ class TwoViews(pv.Pair):
 
 
 def ppca():
-    """Its guide is the exact posterior."""
+    """Return a PPCA whose guide is the exact posterior."""
     pair = PPCA(4, 2)
     with torch.no_grad():
         pair.weight.mul_(10)
@@ -156,7 +136,7 @@ def ppca():
 
 
 def functions():
-    """Linear, as two plain functions."""
+    """Return the linear pair as two plain functions."""
     twin = Linear()
 
     def model(x):
@@ -202,7 +182,7 @@ def test_exact_posteriors_have_uniform_ranks(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ppca", "categories"])
 def test_p_values_of_exact_posteriors_are_uniform(name):
-    """Over 150 seeds: the test rejects as often as it says."""
+    """Over 150 seeds the test rejects as often as its level says."""
     pair = EXACT[name]()
     found = [simulation_based_calibration(pair, num_simulations=400, seed=seed) for seed in range(150)]
     for key, test in found[0].tests.items():
@@ -239,7 +219,7 @@ def test_ranks_follow_their_law(shift, widen):
         (lambda: Switch(sharper=4.0), "too narrow (∪-shaped)"),
     ],
 )
-def test_wrong_guides_are_named(pair, verdict):
+def test_verdict_names_what_is_wrong_with_a_guide(pair, verdict):
     found = simulation_based_calibration(pair(), num_simulations=2000)
     test = next(iter(found.tests.values()))
     assert test.p_value < 1e-10
@@ -249,7 +229,7 @@ def test_wrong_guides_are_named(pair, verdict):
 
 
 def test_a_guide_that_ignores_the_data_fails_by_the_likelihood():
-    """Its ranks of z are uniform, for z ~ p(z) and the draws, too."""
+    """The ranks of z are uniform, as z and its draws both come from p(z); those of the likelihood are not."""
     found = simulation_based_calibration(PriorGuide((2.0, 1.0)))
     assert found.tests["z"].p_value > CHANCE
     assert found.tests[LIKELIHOOD].p_value < 1e-10
@@ -258,7 +238,7 @@ def test_a_guide_that_ignores_the_data_fails_by_the_likelihood():
     assert narrow.tests[LIKELIHOOD].verdict == "the draws fit x better than the truth"
 
 
-def test_holm_and_the_overall_p_value():
+def test_p_values_are_adjusted_by_holm():
     adjusted = module._holm(np.array([0.01, 0.5, 0.02, 0.04]))
     np.testing.assert_allclose(adjusted, [0.04, 0.5, 0.06, 0.08])  # 4·.01, .5, 3·.02, 2·.04
     np.testing.assert_allclose(module._holm(np.array([0.6, 0.5])), [1.0, 1.0])
@@ -268,7 +248,7 @@ def test_holm_and_the_overall_p_value():
     assert found.p_value == pytest.approx(min(1, 2 * min(z.p_value, likelihood.p_value)))
 
 
-def test_sources():
+def test_exact_posterior_is_the_source_where_the_guide_samples_nothing():
     """The exact posterior stands in where there is no guide; a matched guide and the exact posterior are one."""
     mixture = GMM(2, 2)
     assert simulation_based_calibration(mixture, num_simulations=100).source == "exact"
@@ -279,7 +259,7 @@ def test_sources():
     assert b.p_value > CHANCE
 
 
-def test_two_layers_and_a_sampled_category():
+def test_two_layers_and_a_sampled_category_are_ranked():
     pair = IWAE(12, (3, 2), hidden_dims=((8,), (8,)))
     found = simulation_based_calibration(pair, num_simulations=200)
     assert {name: test.ranks.shape for name, test in found.tests.items()} == {
@@ -293,7 +273,7 @@ def test_two_layers_and_a_sampled_category():
 
 
 @pytest.mark.parametrize("name", ["linear", "gamma, plates", "mixture, exact"])
-def test_chunks_of_any_size(name, monkeypatch):
+def test_ranks_are_uniform_whatever_the_chunk_size(name, monkeypatch):
     monkeypatch.setitem(FLOATS_PER_CHUNK, "cpu", 400)  # fewer simulations than S at a time, and one draw
     found = simulation_based_calibration(EXACT[name](), num_simulations=300, num_draws=9)
     assert found.p_value > CHANCE
@@ -302,7 +282,7 @@ def test_chunks_of_any_size(name, monkeypatch):
     assert simulation_based_calibration(EXACT[name](), num_simulations=300, num_draws=9).p_value > CHANCE
 
 
-def test_bins():
+def test_most_bins_that_divide_the_ranks_are_chosen():
     bins = lambda s, l: simulation_based_calibration(ppca(), num_simulations=s, num_draws=l).num_bins  # noqa: E731, E741
     assert (bins(1000, 99), bins(60, 99), bins(100, 6), bins(10, 1)) == (20, 10, 7, 2)
     assert simulation_based_calibration(ppca(), num_bins=4).num_bins == 4
@@ -337,23 +317,6 @@ def test_calibration_reads_as_a_table_and_as_json():
     assert "ranks" not in record["tests"]["z"]
 
 
-def test_pictures(tmp_path):
-    found = simulation_based_calibration(Linear((1.0,) * 20, widen=0.7), num_simulations=200)
-    for kind in ("histogram", "ecdf"):
-        figure = plot_calibration(found, kind=kind)
-        assert isinstance(figure, Figure)
-        figure.savefig(tmp_path / "figure.png")
-        assert len(figure.axes) == 12
-        assert all(axes.get_title() and axes.get_xlabel() and axes.get_ylabel() for axes in figure.axes)
-    assert "the worst 12 of 21 dimensions" in figure.get_suptitle()
-    panels = sorted((p, i) for i, p in enumerate(found.tests["z"].p_values + found.tests[LIKELIHOOD].p_values))
-    label = LIKELIHOOD if panels[0][1] == 20 else f"z[{panels[0][1]}]"
-    assert figure.axes[0].get_title().startswith(f"{label}: p = ")
-    single = plot_calibration(simulation_based_calibration(Switch(), num_simulations=200))
-    heights = [bar.get_height() for bar in single.axes[0].patches if bar.get_height() > 1]
-    assert sum(heights) >= 200  # the bars, and the band
-
-
 def test_ecdf_band_holds_all_of_a_uniform_sample_with_99_percent():
     low, high = ecdf_band(200, 50)
     samples = np.random.default_rng(1).integers(0, 50, (4000, 200))
@@ -371,7 +334,7 @@ def check(found, name):
     return next(s for s in found.statistics if s.name == name)
 
 
-def test_default_statistics_against_scipy():
+def test_default_statistics_equal_those_of_scipy():
     x = torch.distributions.Gamma(2.0, 1.0).sample((50, 3)).double()
     x[:, 2] = 4.0  # constant
     found = {name: function(x) for name, function in default_statistics(x).items()}
@@ -483,7 +446,7 @@ def test_p_values_of_the_true_model_are_uniform_and_posterior_ones_conservative(
         assert np.var(p_values) < 1 / 12
 
 
-def test_replicates_in_chunks(monkeypatch):
+def test_replicates_in_chunks_follow_the_model(monkeypatch):
     pair = Linear((2.0, 1.0))
     x = sample(pair, 30, seed=0)
     monkeypatch.setitem(FLOATS_PER_CHUNK, "cpu", 40)  # rows in parts, one replicate at a time
@@ -501,7 +464,7 @@ def test_replicates_in_chunks(monkeypatch):
     [lambda: VAE(6, 2, hidden_dims=(4,)), lambda: IWAE(6, (3, 2), hidden_dims=((4,), (4,))), lambda: GMM(2, 6)],
 )
 @pytest.mark.parametrize("replicates", ["prior", "posterior"])
-def test_every_kind_of_pair_and_small_data(pair, replicates):
+def test_check_runs_for_every_kind_of_pair_and_one_datum(pair, replicates):
     x = torch.rand(5, 6)
     for rows in (x, x[:1]):
         found = posterior_predictive_check(pair(), rows, replicates=replicates, num_replicates=9, binarize=True)
@@ -545,7 +508,6 @@ def test_predictive_check_reads_as_a_table_and_as_json():
             NotApplicable,
             "latent mu lies outside the data plate",
         ),
-        (lambda: plot_calibration(simulation_based_calibration(Switch()), kind="pie"), ValueError, "kind: .*'pie'"),
         (lambda: posterior_predictive_check(Linear, torch.zeros(4, 3)), TypeError, "pair: expected an instance"),
         (lambda: posterior_predictive_check(Linear(), torch.zeros(4, 2)), ValueError, "x: expected 3 features"),
         (
@@ -582,13 +544,13 @@ def test_predictive_check_reads_as_a_table_and_as_json():
         ),
     ],
 )
-def test_bad_calls(call, exception, match):
+def test_bad_calls_are_refused(call, exception, match):
     with pytest.raises(exception, match=match):
         call()
 
 
 @pytest.mark.cuda
-def test_on_the_gpu():
+def test_calibration_and_check_run_on_the_gpu():
     pair = ppca()
     found = simulation_based_calibration(pair, device="cuda")
     assert found.p_value > CHANCE

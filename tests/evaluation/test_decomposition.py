@@ -13,8 +13,7 @@ from torch import nn
 
 import pyrovae as pv
 from pyrovae.evaluation.decomposition import kl_decomposition
-from pyrovae.evaluation.prepare import NotApplicable
-from pyrovae.evaluation.traces import FLOATS_PER_CHUNK
+from pyrovae.evaluation.measurement import FLOATS_PER_CHUNK, NotApplicable
 
 NUM_SE = 5  # standard errors allowed in statistical tests
 PARTS = ("kl", "mutual_information", "marginal_kl", "total_correlation", "dimension_wise_kl")
@@ -44,7 +43,7 @@ class Encoded(pv.Pair):
 
 
 class Positive(Encoded):
-    """``Encoded``, with exp(z) for z."""
+    """The pair ``Encoded`` with exp(z) as its latent."""
 
     def prior(self, x):
         return dist.LogNormal(x.new_zeros(self.data_dim), 1.0).to_event(1)
@@ -54,7 +53,7 @@ class Positive(Encoded):
 
 
 class Tilted(Encoded):
-    """Its guide has a full covariance."""
+    """The pair ``Encoded`` with a guide of full covariance."""
 
     tril = ((0.7, 0.0), (0.5, 0.4))
 
@@ -63,7 +62,7 @@ class Tilted(Encoded):
 
 
 class Elements(Encoded):
-    """``Encoded``, with a plate for the dimensions of z in place of an event dim."""
+    """The pair ``Encoded`` with a plate for the dimensions of z in place of an event dim."""
 
     def model(self, x):
         with pyro.plate("data", len(x), dim=-1):
@@ -104,7 +103,7 @@ class Chain(pv.Pair):
 
 
 class TwoLatents(pv.Pair):
-    """Two latents that know nothing of each other; the second is a scalar."""
+    """Two independent latents; the second is a scalar."""
 
     data_dim = 2
 
@@ -161,7 +160,7 @@ def grid(points=4001, limit=20.0):
 
 
 def integrate(log_q, log_p, cell):
-    """(kl, mutual_information, marginal_kl) from log q(z | x_n), (N, points), and log p(z), (points,)."""
+    """Return (kl, mutual_information, marginal_kl) from log q(z | x_n), (N, points), and log p(z), (points,)."""
     aggregate = log_q.logsumexp(0) - math.log(len(log_q))
     mean = lambda ratio: float((log_q.exp() * ratio).sum() * cell / len(log_q))  # noqa: E731
     return mean(log_q - log_p), mean(log_q - aggregate), mean(aggregate - log_p)
@@ -207,7 +206,7 @@ def test_one_dimension_against_quadrature(scale):
 
 @pytest.mark.parametrize("pair", [Encoded(2), Tilted(2)], ids=["factorised", "full covariance"])
 def test_two_dimensions_against_quadrature(pair):
-    """Perfectly correlated means: total correlation, also where the guide itself correlates the dimensions."""
+    """Perfectly correlated means have a total correlation, also where the guide itself correlates the dimensions."""
     x = torch.linspace(-2, 2, 9).unsqueeze(-1) * torch.tensor([1.0, -0.5])
     found = kl_decomposition(pair, x, num_samples=500)
     a, b, cell = plane()
@@ -224,8 +223,8 @@ def test_two_dimensions_against_quadrature(pair):
             assert abs(getattr(found, part)[j] - each[j][column]) < NUM_SE * found.stderr[part][j]
 
 
-def test_data_that_never_meet_tell_log_n():
-    """Guides far apart: z names its datum. The information is log N, without error."""
+def test_information_of_guides_far_apart_is_log_n():
+    """Where the guides lie far apart, z names its datum: the information is log N, without error."""
     x = 100 * torch.arange(12.0).unsqueeze(-1)
     found = kl_decomposition(Encoded(), x, num_samples=2)
     assert found.mutual_information == pytest.approx(math.log(12), rel=1e-6)
@@ -247,7 +246,7 @@ def test_guide_that_ignores_the_data_has_only_a_marginal_kl():
     near(found, "marginal_kl", 2 * (0.5 * (0.25 - 1) - math.log(0.5)))
 
 
-def test_below_zero_is_reported_and_noted():
+def test_negative_estimates_are_reported_and_noted():
     """With two draws each of a guide close to the prior, some estimates must come out negative."""
     found = [kl_decomposition(Encoded(scale=0.97), 0.01 * torch.randn(5, 1), num_samples=2, seed=s) for s in range(20)]
     assert {one.kl < 0 for one in found} == {True, False}
@@ -257,7 +256,7 @@ def test_below_zero_is_reported_and_noted():
 
 
 def test_independent_means_have_no_total_correlation():
-    """Data on a product grid: the aggregate factorises at every point, so not even Monte Carlo error is left."""
+    """For data on a product grid the aggregate factorises at every point, so there is no Monte Carlo error either."""
     x = torch.cartesian_prod(torch.tensor([-1.0, 1.0]), torch.tensor([-2.0, 0.0, 2.0]))
     found = kl_decomposition(Encoded(2), x, num_samples=20)
     assert found.total_correlation == pytest.approx(0, abs=1e-6)
@@ -304,7 +303,7 @@ def test_information_does_not_depend_on_coordinates():
         assert getattr(positive, part) == pytest.approx(getattr(plain, part), abs=1e-4)
 
 
-def test_prior_with_an_enumerated_component():
+def test_enumerated_component_is_summed_out_of_the_prior():
     x = torch.randn(10, 1)
     found = kl_decomposition(MixturePrior(), x, num_samples=400)
     z = grid()
@@ -314,7 +313,7 @@ def test_prior_with_an_enumerated_component():
     assert found.dimension_wise_kl is None  # given its component, this prior is not one distribution
 
 
-def test_plate_inside_a_datum():
+def test_plate_inside_a_datum_counts_as_dimensions():
     x = torch.randn(12, 2)
     found = kl_decomposition(Elements(2), x, num_samples=300)
     vector = kl_decomposition(Encoded(2), x, num_samples=300)
@@ -387,7 +386,7 @@ def test_kl_agrees_with_evaluate():
 
 
 @pytest.mark.parametrize("pair", [Encoded(2), Chain(skip=0.5)], ids=["one layer", "chain"])
-def test_blocks_change_nothing(pair, monkeypatch):
+def test_number_of_blocks_does_not_change_the_numbers(pair, monkeypatch):
     x = torch.randn(23, pair.data_dim)
     whole = kl_decomposition(pair, x)
     monkeypatch.setitem(FLOATS_PER_CHUNK, "cpu", 2000)  # a few data at a time, and a rest
@@ -396,7 +395,7 @@ def test_blocks_change_nothing(pair, monkeypatch):
         assert getattr(blocks, part) == pytest.approx(getattr(whole, part), abs=1e-6)
 
 
-def test_seed_decides():
+def test_the_seed_decides_the_numbers():
     pair, x = Encoded(2), torch.randn(10, 2)
     state = torch.get_rng_state()
     first, second, other = (kl_decomposition(pair, x, seed=seed).kl for seed in (1, 1, 2))
@@ -405,7 +404,7 @@ def test_seed_decides():
 
 
 @pytest.mark.cuda
-def test_cuda_agrees():
+def test_cuda_agrees_with_the_cpu():
     x = torch.randn(50, 2)
     for pair in (Encoded(2), Chain(skip=0.5)):
         data = x[:, : pair.data_dim]
@@ -417,7 +416,7 @@ def test_cuda_agrees():
 
 @pytest.mark.parametrize("max_data", [2000, 10], ids=["all data", "a subset"])
 @pytest.mark.slow
-def test_stated_errors_cover(max_data):
+def test_stated_errors_cover_the_truth(max_data):
     """Over 200 seeds, (estimate − exact) / stderr has mean 0 and variance 1."""
     x = torch.linspace(-2, 2, 30).unsqueeze(-1) * torch.tensor([1.0, 0.5])
     pair = Encoded(2)
@@ -494,7 +493,7 @@ class Masked(Encoded):
         (Masked(2), "latent 'z' has a mask"),
     ],
 )
-def test_not_applicable(pair, message):
+def test_pairs_without_a_decomposition_are_refused(pair, message):
     with pytest.raises(NotApplicable, match=message):
         kl_decomposition(pair, torch.randn(10, 2))
 
@@ -514,7 +513,7 @@ def test_not_applicable(pair, message):
         ({"binarize": True}, ValueError, r"binarize: expected pixels of x in \[0, 1\]"),
     ],
 )
-def test_bad_input(options, error, message):
+def test_bad_input_is_refused(options, error, message):
     options = {"pair": Encoded(2), "x": torch.randn(5, 2), **options}
     with pytest.raises(error, match=message):
         kl_decomposition(options.pop("pair"), options.pop("x"), **options)

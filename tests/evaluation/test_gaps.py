@@ -9,15 +9,15 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from evaluation_pairs import GlobalMean
 from torch import nn
 from torch.distributions import kl_divergence
 
 import pyrovae as pv
 from pyrovae.evaluation import sample
-from pyrovae.evaluation.datum_guides import FAMILIES
 from pyrovae.evaluation.gaps import inference_gaps
-from pyrovae.evaluation.prepare import NotApplicable
-from pyrovae.evaluation.traces import FLOATS_PER_CHUNK
+from pyrovae.evaluation.measurement import FLOATS_PER_CHUNK, NotApplicable
+from pyrovae.evaluation.per_datum_guide import FAMILIES
 
 NUM_SE = 5  # standard errors allowed in statistical tests
 SEARCH = 5e-3  # nats a datum that the search for the best guide may leave behind
@@ -73,13 +73,13 @@ class LinearGaussian(pv.Pair):
 
 
 class Sampled(LinearGaussian):
-    """The same without its exact evidence."""
+    """The linear pair without its exact evidence."""
 
     log_prob = None
 
 
 class FullGuide(LinearGaussian):
-    """Its guide has a full covariance: the posterior is in the family."""
+    """The linear pair with a guide of full covariance, whose family contains the posterior."""
 
     def guide(self, x):
         loc, scale = self.moments(x)
@@ -160,20 +160,8 @@ class Switch(pv.Pair):
         ) - math.log(2)
 
 
-class GlobalMean(pv.Pair):
-    data_dim = 1
-
-    def model(self, x):
-        mu = pyro.sample("mu", dist.Normal(x.new_zeros(()), 3.0))
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.Normal(mu.unsqueeze(-1), 1.0).to_event(1), obs=x)
-
-    def guide(self, x):
-        pyro.sample("mu", dist.Normal(x.mean(), 1.0))
-
-
 def guided_by(make):
-    """One latent z ~ N(0, 1) a datum, and a guide of any distribution."""
+    """Return a pair with one latent z ~ N(0, 1) a datum, and a guide of any distribution."""
 
     class Guided(pv.Pair):
         data_dim = 1
@@ -213,7 +201,7 @@ def test_both_gaps_against_closed_forms(shift, widen):
 
 
 def test_family_that_holds_the_posterior_has_no_approximation_gap():
-    """And what a diagonal start loses to it is all amortization gap."""
+    """What a diagonal start loses to that family is all amortization gap."""
     pair = FullGuide()
     x = sample(pair, 60, seed=1)
     found = inference_gaps(pair, x, num_samples=500, num_steps=250)
@@ -231,8 +219,8 @@ def test_exact_guide_has_no_gaps():
     assert found.converged
 
 
-def test_evidence_by_importance_sampling():
-    """A mildly correlated posterior, so that the best mean-field guide is a good sampler."""
+def test_evidence_without_log_prob_comes_from_importance_sampling():
+    """The posterior is mildly correlated, so that the best mean-field guide is a good sampler."""
     pair = Sampled(shift=0.2)
     pair.weight.data *= 0.3
     x = sample(pair, 50, seed=1)
@@ -253,7 +241,7 @@ def test_a_worse_guide_raises_the_amortization_gap_alone():
 
 
 @pytest.mark.parametrize("transformed", [False, True])
-def test_lognormal_guide(transformed):
+def test_gaps_of_a_lognormal_guide_equal_closed_forms(transformed):
     """The posterior of log z is N(x/2, 1/2); a shift d of the mean costs d² nats."""
     pair = Positive(0.5, transformed)
     found = inference_gaps(pair, torch.randn(50, 1), num_samples=500, num_steps=250)
@@ -261,7 +249,7 @@ def test_lognormal_guide(transformed):
     near(found.approximation_gap, 0, found.approximation_gap_stderr, SEARCH)
 
 
-def test_gamma_guide():
+def test_gaps_of_a_gamma_guide_equal_closed_forms():
     """The posterior is a Gamma too; its KL from the guide has a closed form."""
     pair = GammaPoisson(2.0)
     x = torch.poisson(torch.full((50, 1), 3.0))
@@ -275,7 +263,7 @@ def test_gamma_guide():
 
 
 def test_amortized_mixture_has_an_amortization_gap_only():
-    """Its categorical guide can be any posterior: the optimum is exact, and so are all numbers."""
+    """A categorical guide can be any posterior, so the optimum and all numbers are exact."""
     x = pv.data.load("faithful").train[:80]
     pair = pv.models.GMM(3, 2, amortized=True)
     pair.initialize(x, seed=0)
@@ -290,8 +278,8 @@ def test_amortized_mixture_has_an_amortization_gap_only():
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.7])
-def test_discrete_and_continuous_latents(shift):
-    """The discrete one is summed over, in each value's own samples of the other; q* is the exact posterior."""
+def test_discrete_latent_beside_a_continuous_one_is_summed_over(shift):
+    """Each value of the discrete latent has its own samples of the other; q* is the exact posterior."""
     pair = Switch(shift)
     x = sample(pair, 50, seed=1)
     found = inference_gaps(pair, x, num_samples=500, num_steps=250)
@@ -301,8 +289,8 @@ def test_discrete_and_continuous_latents(shift):
     near(found.approximation_gap, 0, found.approximation_gap_stderr, SEARCH)
 
 
-def test_value_that_the_model_rules_out():
-    """q* gives it no mass, and the numbers stay finite; the amortized guide's own bound is then −∞."""
+def test_value_that_the_model_rules_out_leaves_the_optimum_finite():
+    """q* gives that value no mass, so its numbers are finite; the bound of the amortized guide is −∞."""
 
     class Ruled(pv.Pair):
         data_dim = 1
@@ -324,8 +312,8 @@ def test_value_that_the_model_rules_out():
     assert found.elbo == -math.inf
 
 
-def test_function_pair():
-    """Its parameters appear at the first run. A constant guide N(0, 1): the posterior is N(x / 2, 1 / 2)."""
+def test_function_pair_has_gaps():
+    """Its parameters appear at the first run. The guide is N(0, 1), and the posterior is N(x / 2, 1 / 2)."""
 
     def model(x):
         with pyro.plate("data", len(x)):
@@ -344,8 +332,8 @@ def test_function_pair():
     near(found.approximation_gap, 0, found.approximation_gap_stderr, SEARCH)
 
 
-def test_two_discrete_latents():
-    """Mean-field guide of two coupled bits: the gaps by a search over a grid of the four probabilities."""
+def test_gaps_of_two_discrete_latents_agree_with_a_grid_search():
+    """The guide of two coupled bits is mean-field; a search over a grid of probabilities gives its gaps."""
 
     class Bits(pv.Pair):
         data_dim = 1
@@ -389,8 +377,8 @@ def test_two_discrete_latents():
     ],
     ids=["vae", "vae-normal", "vae-continuous-bernoulli", "iwae", "ppca"],
 )
-def test_pairs(make, monkeypatch):
-    """Bounds in order, the same again from the same seed, and nothing left changed. In more than one chunk."""
+def test_gaps_of_every_kind_of_pair_are_in_order_and_reproducible(make, monkeypatch):
+    """Bounds are in order, the same seed gives them again, and nothing is left changed, in several chunks."""
     pair, x = make(), torch.rand(7, 6).round()
     weights = {name: value.clone() for name, value in pair.state_dict().items()}
     state = torch.get_rng_state()
@@ -411,8 +399,8 @@ def test_pairs(make, monkeypatch):
     assert "amortization gap" in repr(found)
 
 
-def test_two_layers_correct_a_shifted_second_layer():
-    """Shift the upper encoder's bias: the offsets of the deeper site can take it back, datum by datum."""
+def test_offsets_correct_a_shifted_second_layer():
+    """The offsets of the deeper site can take back a shift of the upper encoder's bias, datum by datum."""
     pair = pv.models.IWAE(6, (3, 2), hidden_dims=((5,), (4,)))
     x = torch.rand(15, 6).round()
     with torch.no_grad():
@@ -436,7 +424,7 @@ def test_unfinished_search_is_noted():
 
 
 def test_poor_importance_weights_are_noted():
-    """Columns of W nearly parallel: the best mean-field guide is far narrower than the posterior."""
+    """With nearly parallel columns of W the best mean-field guide is far narrower than the posterior."""
     pair = Sampled()
     pair.weight.data = torch.ones(4, 3) + 0.1 * pair.weight.data
     found = inference_gaps(pair, sample(pair, 20, seed=1), num_samples=300, num_steps=50)
@@ -444,7 +432,7 @@ def test_poor_importance_weights_are_noted():
 
 
 def test_negative_gap_is_noted():
-    """Where the guide is the best already, a step too long can only lose; either gap below zero is named."""
+    """Where the guide is the best already, a step that is too long can only lose; a gap below zero is named."""
     pair = LinearGaussian()
     found = inference_gaps(pair, sample(pair, 30, seed=1), num_samples=50, num_steps=20, seed=2)
     for name in ("approximation", "amortization"):
@@ -452,7 +440,7 @@ def test_negative_gap_is_noted():
         assert any(f"the {name} gap came out below zero" in note for note in found.notes) == (value < 0)
 
 
-def test_one_datum_one_step_one_particle():
+def test_one_datum_one_step_one_particle_are_enough():
     pair = LinearGaussian(shift=0.5)
     found = inference_gaps(pair, sample(pair, 1, seed=1), num_samples=1, num_steps=1, num_particles=1)
     assert math.isfinite(found.amortization_gap)
@@ -476,8 +464,8 @@ def test_one_datum_one_step_one_particle():
     ],
     ids=lambda make: type(make(torch.zeros(2))).__name__,
 )
-def test_families(make):
-    """At offsets zero each is itself; the search raises the bound of a guide that is far from the posterior."""
+def test_every_family_can_be_optimised(make):
+    """At offsets of zero each family is itself, and the search raises the bound of a guide far from the posterior."""
     found = inference_gaps(guided_by(make), torch.randn(10, 1), num_samples=300, num_steps=50)
     assert found.amortization_gap > 0
 
@@ -487,11 +475,11 @@ def test_every_family_is_spanned_by_parameters_it_has():
         assert set(parameters) <= set(family.arg_constraints), family
 
 
-def test_does_not_apply():
+def test_pairs_without_gaps_are_refused():
     x = torch.randn(6, 2)
     for pair, data, match in (
         (pv.models.GMM(2, 2), x, "GMM: its guide samples nothing"),
-        (GlobalMean(), x[:, :1], "GlobalMean: its guide site 'mu' lies outside the plate 'data'"),
+        (GlobalMean(x[:, :1]), x[:, :1], "GlobalMean: its guide site 'mu' lies outside the plate 'data'"),
         (guided_by(lambda x: dist.Delta(x)), x[:, :1], "guide site 'z', Delta, is not of a family"),
         (guided_by(lambda x: dist.Uniform(x - 1, x + 1)), x[:, :1], "guide site 'z', Uniform, is not of a family"),
         (guided_by(lambda x: dist.Poisson(x.exp())), x[:, :1], r"discrete guide site 'z' \(Poisson\)"),
@@ -521,6 +509,6 @@ X = torch.zeros(3, 4)
         (lambda: inference_gaps(LinearGaussian(), X, device="tpu"), ValueError, "device: expected"),
     ],
 )
-def test_bad_input(call, error, match):
+def test_bad_input_is_refused(call, error, match):
     with pytest.raises(error, match=match):
         call()

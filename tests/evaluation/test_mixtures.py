@@ -10,22 +10,20 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from matplotlib.figure import Figure
 from sklearn import metrics
 from sklearn.mixture import GaussianMixture
 
 import pyrovae as pv
-from pyrovae.evaluation.criteria import information_criteria, plot_selection, select_components
+from pyrovae.evaluation.criteria import information_criteria, select_components
+from pyrovae.evaluation.measurement import FLOATS_PER_CHUNK, NotApplicable
 from pyrovae.evaluation.mixtures import mixture_scores
-from pyrovae.evaluation.prepare import NotApplicable
-from pyrovae.evaluation.traces import FLOATS_PER_CHUNK
 from pyrovae.models import GMM, IWAE, PPCA, VAE
 
 COVARIANCES = ("full", "tied", "diag", "spherical")
 
 
 class Coins(pv.Pair):
-    """Everyone has one posterior, ``exact``, and one guide, ``guessed``, over three components."""
+    """All data have one posterior, ``exact``, and one guide, ``guessed``, over three components."""
 
     data_dim = 1
 
@@ -53,7 +51,7 @@ class WrongPosterior(Coins):
 
 
 def blobs(count=150, distance=8.0):
-    """Three unit Gaussians in the plane; data and labels."""
+    """Draw from three unit Gaussians in the plane; return data and labels."""
     centres = distance * torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     labels = torch.arange(count) % 3
     return centres[labels] + torch.randn(count, 2), labels
@@ -79,7 +77,7 @@ def permuted(gmm, order):
 
 
 @pytest.mark.parametrize("one_hot", [False, True])
-def test_scores_in_closed_form(one_hot):
+def test_scores_equal_their_closed_form(one_hot):
     p, q = (0.5, 0.25, 0.25), (0.7, 0.3, 0.0)
     found = mixture_scores(Coins(p, q, one_hot), torch.zeros(7, 1), labels=[0, 0, 0, 0, 1, 1, 2])
     assert (found.num_data, found.num_components) == (7, 3)
@@ -91,7 +89,7 @@ def test_scores_in_closed_form(one_hot):
 
 
 def test_the_guide_costs_the_elbo_its_kl():
-    """log p(x) − ELBO, with the component summed out of both."""
+    """The KL equals log p(x) − ELBO, with the component summed out of both."""
     gmm = GMM(3, 2, amortized=True).double()
     x = 2 * torch.randn(40, 2).double()
     elbo = -float(gmm.default_loss().loss(gmm.model, gmm.guide, x)) / 40
@@ -100,7 +98,7 @@ def test_the_guide_costs_the_elbo_its_kl():
     assert found.kl >= 2 * found.total_variation**2  # Pinsker
 
 
-def test_clusters_against_scikit_learn():
+def test_clustering_scores_equal_those_of_scikit_learn():
     gmm, x, labels = fitted()
     found = mixture_scores(gmm, x, labels=labels)
     clusters = gmm.posterior(x).probs.argmax(-1).numpy()
@@ -135,7 +133,7 @@ def test_more_components_than_labels_and_fewer():
         assert found.accuracy == pytest.approx(accuracy) if accuracy else found.accuracy < 1
 
 
-def test_chunks_do_not_matter(monkeypatch):
+def test_chunks_do_not_change_the_scores(monkeypatch):
     gmm, x, labels = fitted()
     whole = mixture_scores(gmm, x, labels=labels), information_criteria(gmm, x)
     monkeypatch.setitem(FLOATS_PER_CHUNK, "cpu", 50)
@@ -160,7 +158,7 @@ def test_scores_read_as_a_table_and_as_json():
 
 
 @pytest.mark.parametrize("covariance", COVARIANCES)
-def test_criteria_against_scikit_learn(covariance):
+def test_criteria_equal_those_of_scikit_learn(covariance):
     gmm, x, _ = fitted(covariance=covariance)
     theirs = GaussianMixture(3, covariance_type=covariance)
     theirs.weights_, theirs.means_ = gmm.weights.detach().numpy(), gmm.loc.detach().numpy()
@@ -200,8 +198,8 @@ def test_pairs_without_components_have_no_icl():
 # Selection
 
 
-def test_old_faithful_has_two_clusters():
-    """By ICL, whose price for overlap BIC does not ask: BIC takes three tied components (as in Scrucca et al. 2016)."""
+def test_icl_finds_two_clusters_in_old_faithful():
+    """ICL charges for overlap and BIC does not: BIC takes three tied components (as in Scrucca et al. 2016)."""
     x = pv.data.load("faithful").train
     makers = {c: lambda k, c=c: GMM(k, 2, covariance=c) for c in ("full", "tied")}
     found = select_components(makers, x, range(1, 5), restarts=5)
@@ -213,7 +211,7 @@ def test_old_faithful_has_two_clusters():
     assert information_criteria(exact.pair, x).bic == pytest.approx(exact.criteria.bic, rel=1e-5)
 
 
-def test_three_clusters_are_three():
+def test_selection_finds_three_clusters():
     x, labels = blobs()
     found = select_components(lambda k: GMM(k, 2), x, range(1, 6), restarts=5)
     assert found.best().num_components == found.best("icl").num_components == 3
@@ -223,7 +221,7 @@ def test_three_clusters_are_three():
 
 
 def test_collapsed_fits_are_flagged_and_never_chosen():
-    """Five equal rows: a component on them has infinite density but for the floor, and the best criteria by far."""
+    """On five equal rows a component has infinite density but for the floor, and the best criteria by far."""
     x = torch.cat([torch.randn(40, 1), torch.full((5, 1), 9.0)])
     found = select_components(lambda k: GMM(k, 1), x, (1, 2), restarts=5)
     (two,) = (c for c in found.candidates if c.num_components == 2)
@@ -237,7 +235,6 @@ def test_collapsed_fits_are_flagged_and_never_chosen():
     with pytest.raises(ValueError, match="criterion: no fit has a BIC to choose by"):
         hopeless.best()
     assert hopeless.winners() == {}
-    assert isinstance(plot_selection(hopeless), Figure)
 
 
 @pytest.mark.parametrize("latent_dim", [1, 2, 3, 4])
@@ -254,7 +251,7 @@ def test_free_parameters_of_ppca_are_the_dimensions_of_its_covariances(latent_di
     assert PPCA(5, latent_dim).num_parameters == 5 + rank
 
 
-def test_any_pair_with_em():
+def test_selection_takes_any_pair_with_em():
     """PPCA counts latent dimensions; it has no categorical posterior, and so no ICL."""
     x = torch.randn(400, 2) @ torch.tensor([[3.0, 0, 1, 0, 2], [0, 2.0, 1, 1, 0]]) + 0.5 * torch.randn(400, 5)
     found = select_components(lambda q: PPCA(5, q), x, range(1, 5), restarts=1)
@@ -273,7 +270,7 @@ def test_same_seed_same_selection_and_the_random_state_stays():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_selection_reads_as_a_table_and_as_json(tmp_path):
+def test_selection_reads_as_a_table_and_as_json():
     x, _ = blobs(90)
     makers = {c: lambda k, c=c: GMM(k, 2, covariance=c) for c in ("spherical", "diag")}
     found = select_components(makers, x, (2, 3, 4), restarts=3)
@@ -284,12 +281,6 @@ def test_selection_reads_as_a_table_and_as_json(tmp_path):
     assert lines[2].startswith(found.best().family)
     record = json.loads(json.dumps(found.to_dict()))
     assert record["best"]["bic"] == {"family": found.best().family, "num_components": 3}
-    figure = plot_selection(found)
-    figure.savefig(tmp_path / "figure.png")
-    assert [axes.get_title().split(":")[0] for axes in figure.axes] == ["BIC", "ICL", "AIC"]
-    assert all(axes.get_xlabel() and axes.get_ylabel() for axes in figure.axes)
-    rings = [line for line in figure.axes[0].lines if line.get_markersize() == 13]
-    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in rings] == [(3, 0)]
 
 
 X = torch.randn(6, 2)
@@ -350,13 +341,13 @@ class Uncounted(pv.Pair):
         ),
     ],
 )
-def test_bad_calls(call, exception, match):
+def test_bad_calls_are_refused(call, exception, match):
     with pytest.raises(exception, match=match):
         call()
 
 
 @pytest.mark.cuda
-def test_on_the_gpu():
+def test_scores_and_criteria_agree_on_the_gpu():
     gmm, x, labels = fitted()
     for a, b in (
         (mixture_scores(gmm, x, labels=labels, device=d).to_dict() for d in ("cpu", "cuda")),

@@ -52,6 +52,19 @@ def values() -> Tensor:
     return torch.cat([torch.linspace(-100, 100, 400_001), torch.linspace(-10, 10, 400_001), small, -small])
 
 
+def test_tanh_is_as_precise_as_float32() -> None:
+    x = values()
+    graph = lowered(Recorded(torch.tanh, (x,)), x)
+    assert aten.tanh.default not in calls(graph)
+    y, exact = graph(x), x.double().tanh()
+    assert ((y - exact).abs() <= 4e-7 * exact.abs()).all()
+    assert (y.abs() <= 1).all()
+    assert torch.equal(graph(-x), -y)
+    assert torch.equal(graph(torch.full_like(x, torch.inf)), torch.ones_like(x))
+    assert graph(torch.full_like(x, torch.nan)).isnan().all()
+    assert not graph(torch.zeros_like(x)).any()
+
+
 def elementwise(x: Tensor, targets: Tensor) -> Tensor:
     return cross_entropy(x, targets, reduction="none")
 
@@ -101,34 +114,7 @@ def test_noise_gradients_and_buffers_stay_those_of_the_record() -> None:
     assert not calls(graph) & {aten.addmm.default, aten.binary_cross_entropy_with_logits.default}
 
 
-# Indices and random numbers -----------------------------------------------------------------------------------------
-
-DRAWN: dict[str, Callable[[Tensor], Tensor]] = {
-    "bernoulli_": lambda x: torch.empty_like(x).bernoulli_(0.3),
-    "dropout": lambda x: nn.functional.dropout(x, 0.3),
-    "normal_": lambda x: torch.empty_like(x).normal_(),
-    "rand_like": torch.rand_like,
-    "bernoulli": lambda x: torch.bernoulli(torch.full_like(x, 0.3)),
-    "bernoulli of one number": lambda x: torch.bernoulli(x, 0.3),
-}
-
-
-@pytest.mark.parametrize("name", DRAWN)
-@pytest.mark.parametrize("order", [(1, 0, 2), (2, 0, 1)])
-@pytest.mark.parametrize("size", [4, 24])
-def test_random_numbers_of_tensors_that_lie_in_another_order(name: str, order: tuple[int, ...], size: int) -> None:
-    def function(x: Tensor) -> Tensor:
-        y = x.clone()
-        y += 1  # something is written in place
-        return DRAWN[name]((y + 1).permute(order))
-
-    x = torch.randn(size, size, size + 1)
-    record = Recorded(function, (x,))
-    state = torch.get_rng_state()
-    expected, after = function(x), torch.get_rng_state()
-    torch.set_rng_state(state)
-    torch.testing.assert_close(lowered(record, x)(*record.inputs, x), expected)
-    assert torch.equal(torch.get_rng_state(), after)
+# Indices -----------------------------------------------------------------------------------------
 
 
 INDEXED: dict[str, Callable[[Tensor, int, Tensor], Tensor]] = {
@@ -237,7 +223,7 @@ def test_each_layout_is_measured_once_and_a_run_goes_on_with_its_choices(measure
     assert all(saved.values())  # a copy
 
 
-# Densities of many data: triangular solves and the order of products -------------------------------------------------
+# Densities of many data: the order of products ----------------------------------------------------------------------
 
 
 N, D, K = 400, 20, 3
@@ -259,10 +245,6 @@ def long_products(graph: GraphModule) -> int:
     return sum(N in node.meta["val"].shape for node in products)
 
 
-def solves(graph: GraphModule) -> int:
-    return len(list(graph.graph.find_nodes(op="call_function", target=aten.linalg_solve_triangular.default)))
-
-
 def gaussian_gradients(tril: Tensor, loc: Tensor, x: Tensor) -> tuple[Tensor, ...]:
     tril, loc = tril.detach().requires_grad_(), loc.detach().requires_grad_()
     total = MultivariateNormal(loc.unsqueeze(1), scale_tril=tril.unsqueeze(1)).log_prob(x).logsumexp(0).sum()
@@ -275,11 +257,10 @@ def gaussian_inputs() -> tuple[Tensor, Tensor, Tensor]:
     return torch.linalg.cholesky(root @ root.mT / D + 0.3 * torch.eye(D)), torch.randn(K, D), torch.randn(N, D)
 
 
-def test_gradients_of_gaussians_need_one_long_product_and_one_solve_and_are_as_precise() -> None:
+def test_gradients_of_gaussians_need_one_long_product_and_are_as_precise() -> None:
     args = gaussian_inputs()
     before, after = reordered(gaussian_gradients, *args)
     assert (long_products(before), long_products(after)) == (2, 1)
-    assert [solves(graph) for graph in (before, after)] == [2, 1]
     exact = gaussian_gradients(*(x.double() for x in args))
     for old, new, value in zip(before(*args), after(*args), exact, strict=True):
         scale = value.abs().max()
@@ -309,23 +290,3 @@ def test_a_long_product_goes_where_it_is_only_multiplied_or_summed(name: str) ->
     assert (long_products(before), long_products(after)) == (1, number)
     for old, new in zip(*(tree_leaves(graph(*args)) for graph in (before, after)), strict=True):
         torch.testing.assert_close(new, old, rtol=1e-4, atol=1e-3)  # sums of 400 · 20 numbers of order one
-
-
-def inverse(tril: Tensor, **options: bool) -> Tensor:
-    return torch.linalg.solve_triangular(tril, torch.eye(D), **options)
-
-
-@pytest.mark.parametrize(
-    ("function", "number"),
-    [
-        (lambda tril: inverse(tril, upper=False) + inverse(tril.mT, upper=True) @ tril, 1),
-        (lambda tril: inverse(tril, upper=False) + inverse(tril.mT, upper=False) @ tril, 2),  # the empty triangle
-        (lambda tril: inverse(tril, upper=False, unitriangular=True) + inverse(tril.mT, upper=True) @ tril, 2),
-        (lambda tril: (inverse(tril, upper=False), inverse(tril.mT, upper=True)), 2),
-    ],
-)
-def test_inverses_are_shared_only_where_they_are_the_same(function: Callable, number: int) -> None:
-    tril = gaussian_inputs()[0]
-    _, after = reordered(function, tril)
-    assert solves(after) == number
-    torch.testing.assert_close(after(tril), function(tril), rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""The Gaussian mixture against outside oracles: torch's own mixture, Bayes' rule by hand, enumeration."""
+"""Gaussian mixtures agree with outside oracles: torch's own mixture, Bayes' rule by hand, enumeration."""
 
 import math
 import re
@@ -38,7 +38,7 @@ def faithful():
 
 @pytest.mark.parametrize("data_dim", [1, 2, 5])
 @pytest.mark.parametrize("covariance", COVARIANCES)
-def test_log_prob_and_posterior_are_bayes(covariance, data_dim):
+def test_log_prob_and_posterior_follow_bayes_rule(covariance, data_dim):
     gmm = random_gmm(covariance, data_dim=data_dim)
     x = 3 * torch.randn(50, data_dim).double()
     torch.testing.assert_close(gmm.log_prob(x), reference(gmm).log_prob(x), rtol=1e-11, atol=1e-11)
@@ -57,7 +57,7 @@ def test_log_prob_has_the_gradient_of_the_mixture(covariance):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
-def test_log_prob_far_away_and_far_from_the_origin():
+def test_log_prob_is_right_far_from_the_means_and_from_the_origin():
     gmm = GMM(2, 1).double()
     far = torch.tensor([[1e150]], dtype=torch.float64)
     assert torch.isfinite(gmm.log_prob(far)).all()
@@ -66,6 +66,16 @@ def test_log_prob_far_away_and_far_from_the_origin():
     near = gmm.log_prob(x)
     gmm.loc.data += 1e6
     torch.testing.assert_close(gmm.log_prob(x + 1e6), near, rtol=0, atol=1e-7)  # 1e6 · eps a coordinate
+
+
+@pytest.mark.parametrize("covariance", COVARIANCES)
+def test_log_prob_in_float32_does_not_cancel_far_from_the_origin(covariance):
+    """The oracle takes the same float32 parameters and rows, in float64."""
+    gmm = random_gmm(covariance).float()
+    gmm.loc.data += 1e5
+    x = (1e5 + torch.randn(200, 2)).float()
+    found = gmm.log_prob(x).double()
+    torch.testing.assert_close(found, gmm.double().log_prob(x.double()), atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("covariance", COVARIANCES)
@@ -88,7 +98,7 @@ def test_amortized_elbo_by_enumeration_is_the_expectation_under_the_guide(covari
 
 
 @pytest.mark.parametrize("covariance", COVARIANCES)
-def test_log_weights_of_a_sampled_component(covariance):
+def test_a_sampled_component_has_the_log_density_of_its_gaussian(covariance):
     gmm, x = random_gmm(covariance, amortized=True, hidden_dims=(4,)), torch.randn(20, 2).double()
     with pyro.plate("particles", 7, dim=-2):
         guide = pyro.poutine.trace(gmm.guide).get_trace(x)
@@ -132,7 +142,7 @@ def test_the_default_loss_is_exact(faithful):
     assert -loss.loss(gmm.model, gmm.guide, faithful) == pytest.approx(gmm.log_prob(faithful).sum().item(), rel=1e-12)
 
 
-def test_renyi_takes_it_without_a_warning(faithful):
+def test_renyi_elbo_of_it_is_finite_and_raises_no_warning(faithful):
     gmm = GMM(2, 2, amortized=True)
     x = faithful.float()
     gmm.initialize(x, seed=0)
@@ -142,7 +152,7 @@ def test_renyi_takes_it_without_a_warning(faithful):
         assert math.isfinite(loss.loss(gmm.model, gmm.guide, x))
 
 
-def test_initialize_takes_distant_data_and_depends_on_the_seed_only():
+def test_initialize_picks_distant_data_and_depends_on_the_seed_only():
     centres = torch.tensor([[0.0, 0.0], [1e4, 0.0], [0.0, 1.0]])  # features on very different scales
     x = centres.repeat(30, 1) + 1e-3 * torch.randn(90, 2)
     gmm, again = GMM(3, 2), GMM(3, 2)
@@ -162,14 +172,14 @@ def test_initialize_takes_distant_data_and_depends_on_the_seed_only():
 
 @pytest.mark.parametrize("covariance", COVARIANCES)
 @pytest.mark.parametrize("x", [torch.ones(5, 2), torch.ones(3, 2), torch.tensor([[0.1, 1.0], [0.1, 2.0], [0.1, 9.0]])])
-def test_initialize_on_duplicates(covariance, x):
+def test_initialize_is_finite_where_data_repeat(covariance, x):
     gmm = GMM(3, 2, covariance=covariance, amortized=True)
     gmm.initialize(x, seed=0)
     assert all(torch.isfinite(value).all() for value in gmm.state_dict().values())
     assert torch.isfinite(gmm.log_prob(x)).all()
 
 
-def test_num_parameters():
+def test_num_parameters_counts_the_free_ones():
     assert [GMM(3, 4, covariance=c).num_parameters for c in COVARIANCES] == [44, 24, 26, 17]
 
 
@@ -186,6 +196,6 @@ def test_num_parameters():
         (lambda: GMM(2, 2).initialize(torch.full((5, 2), torch.nan)), ValueError, "NaN"),
     ],
 )
-def test_bad_calls(call, error, match):
+def test_errors_name_the_argument_and_the_fix(call, error, match):
     with pytest.raises(error, match=match):
         call()

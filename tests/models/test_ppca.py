@@ -1,4 +1,4 @@
-"""Probabilistic PCA against the dense Gaussian, the published closed form and scikit-learn."""
+"""Probabilistic PCA agrees with the dense Gaussian, the published closed form and scikit-learn."""
 
 import math
 import re
@@ -47,7 +47,7 @@ def test_log_prob_is_the_dense_gaussian(data_dim, latent_dim):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
 
 
-def test_log_prob_keeps_its_digits_at_tiny_noise():
+def test_log_prob_is_accurate_at_tiny_noise():
     ppca, exact = random_ppca(), random_ppca()
     ppca.noise_variance = exact.noise_variance = torch.tensor(1e-8).double()
     x = torch.randn(50, 2).double() @ ppca.weight.mT + ppca.loc + 1e-4 * torch.randn(50, 5).double()
@@ -57,7 +57,7 @@ def test_log_prob_keeps_its_digits_at_tiny_noise():
     torch.testing.assert_close(exact.log_prob(x), marginal(exact).log_prob(x), rtol=1e-5, atol=0)
 
 
-def test_posterior_is_bayes():
+def test_posterior_follows_bayes_rule():
     ppca, x = random_ppca(), torch.randn(20, 5).double()
     posterior = ppca.posterior(x)
     assert posterior.batch_shape == (20,)
@@ -72,7 +72,7 @@ def test_posterior_is_bayes():
 
 
 @pytest.mark.parametrize("latent_dim", [1, 2, 3])
-def test_closed_form_on_iris(iris, latent_dim):
+def test_closed_form_has_the_known_likelihoods_of_iris(iris, latent_dim):
     ppca = PPCA(4, latent_dim).double()
     ppca.fit_closed_form(iris)
     log_likelihood, noise_variance = IRIS[latent_dim]
@@ -81,7 +81,7 @@ def test_closed_form_on_iris(iris, latent_dim):
 
 
 @pytest.mark.parametrize("latent_dim", [1, 2, 3])
-def test_closed_form_is_scikit_learns(iris, latent_dim):
+def test_closed_form_agrees_with_scikit_learn(iris, latent_dim):
     ppca = PPCA(4, latent_dim).double()
     ppca.fit_closed_form(iris)
     theirs = PCA(latent_dim).fit(iris.numpy())
@@ -92,7 +92,7 @@ def test_closed_form_is_scikit_learns(iris, latent_dim):
     assert ppca.log_prob(iris).sum().item() > theirs.score(iris.numpy()) * n
 
 
-def test_closed_form_is_a_maximum(iris):
+def test_gradient_vanishes_at_the_closed_form(iris):
     ppca = PPCA(4, 2).double()
     ppca.fit_closed_form(iris)
     gradients = torch.autograd.grad(
@@ -101,7 +101,7 @@ def test_closed_form_is_a_maximum(iris):
     assert max(g.abs().max().item() for g in gradients) < 1e-8
 
 
-def test_closed_form_with_fewer_data_than_features():
+def test_closed_form_is_right_with_fewer_data_than_features():
     torch.manual_seed(0)
     x = torch.randn(6, 40).double() @ torch.randn(40, 40).double() + 5
     ppca = PPCA(40, 3).double()
@@ -115,7 +115,7 @@ def test_closed_form_with_fewer_data_than_features():
     torch.testing.assert_close(got, torch.tensor(theirs.explained_variance_) * 5 / 6, rtol=1e-9, atol=0)
 
 
-def test_matched_guide_has_no_gap_sample_by_sample(iris):
+def test_matched_guide_gives_constant_log_weights(iris):
     ppca = PPCA(4, 2).double()
     ppca.fit_closed_form(iris)
     exact = ppca.log_prob(iris)
@@ -170,6 +170,6 @@ def test_initialize_depends_on_the_seed_only(iris):
         (lambda: PPCA(3, 1).initialize(torch.full((5, 3), math.inf)), ValueError, "infinite"),
     ],
 )
-def test_bad_calls(call, error, match):
+def test_errors_name_the_argument_and_the_fix(call, error, match):
     with pytest.raises(error, match=match):
         call()

@@ -1,45 +1,71 @@
-"""Pictures of scores: what is on the axes, and that a traversal moves one dimension and nothing else."""
+"""Pictures of measured numbers: what the axes, bars, lines and legends show."""
 
 from __future__ import annotations
 
-import io
 import math
 
-import numpy as np
-import pyro
-import pyro.distributions as dist
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
-from torch import nn
 
 import pyrovae as pv
-from pyrovae.evaluation.collapse import USED_NATS
+from pyrovae.evaluation import select_components, simulation_based_calibration
+from pyrovae.evaluation.calibration import LIKELIHOOD
 from pyrovae.evaluation.gaps import InferenceGaps
-from pyrovae.evaluation.predict import latents
-from pyrovae.plots.pair_plots import DATA
-from pyrovae.plots.score_plots import GREY, can_traverse, plot_gaps, plot_kl, plot_pareto_k, plot_traversal
-
-SHAPE = (2, 3)
-VALUES = torch.linspace(-2.5, 2.5, 11)
-
-
-def drawn(figure):
-    """Draw it, as saving would: what cannot be laid out warns, and warnings are errors."""
-    figure.savefig(io.BytesIO(), dpi=40)
-    return figure
+from pyrovae.evaluation.posterior_collapse import USED_NATS
+from pyrovae.plots.figures import DATA, GREY
+from pyrovae.plots.score_plots import (
+    plot_calibration,
+    plot_gaps,
+    plot_history,
+    plot_kl,
+    plot_pareto_k,
+    plot_selection,
+)
 
 
 def texts(legend_of):
     return [text.get_text() for legend in legend_of for text in legend.get_texts()]
 
 
+# Training
+
+
+HISTORY = [{"epoch": e, "train_bound": -100 / e, "validation_bound": -110 / e - e} for e in range(1, 31)]
+
+
+@pytest.mark.parametrize("epochs", [1, 3, 30])
+@pytest.mark.parametrize("held_out", [False, True])
+def test_history_shows_each_curve_and_its_last_nine_tenths(labelled, epochs, held_out):
+    names = ["train_bound", "validation_bound"][: 1 + held_out]
+    history = [{"epoch": row["epoch"]} | {name: row[name] for name in names} for row in HISTORY[:epochs]]
+    axes = labelled(plot_history(history)).axes[0]
+    assert len(axes.lines) == 1 + held_out
+    low, high = axes.get_ylim()
+    for line, name in zip(axes.lines, names, strict=True):
+        assert list(line.get_xdata()) == [row["epoch"] for row in history]
+        assert list(line.get_ydata()) == [row[name] for row in history]
+        later = [row[name] for row in history[epochs // 10 :]]
+        assert low <= min(later) <= max(later) <= high  # all but the first tenth is in view, both curves
+    assert "nats per datum" in axes.get_ylabel()
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["training data", "held-out data"][
+        : 1 + held_out
+    ]
+    assert all(float(tick).is_integer() for tick in axes.get_xticks())
+    if epochs == 1:
+        assert all(line.get_marker() == "o" for line in axes.lines)  # a line of one point would not show
+
+
+def test_a_constant_history_can_be_drawn(labelled):
+    labelled(plot_history([{"epoch": e, "train_bound": -3.0} for e in (1, 2)]))
+
+
 # KL of each dimension
 
 
-def test_kl_has_a_bar_for_each_dimension_largest_first():
-    (axes,) = drawn(plot_kl({"z": [0.2, 1.0, 0.5]})).axes
+def test_kl_has_a_bar_for_each_dimension_largest_first(saved):
+    (axes,) = saved(plot_kl({"z": [0.2, 1.0, 0.5]})).axes
     assert [bar.get_height() for bar in axes.patches] == [1.0, 0.5, 0.2]
     assert axes.get_title() == f"z: 3 of 3 dimensions above {USED_NATS:g} nats"
     assert axes.get_xlabel() == "dimensions of z, by KL"
@@ -48,8 +74,8 @@ def test_kl_has_a_bar_for_each_dimension_largest_first():
     assert axes.get_xticks().tolist() == [1, 2, 3]
 
 
-def test_dead_units_are_grey_marked_and_counted():
-    (axes,) = drawn(plot_kl({"z": [0.001, 0.5, -0.002, USED_NATS]})).axes
+def test_unused_dimensions_are_grey_marked_and_counted(saved):
+    (axes,) = saved(plot_kl({"z": [0.001, 0.5, -0.002, USED_NATS]})).axes
     assert [bar.get_height() for bar in axes.patches] == [0.5, USED_NATS, 0.001, 0.0]  # none below 0
     assert [to_hex(bar.get_facecolor()) for bar in axes.patches] == [DATA, GREY, GREY, GREY]
     (marks,) = axes.lines
@@ -58,8 +84,8 @@ def test_dead_units_are_grey_marked_and_counted():
     assert axes.get_title().startswith("z: 1 of 4")
 
 
-def test_kl_of_each_latent_has_a_panel():
-    figure = drawn(plot_kl({"z1": [3.0, 0.0], "z2": [0.0], "z3": [1.0] * 40}))
+def test_kl_of_each_latent_has_a_panel(saved):
+    figure = saved(plot_kl({"z1": [3.0, 0.0], "z2": [0.0], "z3": [1.0] * 40}))
     assert [len(axes.patches) for axes in figure.axes] == [2, 1, 40]
     assert [axes.get_title()[:8] for axes in figure.axes] == ["z1: 1 of", "z2: 0 of", "z3: 40 o"]
     assert figure.axes[1].get_xticks().tolist() == [1]  # no tick where there is no dimension
@@ -69,16 +95,16 @@ def test_kl_of_each_latent_has_a_panel():
 # k̂
 
 
-def test_khat_histogram_counts_every_finite_one():
+def test_khat_histogram_counts_every_finite_one(saved):
     k = torch.cat([torch.linspace(-0.9, 1.4, 50), torch.tensor([math.inf, math.inf, -math.inf])])
-    (axes,) = drawn(plot_pareto_k(k)).axes
+    (axes,) = saved(plot_pareto_k(k)).axes
     assert sum(bar.get_height() for bar in axes.patches) == 50
     assert "53 data" in axes.get_title()
     assert "1 of them: no tail" in axes.get_title()
     assert "2 of them: no fit" in axes.get_title()
     assert sorted(line.get_xdata()[0] for line in axes.lines) == [0.5, 0.7]
     assert texts([axes.get_legend()]) == ["0.5", "0.7: unreliable above"]
-    few = drawn(plot_pareto_k(k, threshold=0.5 + 1 / 6)).axes[0]  # of a thousand samples
+    few = saved(plot_pareto_k(k, threshold=0.5 + 1 / 6)).axes[0]  # of a thousand samples
     assert texts([few.get_legend()]) == ["0.5", "0.67: unreliable above"]
     low, high = axes.get_xlim()
     assert low < -0.9
@@ -86,14 +112,14 @@ def test_khat_histogram_counts_every_finite_one():
 
 
 @pytest.mark.parametrize(("value", "text"), [(-math.inf, "no tail"), (math.inf, "no fit")])
-def test_khat_all_infinite(value, text):
-    (axes,) = drawn(plot_pareto_k(torch.full((7,), value))).axes
+def test_khat_counts_infinite_values_in_the_title(saved, value, text):
+    (axes,) = saved(plot_pareto_k(torch.full((7,), value))).axes
     assert sum(bar.get_height() for bar in axes.patches) == 0
     assert axes.get_title() == f"k̂ of 7 data\n7 of them: {text} (k̂ = {'−' * (value < 0)}∞)"
 
 
-def test_khat_finite_ones_need_no_remark():
-    (axes,) = drawn(plot_pareto_k(torch.tensor([0.1], dtype=torch.float32))).axes
+def test_khat_title_is_one_line_where_all_are_finite(saved):
+    (axes,) = saved(plot_pareto_k(torch.tensor([0.1], dtype=torch.float32))).axes
     assert axes.get_title() == "k̂ of 1 data"
 
 
@@ -106,8 +132,8 @@ def gaps(approximation, amortization, error=0.01):
     return InferenceGaps(1, 1, -1.0, 0.0, "exact", *parts, none, none, none, 1, True)
 
 
-def test_gaps_are_stacked_one_bar_a_pair():
-    figure = drawn(plot_gaps({"VAE": gaps(0.2, 0.1), "IWAE": gaps(0.05, 0.3)}))
+def test_gaps_are_stacked_one_bar_a_pair(saved):
+    figure = saved(plot_gaps({"VAE": gaps(0.2, 0.1), "IWAE": gaps(0.05, 0.3)}))
     (axes,) = figure.axes
     first, second = axes.patches[:2], axes.patches[2:]
     assert [bar.get_width() for bar in first] == [0.2, 0.05]
@@ -121,15 +147,15 @@ def test_gaps_are_stacked_one_bar_a_pair():
     assert axes.get_xlim()[1] > 0.35 + math.hypot(0.01, 0.01)
 
 
-def test_a_gap_below_zero_by_chance_is_no_bar():
-    (axes,) = drawn(plot_gaps({"VAE": gaps(-0.01, 0.1)})).axes
+def test_a_gap_below_zero_by_chance_is_no_bar(saved):
+    (axes,) = saved(plot_gaps({"VAE": gaps(-0.01, 0.1)})).axes
     assert [bar.get_width() for bar in axes.patches] == [0, 0.1]
     assert axes.patches[1].get_x() == 0
 
 
 @pytest.mark.parametrize("count", [1, 2, 6])
-def test_the_legend_covers_nothing(count):
-    figure = drawn(plot_gaps({f"pair {i}": gaps(0.2, 0.1) for i in range(count)}))
+def test_the_legend_lies_below_the_axes(saved, count):
+    figure = saved(plot_gaps({f"pair {i}": gaps(0.2, 0.1) for i in range(count)}))
     renderer = FigureCanvasAgg(figure).get_renderer()
     legend = figure.legends[0].get_window_extent(renderer)
     assert not legend.overlaps(figure.axes[0].get_tightbbox(renderer))
@@ -137,112 +163,48 @@ def test_the_legend_covers_nothing(count):
     assert figure.bbox.containsy(legend.y0)
 
 
-# Traversals
+# Calibration
 
 
-class Layers(pv.Pair):
-    """top → bottom → x, all linear, and beside them a latent ``side`` that goes into x and one for all the data."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        draw = lambda *shape: nn.Parameter(torch.randn(*shape, generator=generator))  # noqa: E731
-        self.down, self.out, self.beside, self.encode = draw(2, 3), draw(3, 6), draw(2, 6), draw(6, 3)
-        self.out.data[2] = 0  # the last dimension of ``bottom`` plays no part
-
-    def model(self, x):
-        shift = pyro.sample("shift", dist.Normal(x.new_zeros(()), 1.0))
-        with pyro.plate("data", len(x)):
-            top = pyro.sample("top", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
-            bottom = pyro.sample("bottom", dist.Normal(top @ self.down, 0.5).to_event(1))
-            side = pyro.sample("side", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
-            rate = pyro.sample("rate", dist.LogNormal(x.new_zeros(3), 1.0).to_event(1))
-            mean = bottom @ self.out + side @ self.beside + shift.unsqueeze(-1) + 0 * rate.sum(-1, keepdim=True)
-            pyro.sample("x", dist.Normal(mean, 1.0).to_event(1), obs=x)
-
-    def guide(self, x):
-        pyro.sample("shift", dist.Normal(self.down[0, 0], 0.1))
-        with pyro.plate("data", len(x)):
-            bottom = pyro.sample("bottom", dist.Normal(x @ self.encode, 0.3).to_event(1))
-            pyro.sample("top", dist.Normal(bottom[..., :2], 0.3).to_event(1))
-            pyro.sample("side", dist.Normal(x[..., :2], 0.3).to_event(1))
-            pyro.sample("rate", dist.LogNormal(x[..., :3], 0.3).to_event(1))
+def test_calibration_shows_the_worst_dimensions_first(labelled):
+    found = simulation_based_calibration(pv.models.VAE(6, 20, hidden_dims=(4,)), num_simulations=200)
+    for kind in ("histogram", "ecdf"):
+        figure = labelled(plot_calibration(found, kind=kind))
+        assert len(figure.axes) == 12
+    assert "the worst 12 of 21 dimensions" in figure.get_suptitle()
+    panels = sorted((p, i) for i, p in enumerate(found.tests["z"].p_values + found.tests[LIKELIHOOD].p_values))
+    label = LIKELIHOOD if panels[0][1] == 20 else f"z[{panels[0][1]}]"
+    assert figure.axes[0].get_title().startswith(f"{label}: p = ")
 
 
-def cells(figure, rows):
-    """The images, (rows, columns, H, W), out of the one grid that is shown."""
-    grid = np.asarray(figure.axes[0].images[0].get_array())
-    height, width = SHAPE
-    cut = [[grid[r : r + height, c : c + width] for c in range(0, grid.shape[1], width + 1)] for r in row_tops(rows)]
-    return torch.from_numpy(np.array(cut))
+def test_calibration_bars_count_every_simulation():
+    found = simulation_based_calibration(pv.models.GMM(2, 2), num_simulations=200)
+    for axes in plot_calibration(found).axes:
+        heights = [bar.get_height() for bar in axes.patches if bar.get_height() > 1]
+        assert sum(heights) >= 200  # the bars, and the band
 
 
-def row_tops(rows):
-    return range(0, rows * (SHAPE[0] + 1), SHAPE[0] + 1)
+def test_calibration_has_two_kinds_of_picture():
+    found = simulation_based_calibration(pv.models.GMM(2, 2), num_simulations=20)
+    with pytest.raises(ValueError, match=r"kind: .*'pie'"):
+        plot_calibration(found, kind="pie")
 
 
-@pytest.fixture
-def case():
-    pair, x = Layers(), torch.randn(4, 6)
-    return pair, x, latents(pair, x[:1], mean=True, seed=0)
+# Numbers of components
 
 
-def expected(pair, z, name, dimension):
-    """By hand, (11, H, W): the moved latent, what lies below it at its mean, the others where they were."""
-    z = {site: value.expand(11, -1).clone() if value.dim() == 2 else value for site, value in z.items()}
-    z[name][:, dimension] = VALUES
-    if name == "top":
-        z["bottom"] = z["top"] @ pair.down
-    return (z["bottom"] @ pair.out + z["side"] @ pair.beside + z["shift"]).detach().reshape(11, *SHAPE)
+def test_selection_has_a_panel_for_each_criterion_and_rings_the_best(labelled):
+    labels = torch.arange(90) % 3
+    x = 8.0 * torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])[labels] + torch.randn(90, 2)
+    makers = {c: lambda k, c=c: pv.models.GMM(k, 2, covariance=c) for c in ("spherical", "diag")}
+    figure = labelled(plot_selection(select_components(makers, x, (2, 3, 4), restarts=3)))
+    assert [axes.get_title().split(":")[0] for axes in figure.axes] == ["BIC", "ICL", "AIC"]
+    rings = [line for line in figure.axes[0].lines if line.get_markersize() == 13]
+    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in rings] == [(3, 0)]
 
 
-@pytest.mark.parametrize(
-    ("name", "dimensions"), [("bottom", [2, 0]), ("bottom", [1]), ("side", [0, 1]), ("top", [1, 0]), ("top", [0])]
-)
-def test_one_dimension_moves_and_the_rest_stays(case, name, dimensions):
-    pair, x, means = case
-    figure = drawn(plot_traversal(pair, x, name, SHAPE, dimensions=dimensions))
-    found = cells(figure, len(dimensions))
-    for row, dimension in zip(found, dimensions, strict=True):
-        torch.testing.assert_close(row.float(), expected(pair, means, name, dimension))
-    axes = figure.axes[0]
-    assert [label.get_text() for label in axes.get_yticklabels()] == [f"{name}[{d}]" for d in dimensions]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["−2.5", "0", "2.5"]
-    for tick, top in zip(axes.get_yticks(), row_tops(len(dimensions)), strict=True):
-        assert tick == top + (SHAPE[0] - 1) / 2  # the middle of its row
-
-
-def test_a_dimension_without_effect_is_a_row_of_equal_images(case):
-    pair, x, _ = case
-    dead, live = cells(plot_traversal(pair, x, "bottom", SHAPE, dimensions=[2, 0]), 2)
-    assert bool((dead == dead[0]).all())
-    assert not bool((live == live[0]).all())
-
-
-def test_traversal_of_pairs_that_are_there(case):
-    torch.manual_seed(0)
-    vae = pv.models.VAE(6, 3, hidden_dims=(5,))
-    iwae = pv.models.IWAE(6, (3, 2), hidden_dims=((5,), (4,)))
-    x = torch.rand(3, 6).round()
-    for pair, name in ((vae, "z"), (iwae, "z1"), (iwae, "z2")):
-        state = torch.get_rng_state()
-        images = cells(plot_traversal(pair, x, name, SHAPE, dimensions=[1, 0], steps=5), 2)
-        assert torch.equal(torch.get_rng_state(), state)
-        assert images.shape == (2, 5, *SHAPE)
-        assert bool(((images > 0) & (images < 1)).all())
-        assert all(not torch.equal(images[row, 0], images[row, -1]) for row in (0, 1))  # each layer moves the image
-        again = cells(plot_traversal(pair, x, name, SHAPE, dimensions=[1, 0], steps=5), 2)
-        assert torch.equal(images, again)  # nothing in it is drawn
-
-
-def test_only_real_latents_of_each_datum_are_traversed(case):
-    pair, x, _ = case
-    state = torch.get_rng_state()
-    assert {name: can_traverse(pair, x, name) for name in ("top", "bottom", "side", "rate", "shift")} == {
-        "top": True,
-        "bottom": True,
-        "side": True,
-        "rate": False,  # −2.5 is no value of it
-        "shift": False,  # one for all the data
-    }
-    assert torch.equal(torch.get_rng_state(), state)
+def test_selection_rings_nothing_where_every_fit_has_collapsed(labelled):
+    x = torch.cat([torch.randn(40, 1), torch.full((5, 1), 9.0)])  # five equal rows: a component on them collapses
+    found = select_components(lambda k: pv.models.GMM(k, 1), x, [2], restarts=5)
+    assert not found.winners()
+    assert all(line.get_markersize() != 13 for axes in labelled(plot_selection(found)).axes for line in axes.lines)

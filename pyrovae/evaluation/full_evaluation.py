@@ -1,4 +1,4 @@
-"""Everything that is measured of a pair, by one call."""
+"""Evaluation by one call: the scores of a pair, and every other quantity on demand."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 from pyrovae.checks import check_choice, check_data
 from pyrovae.evaluation.ais import annealed_evidence, bidirectional_evidence
 from pyrovae.evaluation.calibration import simulation_based_calibration
-from pyrovae.evaluation.collapse import collapse
 from pyrovae.evaluation.decomposition import kl_decomposition
 from pyrovae.evaluation.gaps import inference_gaps
+from pyrovae.evaluation.measurement import NotApplicable, prepared
 from pyrovae.evaluation.mixtures import check_labels, mixture_scores
-from pyrovae.evaluation.predictive import posterior_predictive_check
-from pyrovae.evaluation.prepare import NotApplicable, prepared
+from pyrovae.evaluation.posterior_collapse import collapse
+from pyrovae.evaluation.predictive_check import posterior_predictive_check
 from pyrovae.evaluation.scores import Scores, importance_scores
 from pyrovae.pair import Pair
 
@@ -33,10 +33,9 @@ ALSO: dict[str, tuple[Callable[..., Any], int | None]] = {
     "posterior_predictive_check": (posterior_predictive_check, None),
     "mixture_scores": (mixture_scores, None),
 }
-"""What :func:`evaluate` measures on demand, and on how many data at most: the functions of these names, with their
-defaults. For other settings call them."""
-OF_THE_MODEL = ("bidirectional_evidence", "simulation_based_calibration")  # they make their own data
-OF_TWO_DATA = ("collapse", "kl_decomposition")  # what z tells about which datum it is of
+"""What :func:`evaluate` measures on demand: functions with their default settings, and the most data each takes."""
+OF_THE_MODEL = ("bidirectional_evidence", "simulation_based_calibration")  # these draw their own data
+OF_TWO_DATA = ("collapse", "kl_decomposition")  # these ask which datum z encodes, so they need two
 
 
 def evaluate(
@@ -51,7 +50,7 @@ def evaluate(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Scores:
-    """Score a pair on data by importance sampling from its guide; on demand, by everything else that there is.
+    """Score a pair on data by importance sampling from its guide, and measure other quantities on demand.
 
     Data and samples are taken in chunks, so memory does not grow with N · K.
 
@@ -60,11 +59,12 @@ def evaluate(
         x: data, shape (N, D).
         num_samples: importance samples K a datum.
         also: names of ``ALSO``, or ``"all"``. Quantities that do not apply to the pair are left out, and named.
-            ``inference_gaps`` takes at most 500 of the data and ``annealed_evidence`` 100, drawn by ``seed``.
+            ``inference_gaps`` takes at most 500 of the data and ``annealed_evidence`` 100, drawn by ``seed``. Call
+            the functions themselves for other settings.
         labels: classes of the data, for ``mixture_scores``.
         binarize: draw pixels in [0, 1] as 0 or 1 first, once.
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``.
-        seed: of the samples. The caller's random state is left as it was.
+        seed: seed of everything that is drawn. The caller's random state is left as it was.
         progress: show a bar; None shows it on a terminal.
 
     Raises:
@@ -83,7 +83,6 @@ def evaluate(
     scores = importance_scores(
         pair, x, num_samples=num_samples, binarize=binarize, device=device, seed=seed, progress=progress
     )
-    settings = {"device": device, "seed": seed}
     if binarize and names:  # all that follows is measured on the same data
         with prepared(pair, x, binarize=True, device=device, seed=seed) as rows:
             x = rows.to(x.device)
@@ -92,24 +91,19 @@ def evaluate(
             scores.left_out[name] = f"{name} needs two data or more to tell apart; {type(pair).__name__} was given one."
             continue
         function, most = ALSO[name]
-        more: dict[str, Any] = settings | ({} if name == "mixture_scores" else {"progress": progress})
+        settings: dict[str, Any] = {"device": device, "seed": seed}
+        settings |= {"labels": labels} if name == "mixture_scores" else {"progress": progress}
         try:
             if name in OF_THE_MODEL:
-                scores.also[name] = function(pair, data_dim=x.shape[1], **more)
-            else:
-                more |= {"labels": labels} if name == "mixture_scores" else {}
-                chosen = _some(len(x), most, seed)
-                found = function(pair, x[chosen], **more)
-                if name == "annealed_evidence" and scores.log_evidence_per_datum is not None:
-                    found = replace(found, by_importance=float(scores.log_evidence_per_datum[chosen].mean()))
-                scores.also[name] = found
+                scores.also[name] = function(pair, data_dim=x.shape[1], **settings)
+                continue
+            chosen = torch.arange(len(x))
+            if most is not None and len(x) > most:
+                chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:most]
+            found = function(pair, x[chosen], **settings)
+            if name == "annealed_evidence" and scores.log_evidence_per_datum is not None:
+                found = replace(found, by_importance=float(scores.log_evidence_per_datum[chosen].mean()))
+            scores.also[name] = found
         except NotApplicable as reason:
             scores.left_out[name] = str(reason)
     return scores
-
-
-def _some(num_data: int, most: int | None, seed: int) -> Tensor:
-    """Which data: all, or ``most`` of them."""
-    if most is None or num_data <= most:
-        return torch.arange(num_data)
-    return torch.randperm(num_data, generator=torch.Generator().manual_seed(seed))[:most]

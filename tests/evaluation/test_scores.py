@@ -11,11 +11,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from evaluation_pairs import GlobalMean
 from torch import nn
 
 import pyrovae as pv
-from pyrovae.evaluation import decode, evaluate, latents, reconstruct, sample, scores
-from pyrovae.evaluation.traces import FLOATS_PER_CHUNK
+from pyrovae.evaluation import decode, evaluate, importance_sampling, latents, measurement, reconstruct, sample, scores
+from pyrovae.evaluation.measurement import FLOATS_PER_CHUNK
 from pyrovae.infer import log_weight_terms, log_weights
 from pyrovae.infer.program import Program
 
@@ -24,7 +25,7 @@ NUM_SE = 5  # standard errors allowed in statistical tests
 
 @pytest.fixture(autouse=True)
 def one_thread(guard_globals):
-    """These tensors are tiny: threads would only wait for each other."""
+    """Use one thread: these tensors are tiny, and threads would wait for each other."""
     torch.set_num_threads(1)
 
 
@@ -78,37 +79,11 @@ class LinearGaussian(pv.Pair):
 
 
 class DeltaGuide(LinearGaussian):
-    """Its guide is the posterior mean itself, so every number is exact whatever the chunks."""
+    """The pair whose guide is the posterior mean itself, so every number is exact whatever the chunks."""
 
     def guide(self, x):
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Delta(self.moments(x)[0]).to_event(1))
-
-
-class GlobalMean(pv.Pair):
-    """mu ~ N(0, 3²), x ~ N(mu, 1). The guide is the exact posterior of the data given, widened."""
-
-    data_dim = 1
-
-    def __init__(self, x, widen=1.0):
-        super().__init__()
-        variance = 1 / (len(x) + 1 / 9)
-        self.loc = nn.Parameter(x.sum() * variance)
-        self.scale = math.sqrt(variance) * widen
-
-    def model(self, x):
-        mu = pyro.sample("mu", dist.Normal(x.new_zeros(()), 3.0))
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.Normal(mu.unsqueeze(-1), 1.0).to_event(1), obs=x)
-
-    def guide(self, x):
-        pyro.sample("mu", dist.Normal(self.loc, self.scale))
-
-    def evidence(self, x):
-        n, x = len(x), x.double()
-        covariance = torch.eye(n, dtype=torch.float64) + 9.0
-        zero = torch.zeros(n, dtype=torch.float64)
-        return torch.distributions.MultivariateNormal(zero, covariance).log_prob(x[:, 0]).item() / n
 
 
 def draw(pair, count, seed=0):
@@ -116,14 +91,14 @@ def draw(pair, count, seed=0):
 
 
 def standard_error(terms, num_samples):
-    """Of the mean over data and ``num_samples`` samples of terms (K, N)."""
+    """Return the standard error of the mean of terms (K, N) over data and ``num_samples`` samples."""
     return (terms.double().var(0).sum() / num_samples).sqrt().item() / terms.shape[1]
 
 
 # Against exact answers
 
 
-def test_exact_guide_leaves_no_error():
+def test_exact_guide_has_no_monte_carlo_error():
     """Where q is the posterior every weight is p(x): no Monte Carlo error, and ELBO = evidence = log likelihood."""
     pair = LinearGaussian()
     x = draw(pair, 50)
@@ -178,7 +153,7 @@ def test_more_samples_tighten_the_evidence_toward_the_truth():
 
 
 @pytest.mark.parametrize(("count", "missing"), [(1, True), (24, True), (25, False)])
-def test_a_table_without_k_says_so(count, missing):
+def test_table_says_where_samples_are_too_few_for_k(count, missing):
     pair = LinearGaussian()
     for x in (draw(pair, 10), draw(pair, 1)):
         found = evaluate(pair, x, num_samples=count)
@@ -202,7 +177,7 @@ def test_stated_error_covers_the_truth():
         assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / repeats), z
 
 
-def test_active_units():
+def test_units_are_active_above_the_threshold():
     """A unit with a weight is active, one without is dead; the threshold is on the variance over data of the mean."""
     pair = LinearGaussian()
     x = draw(pair, 200)
@@ -230,8 +205,8 @@ def test_active_units_of_two_layers_are_counted_each():
     assert "KL of z1" in str(found)
 
 
-def test_ppca_with_its_exact_posterior():
-    """A guide with full covariance: no KL per dimension, but exact all the same, and the exact number beside it."""
+def test_ppca_with_its_exact_posterior_is_scored_exactly():
+    """A guide with full covariance has no KL per dimension; the evidence is still exact."""
     x = torch.randn(80, 4, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.5]))
     pair = pv.models.PPCA(4, 2)
     pair.fit_closed_form(x)
@@ -259,7 +234,7 @@ def test_enumerated_mixture_needs_no_samples():
     assert "no sampling" in text
 
 
-def test_discrete_guide():
+def test_discrete_guide_is_scored():
     torch.manual_seed(0)
     pair = pv.models.GMM(3, 2, amortized=True)
     x = torch.randn(50, 2)
@@ -277,8 +252,8 @@ def test_discrete_guide():
 
 
 @pytest.mark.parametrize("widen", [1.0, 1.5])
-def test_global_latent(widen):
-    """One weight for the whole data set; its evidence is still reported per datum."""
+def test_global_latent_has_one_weight_for_all_data(widen):
+    """The whole data set has one weight, and its evidence is still reported per datum."""
     x = torch.randn(150, 1, generator=torch.Generator().manual_seed(0)) + 1  # more than a chunk of local data
     pair = GlobalMean(x, widen)
     found = evaluate(pair, x, num_samples=2000)
@@ -332,7 +307,7 @@ def test_every_datum_gets_every_sample(monkeypatch, floats):
         return terms
 
     monkeypatch.setitem(FLOATS_PER_CHUNK, "cpu", floats)
-    monkeypatch.setattr(scores, "log_weight_terms", counted)
+    monkeypatch.setattr(importance_sampling, "log_weight_terms", counted)
     found = evaluate(pair, x, num_samples=13)
     shapes = [terms.log_weights.shape for terms in calls[1:]]  # the first is a look at the pair
     assert sum(k * n for k, n in shapes) == 13 * 11
@@ -342,11 +317,11 @@ def test_every_datum_gets_every_sample(monkeypatch, floats):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_data_times_samples():
-    """All at once, either call would hold several tensors of 90 MiB; in chunks, their number does not matter."""
+    """Without chunks, either call would hold several tensors of 90 MiB."""
     program = """
 import resource, torch, pyrovae as pv
 from pyrovae.evaluation import evaluate
-from test_evaluate import GlobalMean
+from evaluation_pairs import GlobalMean
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 vae = pv.models.VAE(784, 10, hidden_dims=(16,))
 x, wide = torch.bernoulli(torch.full((300, 784), 0.3)), torch.randn(60_000, 1)
@@ -390,7 +365,7 @@ def test_one_datum_is_scored():
     assert "20 samples each" in str(found)
 
 
-def test_seeds_and_caller_state():
+def test_the_seed_decides_and_the_callers_state_stays():
     pair = LinearGaussian(shift=0.3)
     x = draw(pair, 10)
     torch.manual_seed(5)
@@ -434,7 +409,7 @@ def test_binarize_draws_pixels_at_their_grey_levels():
     assert abs(share - 0.3) < NUM_SE * math.sqrt(0.3 * 0.7 / 10_000)
 
 
-def test_pair_without_data_dim_and_function_pair():
+def test_pair_without_data_dim_and_function_pair_are_scored():
     def model(x):
         loc = pyro.param("loc", torch.zeros(3))
         with pyro.plate("data", len(x)):
@@ -462,7 +437,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_calls(name):
+def test_bad_calls_of_evaluate_are_refused(name):
     make, options, exception, match = BAD[name]
     with pytest.raises(exception, match=match):
         evaluate(make(), **{"x": good, "num_samples": 3} | options)
@@ -483,7 +458,7 @@ PAIRS = {
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_shapes_seeds_and_means(name):
+def test_generated_data_have_right_shapes_seeds_and_means(name):
     pair = PAIRS[name]()
     x = torch.bernoulli(torch.full((5, 6), 0.5))
     for mean in (False, True):
@@ -550,7 +525,7 @@ def test_samples_follow_the_model():
         (lambda pair: reconstruct(pair, torch.zeros(2, 5).int()), TypeError, "x: .*torch.int32"),
     ],
 )
-def test_bad_calls_of_predictions(call, exception, match):
+def test_bad_calls_of_generation_are_refused(call, exception, match):
     with pytest.raises(exception, match=match):
         call(LinearGaussian())
 
@@ -571,7 +546,7 @@ class WithDeterministic(LinearGaussian):
             pyro.sample("z", dist.Normal(loc, scale).to_event(1))
 
 
-def test_a_deterministic_value_is_no_data_and_no_latent():
+def test_deterministic_value_is_neither_data_nor_latent():
     pair, plain, x = WithDeterministic(), LinearGaussian(), torch.randn(4, 5)
     assert list(latents(pair, x)) == ["z"]
     z = {"z": torch.randn(4, 3)}
@@ -596,7 +571,7 @@ def test_reconstruct_leaves_auxiliary_variables_of_the_guide_out():
     assert torch.equal(reconstruct(Auxiliary(), x, seed=0), reconstruct(LinearGaussian(), x, seed=0))
 
 
-def test_size_of_a_pair_that_does_not_say():
+def test_pair_without_data_dim_needs_it_as_an_argument():
     class NoSize(pv.Pair):
         def model(self, x):
             with pyro.plate("data", len(x)):
@@ -612,8 +587,8 @@ def test_size_of_a_pair_that_does_not_say():
 
 @pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["vae", "iwae", "ppca"])
-def test_compiled_scores_are_the_eager_ones(name, compiles, monkeypatch):
-    """At equal noise, with chunks of data and particles that do not fill up: those stay eager."""
+def test_compiled_scores_equal_the_eager_ones(name, compiles, monkeypatch):
+    """The noise is equal. Chunks of data and particles that do not fill up stay eager."""
     monkeypatch.setitem(FLOATS_PER_CHUNK, "cpu", 400)
     if not compiles:
         monkeypatch.setattr(Program, "compile", lambda self, args: None)
@@ -622,9 +597,9 @@ def test_compiled_scores_are_the_eager_ones(name, compiles, monkeypatch):
     pair = pv.models.REGISTRY[name](6, **options.get(name, {"latent_dim": 3, "hidden_dims": (5,)}))
     x = (torch.rand(11, 6) < 0.5).float()
     eager = pv.evaluate(pair, x, num_samples=47).to_dict()
-    monkeypatch.setattr(scores, "CALLS_WORTH_COMPILING", 1)
+    monkeypatch.setattr(importance_sampling, "CALLS_WORTH_COMPILING", 1)
     made = []
-    monkeypatch.setattr(scores, "Program", lambda *args: made.append(Program(*args)) or made[-1])
+    monkeypatch.setattr(measurement, "Program", lambda *args: made.append(Program(*args)) or made[-1])
     compiled = pv.evaluate(pair, x, num_samples=47).to_dict()
     assert len(made) == 1
     assert made[0].is_compiled == compiles
@@ -643,8 +618,8 @@ def test_a_pair_that_cannot_be_recorded_is_scored_eagerly(monkeypatch):
     torch.manual_seed(0)
     pair = Reads(6, 2, hidden_dims=(4,))
     eager = pv.evaluate(pair, x, num_samples=20)
-    monkeypatch.setattr(scores, "CALLS_WORTH_COMPILING", 1)
-    with pytest.warns(RuntimeWarning, match=r"evaluate runs eagerly: it reads the value of a tensor.*test_evaluate.py"):
+    monkeypatch.setattr(importance_sampling, "CALLS_WORTH_COMPILING", 1)
+    with pytest.warns(RuntimeWarning, match=r"evaluate runs eagerly: it reads the value of a tensor.*test_scores.py"):
         assert pv.evaluate(pair, x, num_samples=20) == eager
 
 
@@ -658,7 +633,7 @@ def test_a_global_latent_says_how_few_samples_its_one_weight_rests_on():
     assert f"NOTE: {few}" in str(wide)
 
 
-def test_nothing_sampled_is_one_number():
+def test_table_has_one_evidence_where_nothing_is_sampled():
     shown = str(evaluate(pv.models.GMM(2, 2), torch.randn(9, 2)))
     assert "log evidence, exact" in shown
     assert "Monte Carlo" not in shown

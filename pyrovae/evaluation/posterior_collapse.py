@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from pyrovae.checks import check_positive
 from pyrovae.evaluation.decomposition import check_counts, mean_over_categories, sampled_parts
-from pyrovae.evaluation.local_guide import LocalGuide, log_prob_of_categories
-from pyrovae.evaluation.predict import mean_or_value
-from pyrovae.evaluation.prepare import NotApplicable, prepared
-from pyrovae.evaluation.traces import log_prob_per_dimension
+from pyrovae.evaluation.guide_densities import GuideDensities, log_prob_of_categories
+from pyrovae.evaluation.measurement import Result, not_applicable, prepared
+from pyrovae.evaluation.sites import log_prob_per_dimension, mean_or_value
 from pyrovae.infer.weights import Structure
 from pyrovae.pair import Pair
 
 __all__ = [
+    "ACTIVE_UNIT_VARIANCE",
     "THRESHOLDS",
     "USED_NATS",
     "Collapse",
@@ -33,21 +33,21 @@ __all__ = [
 ]
 
 USED_NATS = 0.01
-"""A dimension that tells less than this about the data is idle."""
+"""Information of a dimension about the data, in nats, below which it is idle."""
 
 SHARE = 0.99
-"""Of the information: the fewest dimensions that carry it are the ones that count."""
+"""Share of the information that the dimensions in use must carry together."""
 
 ACTIVE_UNIT_VARIANCE = 0.01  # Burda et al. 2016, section 5.2
 THRESHOLDS = tuple(10 ** (step / 4) for step in range(-16, 1))
-"""Of the variance over data of a posterior mean: 1e-4 to 1, four a decade."""
+"""Thresholds for the variance over data of a posterior mean: 1e-4 to 1, four a decade."""
 
 DRAWS_PER_CHUNK = 5000
 
 
 @dataclass(frozen=True, repr=False)
 class LatentCollapse:
-    """One latent. Nats per datum; None, or an empty list, where a quantity does not apply."""
+    """Verdict on one latent. Nats per datum; None, or an empty list, where a quantity does not apply."""
 
     verdict: str
     """``alive``, ``partly collapsed`` or ``collapsed``."""
@@ -56,28 +56,28 @@ class LatentCollapse:
     size: int
     """Dimensions; of a discrete latent, categories."""
     used: int
-    """How many of them the verdict counts."""
+    """How many of them are in use, by the verdict."""
     kl: float | None
     """The latent's term of the ELBO, E_q[log q(z | ...) − log p(z | ...)]."""
-    kl_per_dimension: list[float]
-    """Where prior and guide factorise over dimensions."""
-    information_per_dimension: list[float]
-    """What each dimension tells about the data: what the verdict is about. See :func:`collapse`."""
-    mean_variance: list[float]
+    kl_per_dimension: list[float] = field(default_factory=list)
+    """The same by dimension, where prior and guide factorise over dimensions."""
+    information_per_dimension: list[float] = field(default_factory=list)
+    """Information of each dimension about the data, by which the verdict is made. See :func:`collapse`."""
+    mean_variance: list[float] = field(default_factory=list)
     """Variance over data of each dimension's posterior mean."""
-    active_units: int | None
-    """Dimensions where that exceeds 0.01 (Burda et al. 2016)."""
-    active_units_curve: list[int]
-    """Dimensions where it exceeds each of ``THRESHOLDS``."""
-    usage: list[float]
-    """Of a discrete latent: 1/N Σ_n q(z = k | x_n)."""
+    active_units: int | None = None
+    """Number of dimensions where that exceeds 0.01 (Burda et al. 2016)."""
+    active_units_curve: list[int] = field(default_factory=list)
+    """Number of dimensions where it exceeds each of ``THRESHOLDS``."""
+    usage: list[float] = field(default_factory=list)
+    """1/N Σ_n q(z = k | x_n), of a discrete latent."""
 
     def __repr__(self) -> str:
         return self.text
 
 
 @dataclass(frozen=True, repr=False)
-class Collapse:
+class Collapse(Result):
     """What :func:`collapse` found."""
 
     num_data: int
@@ -85,15 +85,10 @@ class Collapse:
     """Draws of z a datum; 0 where nothing is sampled."""
     latents: dict[str, LatentCollapse]
     thresholds: list[float]
-    """Of each ``active_units_curve``."""
+    """Thresholds of each ``active_units_curve``."""
     notes: list[str] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON."""
-        return asdict(self)
-
-    def __repr__(self) -> str:
-        """A table, for reading."""
+    def _table(self) -> list[str]:
         sampled = f"{self.num_samples} samples each" if self.num_samples else "no sampling"
         lines = [f"{self.num_data} data, {sampled}; nats per datum"]
         lines.append(f"{'latent':<12}{'KL':>9}{'size':>7}{'used':>7}{'active':>8}  verdict")
@@ -108,14 +103,14 @@ class Collapse:
                 + "".join(f"{self.thresholds[i]:>8g}" for i in decades)
             )
             lines += [f"  {name:<41}" + "".join(f"{curve[i]:>8}" for i in decades) for name, curve in curves.items()]
-        return "\n".join([*lines, *(f"NOTE: {note}" for note in self.notes)])
+        return lines
 
 
 def active_units_curve(
     posterior_means: Tensor,  # (N, dims)
     thresholds: Sequence[float] = THRESHOLDS,
 ) -> list[int]:
-    """The number of dimensions whose posterior mean varies over data by more than each threshold (variance).
+    """Count the dimensions whose posterior mean varies over data by more than each threshold (variance).
 
     Burda et al. (2016) count at 0.01. The curve shows how much the count depends on that choice.
 
@@ -125,9 +120,16 @@ def active_units_curve(
     References:
         Burda, Grosse and Salakhutdinov (2016), Importance weighted autoencoders, section 5.2.
     """
-    variance = _check_means(posterior_means).var(0)
+    expected = "posterior_means: expected finite floating-point numbers of shape (N, dims), with N 2 or more; got"
+    if not isinstance(posterior_means, Tensor) or not posterior_means.is_floating_point():
+        raise TypeError(f"{expected} {getattr(posterior_means, 'dtype', type(posterior_means).__name__)}.")
+    if posterior_means.dim() != 2 or len(posterior_means) < 2:
+        raise ValueError(f"{expected} shape {tuple(posterior_means.shape)}.")
+    if not posterior_means.isfinite().all():
+        raise ValueError(f"{expected} {int((~posterior_means.isfinite()).sum())} that are NaN or infinite.")
     for threshold in thresholds:
         check_positive("thresholds", threshold)
+    variance = posterior_means.var(0)
     return [int((variance > threshold).sum()) for threshold in thresholds]
 
 
@@ -139,15 +141,15 @@ def judge_dimensions(
     kl: float | None = None,
     kl_per_dimension: Sequence[float] = (),
 ) -> LatentCollapse:
-    """The verdict on a latent with dimensions, by the rule of :func:`collapse`.
+    """Judge a latent with dimensions, by the rule of :func:`collapse`.
 
     Args:
         information: nats that each dimension tells about the data.
         mean_variance: variance over data of each dimension's posterior mean.
         total: nats that all dimensions together tell, if known.
-        kl, kl_per_dimension: of guide from prior, if known.
+        kl, kl_per_dimension: KL of the guide from the prior, if known.
     """
-    verdict, reason, used = _judge(information, total)
+    verdict, reason, used = _verdict_on_dimensions(information, total)
     return LatentCollapse(
         verdict=verdict,
         text=f"{verdict}: {reason}",
@@ -159,12 +161,11 @@ def judge_dimensions(
         mean_variance=list(mean_variance),
         active_units=sum(value > ACTIVE_UNIT_VARIANCE for value in mean_variance),
         active_units_curve=[sum(value > threshold for value in mean_variance) for threshold in THRESHOLDS],
-        usage=[],
     )
 
 
-def _judge(information: Sequence[float], total: float | None) -> tuple[str, str, int]:
-    """Verdict, reason, and the number of dimensions that count."""
+def _verdict_on_dimensions(information: Sequence[float], total: float | None) -> tuple[str, str, int]:
+    """Return verdict, reason, and the number of dimensions in use."""
     size, together = len(information), sum(max(value, 0.0) for value in information)
     telling = sum(value > USED_NATS for value in information)
     dimensions = "dimension" if size == 1 else "dimensions"
@@ -172,19 +173,15 @@ def _judge(information: Sequence[float], total: float | None) -> tuple[str, str,
         if total is not None and total > 10 * USED_NATS:
             return "partly collapsed", f"none of {size} {dimensions} tells {USED_NATS} nats, all of them {total:.2f}", 0
         return "collapsed", f"no dimension of {size} carries more than {USED_NATS} nats of information", 0
-    carriers, few = (_carriers(information, share) for share in (SHARE, 0.9))
-    nats = f"({together:.2f} nats{'' if size == 1 else ', summed over dimensions'})"  # not of z: dimensions share some
+    carried = list(accumulate(sorted((max(value, 0.0) for value in information), reverse=True)))
+    # The fewest dimensions that carry these shares of the information.
+    carriers, few = (1 + sum(value < share * carried[-1] for value in carried) for share in (SHARE, 0.9))
+    # Dimensions may tell the same thing, so their sum is not the information of z.
+    nats = f"({together:.2f} nats{'' if size == 1 else ', summed over dimensions'})"
     if telling == size and carriers >= 0.9 * size:
         return "alive", f"{'it carries' if size == 1 else f'all {size} dimensions carry'} information {nats}", size
     used = min(carriers, telling)
     return "partly collapsed", f"{used} of {size} dimensions carry 99% of the information {nats}, {few} carry 90%", used
-
-
-def _carriers(information: Sequence[float], share: float) -> int:
-    """The fewest dimensions that carry this share of the information."""
-    largest = sorted((max(value, 0.0) for value in information), reverse=True)
-    carried = list(accumulate(largest))
-    return 1 + next(i for i, value in enumerate(carried) if value >= share * carried[-1])
 
 
 def judge_categories(
@@ -192,7 +189,7 @@ def judge_categories(
     *,
     kl: float | None = None,
 ) -> LatentCollapse:
-    """The verdict on a discrete latent, from the guide's probabilities, or a mixture's responsibilities.
+    """Judge a discrete latent from the guide's probabilities, or from a mixture's responsibilities.
 
     ``collapsed`` where I(n; z) is below 0.01 nats; ``partly collapsed`` where no datum uses some category: none has
     half of its probability there, nor do all together have a whole one, Σ_n q(z = k | x_n) < 1; else ``alive``.
@@ -215,11 +212,7 @@ def judge_categories(
         size=size,
         used=0 if verdict == "collapsed" else size - unused,
         kl=kl,
-        kl_per_dimension=[],
         information_per_dimension=[information],
-        mean_variance=[],
-        active_units=None,
-        active_units_curve=[],
         usage=usage.tolist(),
     )
 
@@ -237,8 +230,8 @@ def collapse(
 ) -> Collapse:
     """Say of each latent whether it is alive, partly collapsed, or collapsed.
 
-    What counts is the information of a dimension, I(n; z_j): how much z_j tells about which datum it encodes. It is
-    at most the dimension's average KL, and unlike it, is 0 for a guide that ignores x but is not the prior. With
+    The verdict goes by the information of a dimension, I(n; z_j): how much z_j tells about which datum it encodes. It
+    is at most the dimension's average KL. Unlike the KL, it is 0 for a guide that ignores x but is not the prior. With
     dimensions in the order of their information:
 
     - ``collapsed``: no dimension tells more than 0.01 nats;
@@ -246,12 +239,12 @@ def collapse(
     - ``partly collapsed``: the others, such as "12 of 50 dimensions carry 99% of the information", and how many of
       these carry 90%.
 
-    The count of active units is given beside it, and is more generous: of a unit Gaussian prior, a variance of 0.01 is
-    met by a KL of 0.005 nats. A rule on the average is one on most data, too: where the KL averages ε, at most a share
-    δ of the data has one above ε/δ (Markov), which is the (ε, δ)-collapse of Lucas et al.
+    The count of active units is given beside it, and is more generous: with a unit Gaussian prior, a KL of 0.005 nats
+    is enough for a variance of 0.01. A rule on the average is one on most data, too: where the KL averages ε, at most a
+    share δ of the data has one above ε/δ (Markov), which is the (ε, δ)-collapse of Lucas et al.
 
-    The information is that of :func:`~pyrovae.evaluation.decomposition.kl_decomposition`, exact but for draws, for a
-    latent whose guide depends on x alone and whose marginals are known. Else (a deeper layer; a Dirichlet) it is
+    For a latent whose guide depends on x alone and whose marginals are known, the information is that of
+    :func:`~pyrovae.evaluation.kl_decomposition`, exact but for draws. Else (a deeper layer; a Dirichlet) it is
     −½ log(1 − R²), with R² the share of the dimension's variance that lies between posterior means E[z_j | x_n], less
     three standard errors; and no more than the KL, where the prior is fixed. Such a posterior mean is an average over
     draws of the layers below; the variance that this average adds is subtracted.
@@ -260,15 +253,10 @@ def collapse(
     pair's exact ``posterior``. Latents outside the plate ``data`` encode no datum and are not judged.
 
     Args:
-        pair: the model and guide. It is left as it was.
-        x: data, shape (N, D), N ≥ 2.
         num_samples: draws of z a datum, 2 or more.
         max_data: draws for the information come from at most this many data, chosen at random; see
-            :func:`~pyrovae.evaluation.decomposition.kl_decomposition`.
-        binarize: draw pixels in [0, 1] as 0 or 1 first, once.
-        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``.
-        seed: of the draws. The caller's random state is left as it was.
-        progress: show a bar; None shows it on a terminal.
+            :func:`~pyrovae.evaluation.kl_decomposition`.
+        pair, x, binarize, device, seed, progress: as in :func:`pyrovae.evaluate`; two data or more.
 
     Raises:
         TypeError, ValueError: bad data or options, before work starts.
@@ -280,19 +268,16 @@ def collapse(
         posterior collapse.
     """
     check_counts(num_samples, max_data)
-    with prepared(pair, x, binarize=binarize, device=device, seed=seed) as x, torch.no_grad():
-        if len(x) < 2:
-            raise ValueError(f"x: expected at least 2 data, which z can tell apart; got {len(x)}.")
+    with prepared(pair, x, at_least=2, binarize=binarize, device=device, seed=seed) as x, torch.no_grad():
         structure = Structure.of(pair.model, pair.guide, (x[:2],), {})
-        summed_out = _mixture(pair, x, structure)
-        if summed_out:
+        if summed_out := _mixture_verdict(pair, x, structure):
             return Collapse(len(x), 0, summed_out, list(THRESHOLDS))
-        guide = LocalGuide.of(pair, x, "collapse")
-        measured = _measure(guide, x, num_samples)
+        guide = GuideDensities.of(pair, x, "collapse")
+        moments = _moments(guide, x, num_samples)
         parts = sampled_parts(guide, x, num_samples, min(len(x), max_data), progress, joint=False)
         latents, notes = {}, []
         for name, latent in guide.latents.items():
-            one = measured[name]
+            one = moments[name]
             if latent.alone and latent.is_category:
                 probs = log_prob_of_categories(guide, x, name)[1].exp().mT
                 latents[name] = judge_categories(probs, kl=one.kl)
@@ -316,18 +301,15 @@ def collapse(
                 kl_per_dimension=one.kl_per_dimension,
             )
         if not latents:
-            raise NotApplicable(
-                f"collapse does not apply to {type(pair).__name__}: {'; '.join(notes)}. Sum the category out, or let "
-                "its guide depend on x alone."
-            )
-        left_out = [*structure.enumerated, *guide.outside]
-        if left_out:
+            reason = f"{'; '.join(notes)}. Sum the category out, or let its guide depend on x alone."
+            raise not_applicable("collapse", pair, reason)
+        if left_out := [*structure.enumerated, *guide.outside]:
             notes.append(f"not judged, as the guide has no value a datum of it: {', '.join(left_out)}")
         return Collapse(len(x), num_samples, latents, list(THRESHOLDS), notes)
 
 
-def _mixture(pair: Pair, x: Tensor, structure: Structure) -> dict[str, LatentCollapse]:
-    """The verdict on the one latent of a pair whose guide has none, from its exact posterior."""
+def _mixture_verdict(pair: Pair, x: Tensor, structure: Structure) -> dict[str, LatentCollapse]:
+    """Judge the one latent of a mixture whose guide samples nothing, from its exact posterior; else nothing."""
     if len(structure.enumerated) != 1 or pair.posterior is None:
         return {}
     posteriors: list[Any] = [pair.posterior(rows) for rows in x.split(1000)]
@@ -337,8 +319,8 @@ def _mixture(pair: Pair, x: Tensor, structure: Structure) -> dict[str, LatentCol
 
 
 @dataclass(frozen=True)
-class _Measured:
-    """One latent, over all data."""
+class _Moments:
+    """Means and variances of one latent, over all data."""
 
     means: Tensor
     """E[z | x_n], averaged over draws of the latents that z depends on, (N, dims)."""
@@ -354,6 +336,7 @@ class _Measured:
         return (self.means.var(0) - self.noise).clamp(min=0)
 
     def information_from_variances(self, *, bounded: bool) -> list[float]:
+        """Return −½ log(1 − R²) of each dimension; with ``bounded``, no more than its KL."""
         error = self.noise * math.sqrt(2 / (len(self.means) - 1))
         between = (self.mean_variance - 3 * error).clamp(min=0)
         share = between / (between + self.within).clamp(min=torch.finfo(between.dtype).tiny)
@@ -363,7 +346,7 @@ class _Measured:
         return found
 
 
-def _measure(guide: LocalGuide, x: Tensor, num_samples: int) -> dict[str, _Measured]:
+def _moments(guide: GuideDensities, x: Tensor, num_samples: int) -> dict[str, _Moments]:
     means: dict[str, list[Tensor]] = defaultdict(list)
     sums: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
     for rows in x.split(max(1, DRAWS_PER_CHUNK // num_samples)):
@@ -381,37 +364,17 @@ def _measure(guide: LocalGuide, x: Tensor, num_samples: int) -> dict[str, _Measu
                     sums[name, "dims"].append(dims.mean(0).sum(0))
             if latent.is_category:
                 continue
-            z = _as_dimensions(guide, value, fn)
-            mean = _as_dimensions(guide, mean_or_value(fn, value).expand(value.shape), fn)
+            mean = mean_or_value(fn, value).expand(value.shape)
+            z, mean = (guide.arranged(part, len(fn.event_shape)).double() for part in (value, mean))
             means[name].append(mean.mean(0))
             sums[name, "within"].append(z.var(0).sum(0))
             sums[name, "noise"].append(mean.var(0).sum(0) / num_samples)
     total = {key: torch.stack(values).sum(0) / len(x) for key, values in sums.items()}
     none = torch.zeros(0)
-    return {
-        name: _Measured(
-            torch.cat(means[name]) if name in means else none,
-            total.get((name, "noise"), none),
-            total.get((name, "within"), none),
-            float(total[name, "kl"]) if (name, "kl") in total else None,
-            total[name, "dims"].tolist() if (name, "dims") in total else [],
-        )
-        for name in guide.latents
-    }
 
+    def moments(name: str) -> _Moments:
+        mean = torch.cat(means[name]) if name in means else none
+        noise, within, kl, dims = (total.get((name, kind), none) for kind in ("noise", "within", "kl", "dims"))
+        return _Moments(mean, noise, within, float(kl) if kl is not none else None, dims.tolist())
 
-def _as_dimensions(guide: LocalGuide, value: Tensor, fn: Any) -> Tensor:
-    """(draws, data, dimensions), in float64."""
-    event_dim = len(fn.event_shape)
-    return guide.arranged(value.flatten(-event_dim) if event_dim else value.unsqueeze(-1)).double()
-
-
-def _check_means(posterior_means: Any) -> Tensor:
-    expected = "posterior_means: expected finite floating-point numbers of shape (N, dims), with N 2 or more; got"
-    if not isinstance(posterior_means, Tensor) or not posterior_means.is_floating_point():
-        raise TypeError(f"{expected} {getattr(posterior_means, 'dtype', type(posterior_means).__name__)}.")
-    if posterior_means.dim() != 2 or len(posterior_means) < 2:
-        raise ValueError(f"{expected} shape {tuple(posterior_means.shape)}.")
-    if not posterior_means.isfinite().all():
-        raise ValueError(f"{expected} {int((~posterior_means.isfinite()).sum())} that are NaN or infinite.")
-    return posterior_means
+    return {name: moments(name) for name in guide.latents}

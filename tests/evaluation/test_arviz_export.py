@@ -16,10 +16,9 @@ import torch
 from torch import nn
 
 import pyrovae as pv
-from pyrovae.evaluation import draws, inference_data
-from pyrovae.evaluation.inference_data import to_arviz
-from pyrovae.evaluation.prepare import NotApplicable
-from pyrovae.evaluation.traces import FLOATS_PER_CHUNK
+from pyrovae.evaluation import arviz_export
+from pyrovae.evaluation.arviz_export import to_arviz
+from pyrovae.evaluation.measurement import FLOATS_PER_CHUNK, NotApplicable
 from pyrovae.infer.weights import log_weights
 
 with warnings.catch_warnings():
@@ -118,14 +117,14 @@ class TwoCategories(pv.Pair):
 
 
 def near(values, exact, axis):
-    """The mean of draws along ``axis`` equals ``exact`` to NUM_SE standard errors."""
+    """Check that the mean of draws along ``axis`` equals ``exact`` to NUM_SE standard errors."""
     values = np.asarray(values, dtype=np.float64)
     error = values.std(axis, ddof=1) / math.sqrt(values.shape[axis]) + 1e-6
     np.testing.assert_array_less(np.abs(values.mean(axis) - np.asarray(exact)) / error, NUM_SE)
 
 
 def near_probability(hits, exact):
-    """The share of hits along axis 0 equals ``exact``; a rare event may happen a few times more."""
+    """Check that the share of hits along axis 0 equals ``exact``; a rare event may happen a few times more."""
     count, exact = len(hits), np.asarray(exact)
     error = NUM_SE * (np.sqrt(exact * (1 - exact) / count) + 1 / count)
     np.testing.assert_array_less(np.abs(hits.mean(0) - exact), error)
@@ -240,7 +239,7 @@ def test_enumerated_latents_are_drawn_jointly_given_those_sampled():
     near(idata.posterior_predictive.x.values[0] - mean[..., None], np.zeros((6, 2)), 0)
 
 
-def test_amortized_discrete_guide():
+def test_draws_of_an_amortized_category_follow_its_guide():
     x = data(30, 2)
     pair = pv.models.GMM(3, 2, amortized=True)
     idata = to_arviz(pair, x, num_draws=2000)
@@ -263,7 +262,7 @@ def test_one_chain_for_each_pair():
     assert not np.array_equal(*to_arviz([pairs[0]] * 2, x, num_draws=3).posterior.z.values)
 
 
-def test_a_pair_of_functions():
+def test_a_pair_of_functions_is_exported():
     def model(x):
         loc = pyro.param("loc", lambda: torch.zeros(()))
         with pyro.plate("data", len(x)):
@@ -281,7 +280,7 @@ def test_a_pair_of_functions():
 
 @pytest.mark.parametrize("floats", [1, 60, 700])
 def test_chunks_change_nothing_but_noise(monkeypatch, floats):
-    """Down to one draw of one datum at a time; where the guide is the posterior, every weight is the evidence."""
+    """Chunks go down to one draw of one datum; where the guide is the posterior, every weight is the evidence."""
     monkeypatch.setitem(FLOATS_PER_CHUNK, "cpu", floats)
     x = data(7, 2)
     pair = Wide()
@@ -335,14 +334,14 @@ def test_marginal_log_likelihood_estimates_the_evidence(num_samples):
 def test_each_draw_leaves_out_its_own_weight():
     log_weight = torch.randn(6, 4, dtype=torch.float64) * 3
     log_weight[2, 1] += 200  # nearly all of the sum
-    found = draws._without_own(log_weight)
+    found = arviz_export._evidence_from_others(log_weight)
     for s in range(6):
         others = torch.cat([log_weight[:s], log_weight[s + 1 :]])
         assert torch.allclose(found[s], others.logsumexp(0) - math.log(5), rtol=1e-12)
 
 
 def test_k_hat_of_loo_is_that_of_the_weights():
-    """A guide narrower than the posterior: heavy weights. What az.loo warns of is the tail of the weights."""
+    """A guide narrower than the posterior has heavy weights, and az.loo warns of their tail."""
     x = data(40, 2)
     idata = to_arviz(Wide(widen=0.7), x, num_draws=2000, num_samples=1)
     with warnings.catch_warnings():
@@ -355,7 +354,7 @@ def test_k_hat_of_loo_is_that_of_the_weights():
 
 @pytest.mark.parametrize("scale", [1, 20])
 def test_weights_that_differ_by_rounding_raise_no_warning(scale):
-    """The guide is the posterior, and the pair has no log_prob to say so."""
+    """The guide is the posterior, but the pair has no ``log_prob``, so rounding makes the weights differ."""
     x = scale * data(40, 2)
     pair = Wide()
     assert az.loo(to_arviz(pair, x)).elpd_loo == pytest.approx(pair.evidence(x).sum(), rel=1e-5)
@@ -375,7 +374,7 @@ def test_conditional_log_likelihood_is_that_at_the_draws():
 
 
 def test_enumerated_latents_are_summed_out_of_weights():
-    """As the one place that computes weights does it."""
+    """The weights are those of ``log_weights``."""
     pair, x = TwoCategories(), data(6, 2)
     idata = to_arviz(pair, x, num_draws=2000)
     with torch.no_grad():
@@ -477,7 +476,7 @@ def test_netcdf_round_trip(tmp_path, make):
 # State, options, errors
 
 
-def test_everything_is_left_as_it_was():
+def test_pair_and_random_state_are_left_as_they_were():
     x = data(6, 2)
     pair = Wide().double()
     before, grad = torch.get_rng_state(), torch.is_grad_enabled()
@@ -506,7 +505,7 @@ def test_pixels_are_binarised_once_for_all_chains():
 def test_arviz_is_imported_late_and_its_announcement_kept_back(tmp_path):
     code = (
         "import sys, torch, pyrovae as pv\n"
-        "from pyrovae.evaluation.inference_data import to_arviz\n"
+        "from pyrovae.evaluation.arviz_export import to_arviz\n"
         "assert 'arviz' not in sys.modules\n"
         "to_arviz(pv.models.PPCA(3, 1), torch.randn(4, 3), num_draws=2)\n"
     )
@@ -515,7 +514,7 @@ def test_arviz_is_imported_late_and_its_announcement_kept_back(tmp_path):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_without_simulation():
+def test_without_simulation_there_are_no_predictive_groups():
     x = data(6, 2)
     idata = to_arviz(Wide(), x, num_draws=5, predictive=False)
     assert idata.groups() == ["posterior", "log_likelihood", "sample_stats", "observed_data"]
@@ -562,14 +561,14 @@ X = torch.ones(3, 2)
         (lambda: to_arviz(PlateOfCategories(), X), NotApplicable, "'y' must have one value a datum"),
     ],
 )
-def test_errors(call, error, match):
+def test_bad_calls_are_refused(call, error, match):
     with pytest.raises(error, match=match):
         call()
 
 
 def test_too_large_is_refused_before_work_with_fixes_that_fit(monkeypatch):
     x = data(100, 2)
-    monkeypatch.setattr(inference_data, "MAX_BYTES", 100_000)
+    monkeypatch.setattr(arviz_export, "MAX_BYTES", 100_000)
     # a draw of a datum: z 4 + 4, x 8 + 8, log likelihood 8, log weight 8; lp 8 a draw
     with pytest.raises(ValueError, match=r"num_draws=24, or fewer data, x\[:12\].") as caught:
         to_arviz(Wide(), x)
@@ -584,7 +583,7 @@ def test_too_large_is_refused_before_work_with_fixes_that_fit(monkeypatch):
 
 
 @pytest.mark.cuda
-def test_on_cuda():
+def test_export_runs_on_cuda():
     x = data(20, 2)
     idata = to_arviz(TwoCategories(), x, num_draws=50, device="cuda")
     assert idata.posterior.y1.shape == (1, 50, 20)

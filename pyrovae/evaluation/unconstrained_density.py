@@ -1,4 +1,4 @@
-"""A model's log density as a function of unconstrained latents, with its gradient: what Hamiltonian chains need."""
+"""Unconstrained density: a model's log density as a function of unconstrained latents, for Hamiltonian chains."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyrovae.evaluation.prepare import NotApplicable
+from pyrovae.evaluation.measurement import NotApplicable, not_applicable
+from pyrovae.evaluation.sites import per_datum
 from pyrovae.infer.weights import PARTICLES, LogWeightTerms, log_weights_of_traces, sample_sites
 from pyrovae.pair import Pair
 
@@ -27,21 +28,21 @@ __all__ = ["Density", "Latents"]
 @dataclass(frozen=True)
 class _Site:
     plates: tuple[int, ...]  # sizes of the plates inside a datum
-    axis: int  # of the data, in (chains, plates ...)
-    event: tuple[int, ...]  # unconstrained
-    columns: slice  # in the vector
+    axis: int  # axis of the data in (chains, plates ...)
+    event: tuple[int, ...]  # event shape of the unconstrained value
+    columns: slice  # its place in the vector u
 
 
 class Latents:
     """The continuous latents of a datum as one unconstrained vector u, shape (chains, data, dim)."""
 
     def __init__(self, pair: Pair, trace: Trace) -> None:
-        """Read from a run of the model.
+        """Read the layout of the latents from a run of the model.
 
         Raises:
-            NotApplicable: see :func:`annealed_evidence`.
+            NotApplicable: see :func:`~pyrovae.evaluation.annealed_evidence`.
         """
-        self._pair = type(pair).__name__
+        self._pair = pair
         sites = sample_sites(trace)
         observed = {n for n, s in sites.items() if s["is_observed"] or s["infer"].get("was_observed")}
         hidden = {name: site for name, site in sites.items() if name not in observed}
@@ -66,7 +67,8 @@ class Latents:
             )
 
     def inapplicable(self, reason: str) -> NotApplicable:
-        return NotApplicable(f"Annealed importance sampling does not apply to {self._pair}: {reason}.")
+        """Return the error to raise where chains cannot run on these latents."""
+        return not_applicable("annealed_evidence", self._pair, f"{reason}.")
 
     def _site(self, name: str, site: Any, frames: dict[str, Any]) -> _Site:
         support = site["fn"].support
@@ -88,28 +90,26 @@ class Latents:
         return _Site(tuple(plates), axis, event, slice(self.dim, self.dim + math.prod(plates) * event.numel()))
 
     def pack(self, trace: Trace) -> Tensor:
-        """u of a run of the model."""
+        """Return u of a run of the model."""
         parts = []
         for name, site in self.sites.items():
             node: Any = trace.nodes[name]
             raw = biject_to(node["fn"].support).inv(node["value"])
-            raw = raw.reshape((1,) * (self.nesting + 1 + len(site.event) - raw.dim()) + raw.shape)
-            parts.append(raw.movedim(site.axis, 1).flatten(2) if raw.dim() > 2 else raw.unsqueeze(-1))
+            parts.append(per_datum(raw, site.axis, self.nesting + 1 + len(site.event)))
         return torch.cat(parts, -1)
 
     def unpack(self, name: str, u: Tensor) -> Tensor:
-        """The part of u for one site, shape (chains, plates ..., event ...)."""
+        """Return the part of u for one site, shape (chains, plates ..., event ...)."""
         site = self.sites[name]
         return u[..., site.columns].reshape(*u.shape[:2], *site.plates, *site.event).movedim(1, site.axis)
 
     def per_datum(self, name: str, terms: Tensor) -> Tensor:
-        """(chains, plates ..., rest ...) → (chains, data)."""
-        terms = terms.movedim(self.sites[name].axis, 1)
-        return terms.flatten(2).sum(-1) if terms.dim() > 2 else terms
+        """Sum the terms of each datum: (chains, plates ..., rest ...) → (chains, data)."""
+        return per_datum(terms, self.sites[name].axis, terms.dim()).sum(-1)
 
 
 class _Given(Messenger):
-    """Gives the latents their values from u, and adds up log |det dz/du|, (chains, data)."""
+    """Give the latents their values from u, and add up log |det dz/du|, (chains, data)."""
 
     def __init__(self, latents: Latents, u: Tensor) -> None:
         super().__init__()
@@ -127,17 +127,17 @@ class _Given(Messenger):
 
 
 class Density:
-    """log p(z) + log |det dz/du| and log p(x | z), of u, and gradients."""
+    """log p(z) + log |det dz/du| and log p(x | z) as functions of u, with their gradient."""
 
     def __init__(self, pair: Pair, latents: Latents) -> None:
         self.pair, self.latents = pair, latents
 
     def draw(self, x: Tensor, num_chains: int) -> Tensor:
-        """u of latents from the prior."""
+        """Draw latents from the prior; return their u."""
         return self.latents.pack(poutine.trace(self._chains(self.pair.model, num_chains)).get_trace(x))
 
     def value(self, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """log p(z) + log |det dz/du| and log p(x | z), both (chains, data)."""
+        """Return log p(z) + log |det dz/du| and log p(x | z), both (chains, data)."""
         found, log_det = self.terms(self.pair.model, u, x)
         terms, zero = found.model, torch.zeros_like(log_det)
         if not self.latents.enumerated:
@@ -150,7 +150,7 @@ class Density:
         return prior + log_det, likelihood
 
     def gradient(self, u: Tensor, x: Tensor, beta: Tensor) -> Tensor:
-        """d/du (log p(z) + log |det dz/du| + β log p(x | z)), the shape of u."""
+        """Return d/du (log p(z) + log |det dz/du| + β log p(x | z)), the shape of u."""
         with torch.enable_grad():
             u = u.detach().requires_grad_()
             prior, likelihood = self.value(u, x)
@@ -160,7 +160,7 @@ class Density:
         return pyro.plate(PARTICLES, num_chains, dim=-self.latents.nesting - 1)(model)
 
     def terms(self, model: Callable, u: Tensor, x: Tensor) -> tuple[LogWeightTerms, Tensor]:
-        """The log density of each site, and log |det dz/du|."""
+        """Return the log density of each site, and log |det dz/du|."""
         model = self._chains(model, len(u))
         if self.latents.enumerated:
             model = EnumMessenger(first_available_dim=-self.latents.nesting - 2)(model)

@@ -1,17 +1,17 @@
-"""Does the model make data like these? Statistics of the data beside those of replicates."""
+"""Predictive check: statistics of the data beside those of data that the model makes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyrovae.checks import check_choice, check_positive
-from pyrovae.evaluation.prepare import NotApplicable, prepared, progress_bar
-from pyrovae.evaluation.simulate import Simulator
+from pyrovae.evaluation.generation import Simulator
+from pyrovae.evaluation.measurement import Result, not_applicable, prepared, progress_bar
 from pyrovae.pair import Pair
 
 __all__ = ["PredictiveCheck", "StatisticCheck", "default_statistics", "posterior_predictive_check"]
@@ -23,19 +23,19 @@ class StatisticCheck:
 
     name: str
     feature: int | None
-    """Of a statistic with a value for each feature: the one that stands out most; then ``observed``, ``mean`` and
-    ``standard_deviation`` are its."""
+    """Feature that stands out most, of a statistic with a value for each feature: ``observed``, ``mean`` and
+    ``standard_deviation`` are that feature's."""
     observed: float
     mean: float
-    """Over replicates."""
+    """Mean over replicates."""
     standard_deviation: float
     p_value: float
-    """Of all values together where there are several: of the largest deviation among them, and not of ``feature``'s."""
+    """p-value; where there are several values, that of the largest deviation among all, not of ``feature``'s alone."""
     num_values: int = 1
 
 
 @dataclass(frozen=True, repr=False)
-class PredictiveCheck:
+class PredictiveCheck(Result):
     """What :func:`posterior_predictive_check` found."""
 
     replicates: str
@@ -44,12 +44,7 @@ class PredictiveCheck:
     num_replicates: int
     statistics: list[StatisticCheck]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON."""
-        return asdict(self)
-
-    def __repr__(self) -> str:
-        """A table, for reading."""
+    def _table(self) -> list[str]:
         of = {"prior": "new data from the model", "posterior": "drawn again at the latents of each datum"}
         names = [
             s.name if s.feature is None else f"{s.name}, most of all: feature {s.feature}" for s in self.statistics
@@ -68,15 +63,16 @@ class PredictiveCheck:
             "posterior": "as each datum is compared with replicates made from it",
         }
         note = f"NOTE: {why[self.replicates]}, p tends to be too large: a small one counts, a large one proves little."
-        return "\n".join([*lines, note])
+        return [*lines, note]
 
 
 def default_statistics(x: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
-    """What :func:`posterior_predictive_check` looks at: functions of a data set (N, D); one value, or one a feature.
+    """Return the functions of a data set (N, D) that :func:`posterior_predictive_check` uses by default, by name.
 
-    Mean, standard deviation, minimum, maximum and skewness of each feature, and the largest absolute correlation of
-    two. Where all of ``x`` lies in [0, 1]: mean and standard deviation over data of the number of pixels on (above
-    1/2). Where ``x`` is binary, the mean of a feature says all about it alone.
+    Each gives one value, or one a feature: mean, standard deviation, minimum, maximum and skewness of each feature, and
+    the largest absolute correlation of two. Where all of ``x`` lies in [0, 1], also mean and standard deviation over
+    data of the number of pixels on (above 1/2). For binary ``x`` the mean is the only statistic of a single feature,
+    as it determines the others.
     """
     functions: dict[str, Callable[[Tensor], Tensor]] = {"mean": lambda x: x.mean(0)}
     if not bool(((x == 0) | (x == 1)).all()):
@@ -96,7 +92,7 @@ def default_statistics(x: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
 
 
 def _standardised(x: Tensor) -> Tensor:
-    """A constant feature becomes 0."""
+    """Standardise each feature; a constant one becomes 0."""
     centred, scale = x - x.mean(0), x.std(0, correction=0)
     varies = scale > 1e-10 * x.abs().amax(0)
     return torch.where(varies, centred / torch.where(varies, scale, 1), 0)
@@ -137,16 +133,11 @@ def posterior_predictive_check(
       likelihood fits what the latents leave over, and is conservative: each x_n is used twice.
 
     Args:
-        pair: the model and guide. It is left as it was.
-        x: the data; best held out from the fit.
         statistics: by name, functions of a data set (N, D), in float64 and on the device, that give a number or a
             vector. By default :func:`default_statistics`.
         replicates: ``prior`` or ``posterior``.
         num_replicates: R. The smallest possible p is 1 / (R + 1), or twice that; the work grows with R · N.
-        binarize: draw pixels in [0, 1] as 0 or 1 first, once.
-        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``.
-        seed: of the replicates. The caller's random state is left as it was.
-        progress: show a bar; None shows it on a terminal.
+        pair, x, binarize, device, seed, progress: as in :func:`pyrovae.evaluate`; data best held out from the fit.
 
     Raises:
         NotApplicable: posterior replicates, where the guide leaves out a latent and no exact posterior stands in.
@@ -156,26 +147,27 @@ def posterior_predictive_check(
     check_choice("replicates", replicates, ("prior", "posterior"))
     _check_statistics(statistics)
     with prepared(pair, x, binarize=binarize, device=device, seed=seed) as x, torch.no_grad():
-        simulator = Simulator(pair, x[:2], "the predictive check")
+        simulator = Simulator(pair, x[:2], "posterior_predictive_check")
         source = simulator.check_source(None) if replicates == "posterior" else "guide"
         left_out = [name for name in [*simulator.local, *simulator.shared] if name not in simulator.guided]
         if replicates == "posterior" and source == "guide" and left_out:
-            raise NotApplicable(
-                f"posterior replicates do not apply to {type(pair).__name__}: its guide leaves out "
-                f"{', '.join(left_out)}. Use replicates='prior', or sample it in the guide."
+            raise not_applicable(
+                "posterior_predictive_check",
+                pair,
+                f"for posterior replicates, its guide leaves out {', '.join(left_out)}. Use replicates='prior', or "
+                "sample it in the guide.",
             )
         functions = default_statistics(x) if statistics is None else statistics
         observed = {name: _value(name, function, x.double()) for name, function in functions.items()}
         found: dict[str, list[Tensor]] = {name: [] for name in functions}
-        at_a_time = simulator.chunks(len(x), num_replicates)
-        starts = range(0, num_replicates, at_a_time[1])
-        for start in progress_bar("replicates", progress, starts):
-            count = min(at_a_time[1], num_replicates - start)
-            parts = [simulator.replicate(rows, count, replicates, source) for rows in x.split(at_a_time[0])]
+        rows_at_a_time, replicates_at_a_time = simulator.chunks(len(x), num_replicates)
+        for start in progress_bar("replicates", progress, range(0, num_replicates, replicates_at_a_time)):
+            count = min(replicates_at_a_time, num_replicates - start)
+            parts = [simulator.replicate(rows, count, replicates, source) for rows in x.split(rows_at_a_time)]
             for replicate in torch.cat(parts, 1):
                 for name, function in functions.items():
                     found[name].append(_value(name, function, replicate.double(), like=observed[name]))
-    checks = [_check(name, torch.stack([observed[name], *found[name]]).cpu()) for name in functions]
+    checks = [_statistic_check(name, torch.stack([observed[name], *found[name]]).cpu()) for name in functions]
     return PredictiveCheck(replicates, len(x), num_replicates, checks)
 
 
@@ -192,7 +184,7 @@ def _check_statistics(statistics: Any) -> None:
 
 
 def _value(name: str, function: Callable[[Tensor], Any], x: Tensor, like: Tensor | None = None) -> Tensor:
-    """(values,), float64."""
+    """Return the statistic of a data set, (values,), float64; ``like`` has the right number of values."""
     value = torch.as_tensor(function(x), device=x.device).double().reshape(-1)
     if like is not None and value.shape != like.shape:
         raise ValueError(
@@ -204,8 +196,10 @@ def _value(name: str, function: Callable[[Tensor], Any], x: Tensor, like: Tensor
     return value
 
 
-def _check(name: str, values: Tensor) -> StatisticCheck:
-    """``values``: (1 + R, features), the data's first."""
+def _statistic_check(
+    name: str,
+    values: Tensor,  # (1 + R, features), the data's first
+) -> StatisticCheck:
     if not bool((finite := torch.isfinite(values).all(1)).all()):
         of = "the data" if not bool(finite[0]) else f"{int((~finite).sum())} replicates"
         raise ValueError(f"statistics: expected finite numbers from {name!r}; got NaN or infinite ones for {of}.")

@@ -1,10 +1,10 @@
-"""Checks of a pair against data, before and after training goes wrong."""
+"""Checks of a pair against data: run it on a few rows before work begins, and say what is wrong with it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyro
 import torch
@@ -16,20 +16,19 @@ from torch.distributions import constraints
 from pyrovae.infer.weights import Structure
 from pyrovae.pair import Pair
 
-if TYPE_CHECKING:
-    from pyrovae.infer.svi import SVI
+__all__ = ["check_pair", "observed_support"]
 
-__all__ = ["check_pair", "first_nonfinite_site", "observed_support"]
+PLATE = "Write `with pyro.plate('data', len(x)):` around what is per datum, in the model and in the guide."
 
 
 def check_pair(pair: Pair, x: Tensor, argument: str = "x", *, binarize: bool = False) -> None:
     """Run the pair once on a few data, with Pyro's validation on.
 
     Raises:
-        ValueError: the guide misses a site; what follows the batch is not inside the plate ``data``; a parameter lives
-            in Pyro's global store; ``x`` lies outside the support of its likelihood; or whatever Pyro's own validation
-            finds.
-        Exception: whatever the guide or the model raises, with a note that says on which rows it ran.
+        ValueError: the guide misses a site; a site that follows the batch lies outside the plate ``data``; a parameter
+            lives in Pyro's global store; ``x`` lies outside the support of its likelihood; or Pyro's own validation
+            finds a mistake.
+        Exception: the guide or the model raises it; a note says on which rows it ran.
     """
     parameter = next(pair.parameters(), None)
     few = x[:2] if parameter is None else x[:2].to(parameter.device, parameter.dtype)
@@ -40,7 +39,7 @@ def check_pair(pair: Pair, x: Tensor, argument: str = "x", *, binarize: bool = F
                 "Divide pixels of 0..255 by 255, or leave binarize out."
             )
         few = few.round()
-    guide_trace, model_trace = _traces(pair, few, argument)
+    guide_trace, model_trace = _trace_pair(pair, few, argument)
     own = {id(p) for p in pair.parameters()}
     site: Any
     for trace in (guide_trace, model_trace):
@@ -56,21 +55,21 @@ def check_pair(pair: Pair, x: Tensor, argument: str = "x", *, binarize: bool = F
         for name, site in model_trace.nodes.items():
             if site["type"] == "sample" and site["is_observed"] and site["value"] is few:
                 _check_support(x, few, argument, name, site["fn"].support)
-    with pyro.validation_enabled(True), _noting("guide and the model", few, argument):
+    with pyro.validation_enabled(True), _name_rows("guide and the model", few, argument):
         Structure.of(pair.model, pair.guide, (few,), {})
 
 
-def _traces(pair: Pair, few: Tensor, argument: str) -> tuple[Any, Any]:
-    with torch.random.fork_rng([]), torch.no_grad(), pyro.validation_enabled(False):
-        with _noting("guide", few, argument):
+def _trace_pair(pair: Pair, few: Tensor, argument: str) -> tuple[Any, Any]:
+    with _undisturbed():
+        with _name_rows("guide", few, argument):
             guide_trace = poutine.trace(pair.guide).get_trace(few)
-        with _noting("model", few, argument):
+        with _name_rows("model", few, argument):
             return guide_trace, poutine.trace(poutine.replay(pair.model, trace=guide_trace)).get_trace(few)
 
 
 @contextmanager
-def _noting(program: str, few: Tensor, argument: str) -> Iterator[None]:
-    """A batch that the caller never passed would puzzle in an error of torch's: say where it comes from."""
+def _name_rows(program: str, few: Tensor, argument: str) -> Iterator[None]:
+    """Add to an error which rows the program ran on: torch's errors show a shape that the caller never passed."""
     try:
         yield
     except Exception as error:
@@ -80,39 +79,36 @@ def _noting(program: str, few: Tensor, argument: str) -> Iterator[None]:
 
 
 def _check_plates(pair: Pair, few: Tensor, argument: str, guide_trace: Any, model_trace: Any) -> None:
-    """Objectives weigh mini-batches by the plate ``data``, so all that follows the batch belongs inside it."""
+    """Raise unless all that follows the batch is inside the plate ``data``, by which objectives weigh mini-batches."""
     batch = len(few)
-    if suspects := _plates(guide_trace, batch) | _plates(model_trace, batch):  # or of that size by chance
-        longer = _traces(pair, torch.cat([few, few[:1]]), argument)
-        names = suspects & (_plates(longer[0], batch + 1) | _plates(longer[1], batch + 1))
+    if suspects := _plates_of_size(guide_trace, batch) | _plates_of_size(model_trace, batch):  # perhaps by chance
+        longer = _trace_pair(pair, torch.cat([few, few[:1]]), argument)
+        names = suspects & (_plates_of_size(longer[0], batch + 1) | _plates_of_size(longer[1], batch + 1))
         if names:
             raise ValueError(
                 f"pair: expected the plate over the batch to be named 'data', by which objectives weigh mini-batches; "
-                f"found {', '.join(map(repr, sorted(names)))}. {_PLATE}"
+                f"found {', '.join(map(repr, sorted(names)))}. {PLATE}"
             )
     for name, site in model_trace.nodes.items():
         if site["type"] != "sample" or site_is_subsample(site):
             continue
         if site["is_observed"] and site["value"] is few and not _is_per_datum(site):
             raise ValueError(
-                f"model: expected site '{name}', which observes the batch, inside the plate 'data'. {_PLATE}"
+                f"model: expected site '{name}', which observes the batch, inside the plate 'data'. {PLATE}"
             )
         in_guide = guide_trace.nodes.get(name)
         if not site["is_observed"] and in_guide is not None and _is_per_datum(in_guide) != _is_per_datum(site):
             inside, outside = ("model", "guide") if _is_per_datum(site) else ("guide", "model")
             raise ValueError(
                 f"{outside}: expected site '{name}' inside the plate 'data', as in the {inside}; found it outside. "
-                f"{_PLATE}"
+                f"{PLATE}"
             )
 
 
-_PLATE = "Write `with pyro.plate('data', len(x)):` around what is per datum, in the model and in the guide."
-
-
-def _plates(trace: Any, batch: int) -> set[str]:
-    """The other plates of that size."""
+def _plates_of_size(trace: Any, size: int) -> set[str]:
+    """Names of the plates of this size, without the plate ``data``."""
     frames = [frame for site in trace.nodes.values() if site["type"] == "sample" for frame in site["cond_indep_stack"]]
-    return {frame.name for frame in frames if frame.vectorized and frame.size == batch and frame.name != "data"}
+    return {frame.name for frame in frames if frame.vectorized and frame.size == size and frame.name != "data"}
 
 
 def _is_per_datum(site: Any) -> bool:
@@ -120,14 +116,21 @@ def _is_per_datum(site: Any) -> bool:
 
 
 def observed_support(pair: Pair, few: Tensor) -> constraints.Constraint | None:
-    """The support of one feature at the site that observes ``few``; None where no site does."""
-    with torch.random.fork_rng([]), torch.no_grad(), pyro.validation_enabled(False), _noting("model", few, "the data"):
+    """Support of one feature at the site that observes ``few``; None where no site observes it."""
+    with _undisturbed(), _name_rows("model", few, "the data"):
         trace = poutine.trace(pair.model).get_trace(few)
     site: Any
     for site in trace.nodes.values():
         if site["type"] == "sample" and site["is_observed"] and site["value"] is few:
             return _of_one_feature(site["fn"].support)
     return None
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Leave the random state alone, and run without gradients and without Pyro's validation."""
+    with torch.random.fork_rng([]), torch.no_grad(), pyro.validation_enabled(False):
+        yield
 
 
 def _of_one_feature(support: constraints.Constraint) -> constraints.Constraint:
@@ -141,7 +144,7 @@ def _unconstrained(value: Any) -> Any:
 def _check_support(x: Tensor, few: Tensor, argument: str, name: str, support: constraints.Constraint) -> None:
     try:
         inside = support.check(x)
-    except RuntimeError:  # its limits lie on another device, or differ from datum to datum: those at hand stand for all
+    except RuntimeError:  # its limits lie on another device, or differ between data: check the few rows instead
         x, inside = few, support.check(few)
     if bool(inside.all()):
         return
@@ -151,23 +154,7 @@ def _check_support(x: Tensor, few: Tensor, argument: str, name: str, support: co
     )
     if _of_one_feature(support) is constraints.boolean and bool(((x >= 0) & (x <= 1)).all()):
         message += (
-            " These are grey pixels: pass binarize=True (on the command line, --binarize dynamic) to draw each as 0 or "
-            "1 at every use, or choose a likelihood over [0, 1]."
+            " These are grey pixels: pass binarize=True to draw each as 0 or 1 at every use, or choose a likelihood "
+            "over [0, 1]."
         )
     raise ValueError(message)
-
-
-def first_nonfinite_site(svi: SVI, batch: Tensor) -> str | None:
-    """The first site, guide before model, whose value or log density is NaN or infinite; None where all are finite."""
-    site: Any
-    with torch.no_grad():
-        guide_trace = poutine.trace(svi.guide).get_trace(batch)
-        model_trace = poutine.trace(poutine.replay(svi.model, trace=guide_trace)).get_trace(batch)
-        for trace in (guide_trace, model_trace):
-            for name, site in trace.nodes.items():
-                if site["type"] != "sample":
-                    continue
-                log_prob = site["fn"].log_prob(site["value"])
-                if not (torch.isfinite(site["value"]).all() and torch.isfinite(log_prob).all()):
-                    return name
-    return None

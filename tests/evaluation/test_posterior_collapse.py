@@ -1,4 +1,4 @@
-"""collapse: verdicts on pairs whose answer is known, against closed forms; and the functions a scorer calls."""
+"""collapse: verdicts on pairs whose answer is known, against closed forms, and the public parts of the rule."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 from torch import nn
 
 import pyrovae as pv
-from pyrovae.evaluation.collapse import (
+from pyrovae.evaluation.decomposition import kl_decomposition
+from pyrovae.evaluation.measurement import NotApplicable
+from pyrovae.evaluation.posterior_collapse import (
     THRESHOLDS,
     active_units_curve,
     collapse,
     judge_categories,
     judge_dimensions,
 )
-from pyrovae.evaluation.decomposition import kl_decomposition
-from pyrovae.evaluation.prepare import NotApplicable
 
 
 class Encoded(pv.Pair):
@@ -125,7 +125,7 @@ def only(found):
     ids=["the prior", "shifted", "narrow and wide"],
 )
 def test_guide_that_ignores_the_data_is_collapsed(pair, num_data):
-    """Whatever its KL: away from the prior it has one, and tells nothing all the same."""
+    """A guide away from the prior has a KL, and still tells nothing about the data."""
     found = only(collapse(pair, torch.randn(num_data, 3)))
     assert found.verdict == "collapsed"
     assert found.used == 0
@@ -143,7 +143,7 @@ def test_healthy_ppca_is_alive():
     assert len(found.kl_per_dimension) == 3
 
 
-def test_ppca_with_idle_dimensions():
+def test_idle_dimensions_of_ppca_are_found():
     """The exact posterior of dimensions with no weight is the prior."""
     pair = pv.models.PPCA(8, 5)
     with torch.no_grad():
@@ -157,7 +157,7 @@ def test_ppca_with_idle_dimensions():
     assert found.active_units == 2
 
 
-def test_dimensions_against_their_closed_forms():
+def test_kl_and_information_of_dimensions_equal_their_closed_forms():
     """Where q(z_j) is the prior, KL and information are one: −½ log(1 − gain²), for data that are many."""
     gains = [0.9, 0.5, 0.05, 0.0]
     x = torch.randn(2000, 4)
@@ -197,13 +197,13 @@ def test_information_agrees_with_the_decomposition():
     ids=["both tell", "the upper layer ignores the lower", "the lower ignores x, and the upper copies it"],
 )
 @pytest.mark.parametrize("num_data", [40, 500])
-def test_layers(gain, copy, verdicts, num_data):
+def test_each_layer_gets_its_own_verdict(gain, copy, verdicts, num_data):
     found = collapse(Chain(gain, copy), torch.randn(num_data, 2))
     assert tuple(one.verdict for one in found.latents.values()) == verdicts
     assert any("z2: information from variances" in note for note in found.notes)
 
 
-def test_posterior_mean_of_a_deeper_layer():
+def test_mean_variance_of_a_deeper_layer_is_free_of_noise():
     """E[z2 | x] = copy · gain · x; the noise of the average over 10 draws of z1 is taken off its variance."""
     x = torch.randn(4000, 2)
     found = collapse(Chain(0.3, 0.9), x).latents["z2"]
@@ -213,7 +213,7 @@ def test_posterior_mean_of_a_deeper_layer():
     assert found.mean_variance == pytest.approx(exact, abs=5 * (exact[0] + noise) * math.sqrt(2 / 4000))
 
 
-def test_iwae_at_its_start_and_with_a_dead_layer():
+def test_dead_layer_of_an_iwae_is_collapsed():
     pair = pv.models.IWAE(6, (4, 3), hidden_dims=((8,), (8,)))
     x = torch.rand(100, 6).round()
     with torch.no_grad():
@@ -224,7 +224,7 @@ def test_iwae_at_its_start_and_with_a_dead_layer():
 
 
 @pytest.mark.parametrize(("gain", "verdict"), [(0.0, "collapsed"), (40.0, "alive")])
-def test_latent_without_known_marginals(gain, verdict):
+def test_latent_without_known_marginals_is_judged_by_variances(gain, verdict):
     found = collapse(Simplex(gain), torch.rand(200, 3))
     assert only(found).verdict == verdict
     assert any("have no closed form" in note for note in found.notes)
@@ -233,8 +233,8 @@ def test_latent_without_known_marginals(gain, verdict):
 # Discrete latents
 
 
-def test_category_beside_other_latents():
-    """k is judged from its table; z depends on k; mu encodes no datum."""
+def test_category_beside_other_latents_is_judged_by_its_probabilities():
+    """k is judged by its probabilities, z depends on k, and mu encodes no datum."""
     x = nn.functional.one_hot(torch.arange(60) % 3, 3) * 0.97 + 0.01
     found = collapse(Topics(), x)
     assert found.latents["k"].verdict == "alive"
@@ -243,7 +243,7 @@ def test_category_beside_other_latents():
     assert any("not judged" in note and "mu" in note for note in found.notes)
 
 
-def test_mixture_without_a_guide():
+def test_mixture_without_a_guide_is_judged_by_its_posterior():
     """Two of the four components lie far from all data."""
     pair = pv.models.GMM(4, 2)
     with torch.no_grad():
@@ -258,7 +258,7 @@ def test_mixture_without_a_guide():
 
 
 @pytest.mark.parametrize(("gain", "verdict"), [(0.0, "collapsed"), (5.0, "alive")])
-def test_amortized_mixture(gain, verdict):
+def test_amortized_mixture_is_judged_by_its_guide(gain, verdict):
     pair = pv.models.GMM(3, 2, amortized=True)
     with torch.no_grad():
         pair.encoder.output.weight.mul_(gain)
@@ -282,7 +282,7 @@ def test_judge_categories_by_hand():
 # The rules
 
 
-def test_curve_counts_and_falls():
+def test_curve_counts_units_and_never_rises():
     means = torch.randn(500, 20) * torch.logspace(-3, 1, 20)
     curve = active_units_curve(means)
     assert curve == [int((means.var(0) > threshold).sum()) for threshold in THRESHOLDS]
@@ -305,13 +305,13 @@ def test_curve_counts_and_falls():
         ([-1e-9, 2.0], "partly collapsed", 1),
     ],
 )
-def test_rule(information, verdict, used):
+def test_verdict_on_dimensions_follows_the_rule(information, verdict, used):
     found = judge_dimensions(information, [0.5] * len(information))
     assert (found.verdict, found.used) == (verdict, used)
     assert found.text.startswith(verdict)
 
 
-def test_many_dimensions_that_tell_little_each():
+def test_many_dimensions_that_tell_little_each_are_not_called_collapsed():
     found = judge_dimensions([0.009] * 500, [0.02] * 500, total=4.0)
     assert found.text == "partly collapsed: none of 500 dimensions tells 0.01 nats, all of them 4.00"
 
@@ -319,7 +319,7 @@ def test_many_dimensions_that_tell_little_each():
 # Results and refusals
 
 
-def test_result_reads_and_serialises():
+def test_result_reads_as_a_table_and_as_json():
     found = collapse(Encoded([0.9, 0.0]), torch.randn(50, 2))
     text = repr(found)
     assert "partly collapsed: 1 of 2 dimensions carry 99% of the information" in text
@@ -329,7 +329,7 @@ def test_result_reads_and_serialises():
     assert len(data["thresholds"]) == len(data["latents"]["z"]["active_units_curve"])
 
 
-def test_caller_is_left_alone():
+def test_random_state_stays_and_the_seed_decides():
     pair, x = Encoded([0.9, 0.0]), torch.randn(20, 2)
     state = torch.get_rng_state()
     assert collapse(pair, x, seed=3).to_dict() == collapse(pair, x, seed=3).to_dict()
@@ -337,7 +337,7 @@ def test_caller_is_left_alone():
 
 
 @pytest.mark.cuda
-def test_cuda_agrees():
+def test_cuda_gives_the_verdicts_of_the_cpu():
     x = torch.randn(200, 2)
     for pair in (Encoded([0.9, 0.0]), Chain(0.9, 0.0), pv.models.GMM(2, 2)):
         found = [collapse(pair, x, device=device).latents for device in ("cpu", "cuda")]
@@ -372,7 +372,7 @@ class OnlyGlobal(pv.Pair):
 
 
 class Summed(OnlyGlobal):
-    """Its latent is summed out, and it has no ``posterior``."""
+    """A pair whose latent is summed out, without a ``posterior``."""
 
     def model(self, x):
         with pyro.plate("data", len(x)):
@@ -391,7 +391,7 @@ class Summed(OnlyGlobal):
         (Summed(), "collapse does not apply to Summed: its guide samples no latent"),
     ],
 )
-def test_not_applicable(pair, message):
+def test_pairs_without_a_latent_to_judge_are_refused(pair, message):
     with pytest.raises(NotApplicable, match=message):
         collapse(pair, torch.rand(10, 3))
 
@@ -414,6 +414,6 @@ PAIR, X = Encoded([0.9, 0.0]), torch.ones(5, 2)
         (lambda: active_units_curve(X, [-1.0]), ValueError, "thresholds: expected a number above 0"),
     ],
 )
-def test_bad_input(call, error, message):
+def test_bad_input_is_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 import pyrovae as pv
-from pyrovae.evaluation import ALSO, NotApplicable, evaluate, everything
+from pyrovae.evaluation import ALSO, NotApplicable, evaluate, full_evaluation
 from pyrovae.evaluation.scores import importance_scores, title_of
 
 SMALL = {
@@ -36,15 +36,15 @@ N, D = 12, 4
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """The same functions, with few samples and steps."""
+    """Replace the functions by themselves with few samples and steps."""
     assert SMALL.keys() == ALSO.keys()
     for name, settings in SMALL.items():
         function, most = ALSO[name]
-        monkeypatch.setitem(everything.ALSO, name, (partial(function, **settings), most))
+        monkeypatch.setitem(full_evaluation.ALSO, name, (partial(function, **settings), most))
 
 
 class Own(pv.Pair):
-    """What a user may write: two latents, one of them positive, the second's guide given the first."""
+    """A pair of a user: two latents, one of them positive, and a guide of the second that depends on the first."""
 
     def __init__(self, data_dim: int) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ WITHOUT = {
     "amortized gmm": {"annealed_evidence", "bidirectional_evidence"},
     "global": set(ALSO) - {"posterior_predictive_check"},
 }
-"""What does not apply, by pair."""
+"""Quantities that do not apply, by pair."""
 
 
 def build(name: str) -> tuple[pv.Pair, Tensor]:
@@ -130,7 +130,7 @@ CASES: dict[str, tuple] = {}
 
 @pytest.fixture(params=WITHOUT)
 def case(request, small):
-    """Name, pair, data, and all its scores."""
+    """Return name, pair, data, and all its scores."""
     if request.param not in CASES:
         pair, x = build(request.param)
         labels = torch.arange(N) % 2
@@ -139,7 +139,7 @@ def case(request, small):
 
 
 def plain(value) -> bool:
-    """Nothing but JSON's own types."""
+    """Return whether a value consists of JSON's own types alone."""
     if isinstance(value, dict):
         return all(type(key) is str and plain(one) for key, one in value.items())
     if isinstance(value, list):
@@ -150,7 +150,7 @@ def plain(value) -> bool:
 # All of it, for every kind of pair
 
 
-def test_what_applies_is_there_and_the_rest_is_named(case):
+def test_every_quantity_is_measured_or_named_as_left_out(case):
     name, pair, _, _, scores = case
     assert set(scores.left_out) == WITHOUT[name]
     assert set(scores.also) == set(ALSO) - WITHOUT[name]
@@ -162,7 +162,7 @@ def test_what_applies_is_there_and_the_rest_is_named(case):
 def test_each_result_is_that_of_its_own_function(case):
     _, pair, x, labels, scores = case
     for name, result in scores.also.items():
-        data = {"data_dim": D} if name in everything.OF_THE_MODEL else {"x": x}
+        data = {"data_dim": D} if name in full_evaluation.OF_THE_MODEL else {"x": x}
         more = {"labels": labels} if name == "mixture_scores" else {}
         alone = ALSO[name][0](pair, **data, **more, device="cpu", seed=3)
         by_importance = {}
@@ -173,10 +173,10 @@ def test_each_result_is_that_of_its_own_function(case):
     assert dataclasses.replace(scores, left_out={}) == base  # == leaves ``also`` out
     for name in scores.left_out:
         with pytest.raises(NotApplicable):
-            ALSO[name][0](pair, **({"data_dim": D} if name in everything.OF_THE_MODEL else {"x": x}), device="cpu")
+            ALSO[name][0](pair, **({"data_dim": D} if name in full_evaluation.OF_THE_MODEL else {"x": x}), device="cpu")
 
 
-def test_the_print_holds_every_part(case):
+def test_printed_scores_hold_every_part(case):
     *_, scores = case
     text = repr(scores)
     for name, result in scores.also.items():
@@ -187,7 +187,7 @@ def test_the_print_holds_every_part(case):
         assert any(line.split() == f"{name} {value} {remark}".split() for line in text.splitlines())
 
 
-def test_json(case):
+def test_scores_and_all_their_parts_become_json(case):
     *_, scores = case
     written = scores.to_dict()
     assert plain(written)
@@ -224,18 +224,18 @@ def test_nothing_more_is_measured_unless_asked():
 
 
 @pytest.mark.parametrize("also", ["collapse", ["collapse"], ("collapse", "collapse")])
-def test_one_name(also):
+def test_one_name_measures_that_quantity_alone(also):
     pair, x = build("vae")
     scores = run(pair, x, also=also)
     assert (list(scores.also), scores.left_out) == (["collapse"], {})
 
 
-def test_all_among_names_is_all_in_their_order():
+def test_all_among_names_means_all_in_their_order():
     pair, x = build("vae")
     assert list(run(pair, x, also=["collapse", "all"]).also) == [name for name in ALSO if name != "mixture_scores"]
 
 
-def test_a_seed_of_its_own():
+def test_the_seed_reaches_every_quantity():
     pair, x = build("vae")
     one, two = (run(pair, x, also="kl_decomposition", seed=seed) for seed in (0, 1))
     assert one.log_evidence != two.log_evidence
@@ -243,10 +243,10 @@ def test_a_seed_of_its_own():
 
 
 @pytest.mark.parametrize("name", ["inference_gaps", "annealed_evidence"])
-def test_costly_ones_take_some_of_the_data(monkeypatch, name):
+def test_costly_quantities_take_a_part_of_the_data(monkeypatch, name):
     function, most = ALSO[name]
     assert most == {"inference_gaps": 500, "annealed_evidence": 100}[name]
-    monkeypatch.setitem(everything.ALSO, name, (function, 5))
+    monkeypatch.setitem(full_evaluation.ALSO, name, (function, 5))
     pair, x = build("ppca")
     scores = run(pair, x, also=name, seed=2)
     chosen = x[torch.randperm(N, generator=torch.Generator().manual_seed(2))[:5]]
@@ -258,7 +258,7 @@ def test_costly_ones_take_some_of_the_data(monkeypatch, name):
     assert scores.also[name].to_dict() == alone
 
 
-def test_grey_pixels_are_drawn():
+def test_grey_pixels_are_drawn_for_every_quantity():
     pair, _ = build("vae")
     scores = run(pair, torch.rand(N, D), also="all", binarize=True)
     assert len(scores.also) == len(ALSO) - 1
@@ -271,7 +271,7 @@ def test_labels_reach_the_mixture_and_only_it():
     assert run(pair, x, also="mixture_scores").also["mixture_scores"].accuracy is None
 
 
-def test_one_datum_has_nothing_to_be_told_from():
+def test_one_datum_leaves_out_what_needs_two():
     pair, x = build("own")
     scores = run(pair, x[:1], also="all")
     assert set(scores.left_out) == {"collapse", "kl_decomposition", "mixture_scores"}
@@ -279,7 +279,7 @@ def test_one_datum_has_nothing_to_be_told_from():
     json.dumps(scores.to_dict(), allow_nan=False)
 
 
-def test_anything_that_becomes_a_tensor_will_do():
+def test_arrays_and_lists_are_taken_as_data():
     pair, x = build("ppca")
     also = [name for name in ALSO if "evidence" not in name]
     assert run(pair, x.numpy(), also=also).to_dict() == run(pair, x.tolist(), also=also).to_dict()
@@ -307,7 +307,7 @@ def test_infinities_become_none():
     assert written["elbo"] == scores.elbo
 
 
-def test_an_exact_guide_has_khat_without_tail_and_writes_it():
+def test_exact_guide_has_no_tail_and_becomes_json():
     pair, x = build("ppca")
     with torch.no_grad():
         pair.weight.zero_()  # z plays no part, and the posterior is the prior
@@ -336,7 +336,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_are_answered_before_work_starts(monkeypatch, name):
+def test_mistakes_are_refused_before_work_starts(monkeypatch, name):
     changed, error, match = MISTAKES[name]
     monkeypatch.setattr(pv.models.GMM, "log_prob", lambda *_: pytest.fail("work started"))
     pair, x = build("gmm")

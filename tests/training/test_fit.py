@@ -1,4 +1,4 @@
-"""fit: the numbers it reports, what it promises about seeds, data and resuming, and what it refuses."""
+"""fit: the numbers that it reports, its promises on seeds, data and resuming, and its refusals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import pyrovae as pv
 from pyrovae.checkpoint import load_state, save_state
 from pyrovae.checks import pick_device
 from pyrovae.infer import LOSSES, Trace_ELBO
-from pyrovae.training.loop import SCHEDULES, TrainingDiverged, fit
+from pyrovae.training import SCHEDULES, TrainingDiverged, fit
 
 NUM_SE = 5  # standard errors allowed in statistical tests
 
@@ -82,7 +82,7 @@ class GlobalMean(pv.Pair):
 
 
 class Recording(Trace_ELBO):
-    """Keeps every training batch and every held-out batch that fit gives to it."""
+    """Keep every training batch and every held-out batch that fit gives to it."""
 
     def __init__(self):
         super().__init__()
@@ -208,12 +208,12 @@ def test_history_columns_and_units(x):
     assert not result.stopped_early
 
 
-def test_one_is_singular(x):
+def test_a_count_of_one_has_a_singular_noun(x):
     assert str(fit(Location(), x, epochs=1, batch_size=100)).startswith("1 epoch, 1 step in ")
     assert str(fit(Location(), x, epochs=2, batch_size=100)).startswith("2 epochs, 2 steps in ")
 
 
-def test_no_validation_no_column(x):
+def test_without_validation_there_is_no_validation_bound(x):
     assert "validation_bound" not in fit(Location(), x, epochs=1).history[0]
 
 
@@ -405,7 +405,7 @@ def test_data_loader_equals_in_memory_in_the_same_order(x, tuples):
     ],
 )
 def test_number_of_data_of_a_data_loader(x, options, size):
-    """What local sites weigh against a global latent: dataset / batch, for the data that an epoch goes through."""
+    """Local sites weigh dataset / batch against a global latent, for the data that an epoch goes through."""
 
     class Sizes(Recording):
         sizes = frozenset()
@@ -467,8 +467,8 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, grey, name, at):
     assert (expected.steps, expected.stopped_early) == (result.steps, result.stopped_early)
 
 
-def test_ctrl_c_counts_where_python_drops_it(tmp_path, x, monkeypatch):
-    """In callbacks of weak references, such as those that every `import` has."""
+def test_ctrl_c_stops_training_where_python_drops_it(tmp_path, x, monkeypatch):
+    """Python drops it in callbacks of weak references, such as those that every `import` has."""
 
     class Dropped(Interrupted):
         def loss_and_grads(self, model, guide, x):
@@ -580,12 +580,12 @@ def test_a_checkpoint_is_not_replaced_unasked(tmp_path, x):
         with pytest.raises(FileExistsError, match=message):
             fit(other, data, epochs=2, checkpoint=file)
     with pytest.raises(FileExistsError, match=message):
-        fit(other, x, epochs=2, checkpoint=file, on_start=lambda: None)
+        fit(other, x, epochs=2, checkpoint=file, on_start=lambda threads: None)
     assert file.read_bytes() == written
     assert_same(weights(other), weights(new(Latent, seed=1)))
     fit(other, x, epochs=2, checkpoint=file, resume=True)
     assert_same(before, weights(other))
-    fit(new(Latent), x, epochs=2, checkpoint=file, on_start=file.unlink)  # whoever clears it means it
+    fit(new(Latent), x, epochs=2, checkpoint=file, on_start=lambda threads: file.unlink())  # whoever clears it means it
     assert load_state(file)["epoch"] == 2
 
 
@@ -709,7 +709,7 @@ def test_global_latent_every_step_is_the_stated_objective(x):
     [("Trace_ELBO", 20, 300), ("TraceMeanField_ELBO", 20, 300), ("RenyiELBO", 100, 600)],
 )
 def test_global_latent_recovers_the_exact_posterior(loss, batch_size, epochs):
-    """KL(q ‖ posterior) is what separates the bound from the evidence. Without the factor N/B it would be 1.2 nats.
+    """KL(q ‖ posterior) is the evidence less the bound. Without the factor N/B it would be 1.2 nats.
 
     RenyiELBO gets all the data at once: with a global latent, its logarithm of a mini-batch's weights is no bound.
     """
@@ -814,8 +814,8 @@ def test_a_gpu_that_is_not_there(monkeypatch):
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("home", ["cpu", "cuda"])
-def test_cuda(tmp_path, x, home):
-    """Trained on the GPU whatever device it comes from, back where it came from, resumable, with the CPU's numbers."""
+def test_cuda_gives_the_numbers_of_the_cpu(tmp_path, x, home):
+    """A pair is trained on the GPU, returns to the device it came from, and has the CPU's numbers, resumed too."""
     pair, on_cpu, resumed = (Location().to(home) for _ in range(3))
     options = {"epochs": 4, "batch_size": 100, "lr": 0.1, "validation": 5}
     result = fit(pair, x, device="cuda", loss=Interrupted(), **options)
@@ -833,7 +833,7 @@ def test_cuda(tmp_path, x, home):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_cuda_divergence():
+def test_cuda_divergence_is_named():
     pair = Countdown(3.5)
     with pytest.raises(TrainingDiverged, match="step 5"):
         fit(pair, torch.zeros(9, 2), epochs=4, batch_size=3, lr=1.0, schedule="constant", optimizer=sgd)
@@ -936,7 +936,7 @@ BAD = {
         make_binary,
         {"optimizer": torch.optim.SGD([torch.zeros(1)])},
         TypeError,
-        "optimizer: expected a function that makes one",
+        "optimizer: expected a function that makes a torch.optim",
     ),
     "empty loader": (Latent, {"x": DataLoader(torch.zeros(0, 2))}, ValueError, "x: .*the DataLoader is empty"),
     "loader of words": (Latent, {"x": DataLoader(["a", "b"])}, TypeError, "x: expected the DataLoader to yield"),
@@ -1022,8 +1022,8 @@ class Layers(pv.Pair):
         ({"drawn": 5}, ValueError, "guide and the model"),  # that x and its distribution differ shows in log_prob
     ],
 )
-def test_an_error_of_the_first_look_says_what_was_run_on_which_rows(sizes, error, program):
-    """Nobody passed two rows: without the note, a shape that begins with 2 would puzzle."""
+def test_an_error_in_the_first_run_names_the_program_and_its_rows(sizes, error, program):
+    """The caller passed no batch of two rows, so the note explains a shape that begins with 2."""
     x = torch.randn(9, 6)
     fit(Layers(), x, epochs=1)
     for call in (fit, pv.evaluate):
@@ -1037,7 +1037,7 @@ def test_an_error_of_the_first_look_says_what_was_run_on_which_rows(sizes, error
 
 
 def test_what_follows_the_batch_is_inside_the_plate_data(x):
-    """Objectives weigh mini-batches by it; an objective that is not the pair's would be trained without a word."""
+    """Objectives weigh mini-batches by this plate. Without the check, another objective would be trained silently."""
     fit(Plates(), x, epochs=1)
     named = r"pair: expected the plate over the batch to be named 'data'.*found 'batch'\. Write `with pyro\.plate"
     wrong = {
@@ -1075,7 +1075,7 @@ def test_defaults_suit_the_pair():
         (pv.models.VAE(64), pv.data.load("digits"), "got a data set. Pass its rows: x.train"),
     ],
 )
-def test_the_wrong_thing_is_named(pair, data, message):
+def test_a_wrong_argument_is_named(pair, data, message):
     with pytest.raises(TypeError, match=message):
         fit(pair, data)
 
@@ -1085,7 +1085,7 @@ def test_a_pyro_optimizer_is_refused(x):
         fit(Location(), x, optimizer=pyro.optim.Adam({"lr": 0.1}))
 
 
-def test_numbers_may_be_numpy_s(x):
+def test_numpy_numbers_are_accepted(x):
     np = pytest.importorskip("numpy")
     assert fit(Location(), x, epochs=np.int64(2), batch_size=np.int32(5), lr=np.float32(0.1)).steps > 2
     assert pv.models.GMM(np.int64(2), 2).num_components == 2
