@@ -144,7 +144,7 @@ def test_checked_indices_pick_the_same(name: str, dim: int, transposed: bool) ->
 
 @pytest.mark.slow
 def test_indices_out_of_bounds_are_errors_when_compiled_too() -> None:
-    """Of torch's compiler ``scatter_add`` does nothing then, and a negative index counts from the end."""
+    """To torch's compiler a negative index counts from the end."""
 
     def function(x: Tensor, *indices: Tensor) -> tuple[Tensor, ...]:
         return tuple(pick(x, 0, index) for pick, index in zip(INDEXED.values(), indices, strict=True))

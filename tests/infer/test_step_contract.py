@@ -133,15 +133,6 @@ def test_a_change_of_the_setting_is_recorded_anew(name: str, seen: SimpleNamespa
 
 
 @pytest.mark.parametrize("make", [sgd, adam])
-def test_a_layer_that_is_frozen_and_thawed_trains_again(make: Callable, seen: SimpleNamespace) -> None:
-    def act(step: int, svi: SVI, pair: Any) -> None:
-        pair.encoder.requires_grad_(not 3 <= step < 5)
-
-    assert_same_run(lambda: (pair := vae(), make(pair)), [*batches(), *batches()], act=act)
-    assert (len(seen.records), len(seen.steps)) == (2, 11)  # the first comes back
-
-
-@pytest.mark.parametrize("make", [sgd, adam])
 def test_autocast_is_part_of_the_setting(make: Callable, seen: SimpleNamespace) -> None:
     def act(step: int, svi: SVI, pair: Any) -> None:
         torch.set_autocast_enabled("cpu", step >= 3)
