@@ -229,6 +229,7 @@ def _reorder_products(graph: GraphModule) -> None:
         is_inside = node.target in _VIEWS and not any(use.op == "output" for use in node.users)
         if is_inside and _layout(node) == _layout(node.args[0]):
             node.replace_all_uses_with(node.args[0])
+    graph.graph.eliminate_dead_code()
     for target in _PRODUCTS:
         for product in graph.graph.find_nodes(op="call_function", target=target):
             _sum_first(graph, product)

@@ -33,7 +33,7 @@ import pyrovae as pv
 from pyrovae import FunctionPair, Pair
 from pyrovae.infer import SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyrovae.models import VAE
-from pyrovae.training.divergence import TrainingDiverged
+from pyrovae.training import TrainingDiverged
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}
