@@ -286,9 +286,8 @@ class SVI:
             used[:] = [p for p, g in zip(wanted, gradients, strict=True) if g is not None]
             return (loss.detach(), *[g for g in gradients if g is not None])
 
-        record = Recorded(
-            loss_and_gradients, tensors, self._setting.modules, partial(loss_and_gradients, as_floats=True)
-        )
+        reference = partial(loss_and_gradients, as_floats=True)
+        record = Recorded(loss_and_gradients, tensors, self._setting.modules, reference)
         # Another shape, a short last batch say, is recorded too, but is not worth a compiler's time.
         is_first = (kind := (self._setting.key(), form)) not in self._compiled
         recorded = _RecordedStep(record, list(used), self.optim, tensors, compiled=is_first)

@@ -47,7 +47,7 @@ class Odd(Pair):
         super().__init__()
         self._scale, self.count = (scale,), 0
         self.loc = nn.Parameter(torch.zeros(4))
-        self.average = torch.zeros(())
+        self.register_buffer("average", torch.zeros(()))
         self.table = nn.Embedding.from_pretrained(torch.ones(4, 4))
 
     def counted(self) -> int:

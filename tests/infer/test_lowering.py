@@ -52,6 +52,19 @@ def values() -> Tensor:
     return torch.cat([torch.linspace(-100, 100, 400_001), torch.linspace(-10, 10, 400_001), small, -small])
 
 
+def test_tanh_is_as_precise_as_float32() -> None:
+    x = values()
+    graph = lowered(Recorded(torch.tanh, (x,)), x)
+    assert aten.tanh.default not in calls(graph)
+    y, exact = graph(x), x.double().tanh()
+    assert ((y - exact).abs() <= 4e-7 * exact.abs()).all()
+    assert (y.abs() <= 1).all()
+    assert torch.equal(graph(-x), -y)
+    assert torch.equal(graph(torch.full_like(x, torch.inf)), torch.ones_like(x))
+    assert graph(torch.full_like(x, torch.nan)).isnan().all()
+    assert not graph(torch.zeros_like(x)).any()
+
+
 def elementwise(x: Tensor, targets: Tensor) -> Tensor:
     return cross_entropy(x, targets, reduction="none")
 
@@ -101,7 +114,8 @@ def test_noise_gradients_and_buffers_stay_those_of_the_record() -> None:
     assert not calls(graph) & {aten.addmm.default, aten.binary_cross_entropy_with_logits.default}
 
 
-# Indices and random numbers -----------------------------------------------------------------------------------------
+# Indices -----------------------------------------------------------------------------------------
+
 
 INDEXED: dict[str, Callable[[Tensor, int, Tensor], Tensor]] = {
     "index_select": lambda x, dim, index: x.index_select(dim, index[0]),
@@ -130,7 +144,7 @@ def test_checked_indices_pick_the_same(name: str, dim: int, transposed: bool) ->
 
 @pytest.mark.slow
 def test_indices_out_of_bounds_are_errors_when_compiled_too() -> None:
-    """Of torch's compiler ``scatter_add`` does nothing then, and a negative index counts from the end."""
+    """To torch's compiler a negative index counts from the end."""
 
     def function(x: Tensor, *indices: Tensor) -> tuple[Tensor, ...]:
         return tuple(pick(x, 0, index) for pick, index in zip(INDEXED.values(), indices, strict=True))
@@ -209,7 +223,7 @@ def test_each_layout_is_measured_once_and_a_run_goes_on_with_its_choices(measure
     assert all(saved.values())  # a copy
 
 
-# Densities of many data: triangular solves and the order of products -------------------------------------------------
+# Densities of many data: the order of products ----------------------------------------------------------------------
 
 
 N, D, K = 400, 20, 3
@@ -229,10 +243,6 @@ def long_products(graph: GraphModule) -> int:
     """How many products have a column for each datum."""
     products = [node for node in graph.graph.nodes if node.target in (aten.mm.default, aten.bmm.default)]
     return sum(N in node.meta["val"].shape for node in products)
-
-
-def solves(graph: GraphModule) -> int:
-    return len(list(graph.graph.find_nodes(op="call_function", target=aten.linalg_solve_triangular.default)))
 
 
 def gaussian_gradients(tril: Tensor, loc: Tensor, x: Tensor) -> tuple[Tensor, ...]:

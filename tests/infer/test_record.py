@@ -55,12 +55,13 @@ def test_it_reads_tensors_anew() -> None:
 
 
 def test_it_holds_until_the_function_computes_something_else() -> None:
-    scale = [2.0]
+    scale, norm = [2.0], nn.BatchNorm1d(3)
 
     def function(x: Tensor) -> Tensor:
+        norm(x.expand(2, 3))
         return x * scale[0] * torch.rand(3)
 
-    record = Recorded(function, (X,))
+    record = Recorded(function, (X,), [norm])
     state = torch.get_rng_state()
     assert record.holds((X,))
     assert record.holds((100 * X,))
@@ -68,6 +69,8 @@ def test_it_holds_until_the_function_computes_something_else() -> None:
     assert record.holds((X,))
     scale[0] = 2.1
     assert not record.holds((X,))
+    assert norm.num_batches_tracked == 0
+    assert not norm.running_mean.any()
     assert torch.equal(torch.get_rng_state(), state)
 
 
