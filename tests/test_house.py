@@ -43,7 +43,6 @@ BELOW = {
 
 # What does not keep to the rules yet. Each entry is to be removed with its cause, and none is to be added.
 KNOWN_ARROWS = {
-    ("pair", "infer"),  # Pair.default_loss returns a Trace_ELBO
     ("evaluation", "the whole package"),  # evaluation.arviz_export asks for the version
 }
 KNOWN_FRAGMENTS = {
