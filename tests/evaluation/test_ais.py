@@ -18,7 +18,7 @@ import pyrovae as pv
 from pyrovae.evaluation import ais, evaluate, sample
 from pyrovae.evaluation.ais import annealed_evidence, bidirectional_evidence
 from pyrovae.evaluation.measurement import NotApplicable
-from pyrovae.infer import program
+from pyrovae.infer import record
 
 NUM_SE = 5  # standard errors allowed in statistical tests
 
@@ -374,7 +374,7 @@ def test_a_model_that_cannot_be_recorded_runs_eagerly_and_says_so(monkeypatch):
             super().model(x)
 
     monkeypatch.setattr(ais, "CALLS_WORTH_RECORDING", 0)
-    monkeypatch.setattr(program, "_said", set())
+    monkeypatch.setattr(record, "_warned", set())
     x = torch.randn(5, 3)
     with pytest.warns(RuntimeWarning, match="annealing runs eagerly: it reads the value of a tensor"):
         annealed_evidence(Reads(), x, **QUICK)
