@@ -18,7 +18,7 @@ import pyrovae as pv
 from pyrovae.evaluation import ais, evaluate, sample
 from pyrovae.evaluation.ais import annealed_evidence, bidirectional_evidence
 from pyrovae.evaluation.measurement import NotApplicable
-from pyrovae.infer import program
+from pyrovae.infer import record
 
 NUM_SE = 5  # standard errors allowed in statistical tests
 
@@ -374,7 +374,7 @@ def test_a_model_that_cannot_be_recorded_runs_eagerly_and_says_so(monkeypatch):
             super().model(x)
 
     monkeypatch.setattr(ais, "CALLS_WORTH_RECORDING", 0)
-    monkeypatch.setattr(program, "_said", set())
+    monkeypatch.setattr(record, "_warned", set())
     x = torch.randn(5, 3)
     with pytest.warns(RuntimeWarning, match="annealing runs eagerly: it reads the value of a tensor"):
         annealed_evidence(Reads(), x, **QUICK)
@@ -389,7 +389,7 @@ def test_all_chunks_have_one_size_and_no_row_counts_twice(monkeypatch):
         sizes.add((u.shape, x.shape))
         return own(self, u, x, beta)
 
-    monkeypatch.setattr(ais, "runs_at_a_time", lambda device, width: 5 * 32)
+    monkeypatch.setattr(ais.measurement, "runs_at_a_time", lambda device, width: 5 * 32)
     monkeypatch.setattr(ais.Density, "gradient", gradient)
     monkeypatch.setattr(ais, "CALLS_WORTH_RECORDING", math.inf)
     found = annealed_evidence(pair, x, num_temperatures=40, num_chains=32, num_leapfrog=3)
@@ -401,7 +401,7 @@ def test_packing_inverts_the_unpacking_of_latents():
     """``pack`` inverts what the model is given, with plates inside a datum, event dims and the data axis."""
     pair, x = Parts(), torch.randn(4, 2)
     latents = ais.Latents(pair, poutine.trace(pair.model).get_trace(x))
-    density = ais.Density(pair, latents)
+    density = ais.Density(latents)
     u = density.draw(x, 3)
     assert (u.shape, latents.dim) == ((3, 4, 3), 3)
     _, given = density.terms(pair.model, u, x)
