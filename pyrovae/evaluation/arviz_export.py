@@ -33,7 +33,7 @@ __all__ = ["MAX_BYTES", "to_arviz"]
 MAX_BYTES = 2**31
 """Most bytes of all groups together. A larger result is refused before work starts."""
 EQUAL = 1e-5  # log weights that agree to this, relative to themselves, differ by rounding
-TIE_BREAK = 1e-8  # nats: see _with_broken_ties
+TIE_BREAK = 1e-8  # nats that keep equal draws of the log likelihood apart
 
 Key = tuple[str, str]
 """Name of the group and of the variable."""
@@ -200,8 +200,8 @@ def _assemble(
         import arviz
 
     def dataset(values: Mapping[str, Tensor], variables: Mapping[str, Variable], **options: Any) -> Any:
-        arrays = {clean_name(name): value.cpu().numpy() for name, value in values.items()}
-        dims = {clean_name(name): list(variables[name].dims) for name in values}
+        arrays = {name.replace("/", "."): value.cpu().numpy() for name, value in values.items()}
+        dims = {name.replace("/", "."): list(variables[name].dims) for name in values}
         return arviz.dict_to_dataset(arrays, coords=labels, dims=dims, attrs=library, **options)
 
     groups: dict[str, dict[str, Variable]] = {}
@@ -245,11 +245,11 @@ class Variable:
     @staticmethod
     def of(site: Any, num_features: int | None = None) -> Variable:
         """Describe a site; ``num_features`` is that of the data, where the site is observed."""
-        name, event, frames = clean_name(site["name"]), site["fn"].event_shape, _plates(site)
+        name, event, frames = site["name"].replace("/", "."), site["fn"].event_shape, _plates(site)
         dims = [f"{name}_dim"] if len(event) == 1 else [f"{name}_dim_{i}" for i in range(len(event))]
         if event == (num_features,):
             dims = ["feature"]
-        dims = [*(clean_name(frame.name) for frame in frames), *dims]
+        dims = [*(frame.name.replace("/", ".") for frame in frames), *dims]
         sizes = [1 if frame.name == "data" else frame.size for frame in frames]
         return Variable(tuple(dims), (*sizes, *event), site["value"].element_size())
 
@@ -381,7 +381,10 @@ def draw_chain(pair: Pair, x: Tensor, plan: Plan) -> dict[Key, Tensor]:
             value = part["log_likelihood", name]
             if layout.local and layout.local_guide and not layout.exact:
                 value = _evidence_from_others(value)
-            part["log_likelihood", name] = _with_broken_ties(value)
+            # Evenly spaced offsets over draws, which sum to zero: ArviZ cannot fit a tail to equal numbers. It gives
+            # k̂ = ∞, and ``az.loo`` warns although log p(x_n) is exact.
+            offsets = torch.linspace(-TIE_BREAK, TIE_BREAK, len(value), dtype=value.dtype, device=value.device)
+            part["log_likelihood", name] = value + offsets[:, None]
         parts.append(part)
 
     def joined(key: Key) -> Tensor:
@@ -419,9 +422,8 @@ def _draw(pair: Pair, x: Tensor, plan: Plan, draws: int) -> dict[Key, Tensor]:
         given |= drawn
     found |= {("posterior", n): arranged(model_trace.nodes[n], value, draws, nesting) for n, value in given.items()}
     log_weight = (evidence - local_q).expand(shape)
-    found["sample_stats", "log_weight"] = (
-        log_weight if layout.local else (log_weight.sum(1) + global_p - global_q).expand(draws)
-    )
+    whole = (log_weight.sum(1) + global_p - global_q).expand(draws)
+    found["sample_stats", "log_weight"] = log_weight if layout.local else whole
     found["sample_stats", "lp"] = (joint.expand(shape).sum(1) + global_p).expand(draws)
 
     if plan.predictive:
@@ -471,12 +473,6 @@ def _evidence_from_others(log_weight: Tensor) -> Tensor:
     return torch.where(high - low <= EQUAL * mean.abs().clamp(min=1), mean, found)
 
 
-def _with_broken_ties(value: Tensor) -> Tensor:
-    """Add evenly spaced offsets over draws, of at most TIE_BREAK nats, which sum to zero."""
-    # ArviZ cannot fit a tail to equal numbers: it gives k̂ = ∞, and ``az.loo`` warns although log p(x_n) is exact.
-    return value + torch.linspace(-TIE_BREAK, TIE_BREAK, len(value), dtype=value.dtype, device=value.device)[:, None]
-
-
 # Shapes ---------------------------------------------------------------------------------------------------------------
 
 
@@ -484,11 +480,6 @@ def _plates(site: Any) -> list[Any]:
     """Return the plates of a site from the left, without that of the draws."""
     frames = [f for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES]
     return sorted(frames, key=lambda frame: frame.dim)
-
-
-def clean_name(name: str) -> str:
-    """Return the name as netCDF takes it, without slashes."""
-    return name.replace("/", ".")
 
 
 def arranged(site: Any, value: Tensor, draws: int, nesting: int) -> Tensor:

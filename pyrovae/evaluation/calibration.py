@@ -54,7 +54,7 @@ class RankTest:
 
     @property
     def verdict(self) -> str:
-        """What is wrong, and in how many dimensions."""
+        """Misfit that was found, and in how many dimensions."""
         found = Counter(verdict for verdict in self.verdicts if verdict != UNIFORM)
         if not found:
             return UNIFORM
@@ -156,10 +156,8 @@ def simulation_based_calibration(
         simulator = Simulator(pair, few, QUANTITY)
         source = simulator.check_source(source)
         if simulator.shared:
-            reason = (
-                f"its latent {', '.join(simulator.shared)} lies outside the data plate, so all data of a run share "
-            )
-            raise not_applicable(QUANTITY, pair, f"{reason}it. Simulate data sets, and fit a guide to each.")
+            shared = f"its latent {', '.join(simulator.shared)} lies outside the data plate: all data of a run share it"
+            raise not_applicable(QUANTITY, pair, f"{shared}. Simulate data sets, and fit a guide to each.")
         ranks = _ranks(simulator, few, num_simulations, num_draws, source, progress)
     tests = {name: _rank_test(name, value, num_draws, num_bins) for name, value in ranks.items()}
     return Calibration(num_simulations, num_draws, num_bins, source, tests)
@@ -171,10 +169,8 @@ def _num_bins(num_simulations: int, num_draws: int, num_bins: int | None) -> int
     if num_bins is not None:
         check_positive("num_bins", num_bins, integer=True)
         if num_bins not in possible:
-            limits = f"from 2 to num_simulations / 5 = {num_simulations // 5}"
-            raise ValueError(
-                f"num_bins: expected a divisor of num_draws + 1 = {num_draws + 1}, {limits}; got {num_bins}."
-            )
+            limits = f"= {num_draws + 1}, from 2 to num_simulations / 5 = {num_simulations // 5}"
+            raise ValueError(f"num_bins: expected a divisor of num_draws + 1 {limits}; got {num_bins}.")
         return num_bins
     if num_simulations < 10:
         raise ValueError(f"num_simulations: expected 10 or more, 5 for each bin of ranks; got {num_simulations}.")
@@ -238,10 +234,8 @@ def _rank_test(name: str, ranks: Tensor, num_draws: int, num_bins: int) -> RankT
     p_values = torch.special.gammaincc(degrees / 2, chi2 / 2).numpy()
     # Scores of Neyman's (1937) smooth test: Legendre polynomials of degree 1 and 2, standardised over 0..L.
     position = (torch.arange(levels, dtype=torch.float64) + 0.5) / levels - 0.5
-    shift, shape = (
-        ((p - p.mean()) / p.std(correction=0).clamp(min=1e-300))[ranks].sum(0) / math.sqrt(size)
-        for p in (position, position.square())
-    )
+    scores = [(p - p.mean()) / p.std(correction=0).clamp(min=1e-300) for p in (position, position.square())]
+    shift, shape = (score[ranks].sum(0) / math.sqrt(size) for score in scores)
     adjusted = _holm(p_values)
     verdicts = [
         UNIFORM if p >= LEVEL else _verdict(a, b, likelihood=name == LIKELIHOOD)

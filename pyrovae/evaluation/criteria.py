@@ -122,9 +122,7 @@ class Selection(Result):
         """
         check_choice("criterion", criterion, CRITERIA)
         if (winner := self.winners().get(criterion)) is None:
-            reason = (
-                f"no fit has a {criterion.upper()} to choose by: all collapsed, or none has a categorical posterior"
-            )
+            reason = f"no fit has a {criterion.upper()} to choose by: all collapsed, or have no categorical posterior"
             fix = "Try fewer components, more restarts, or a covariance with fewer parameters."
             raise ValueError(f"criterion: {reason}. {fix}")
         return winner
@@ -204,10 +202,8 @@ def select_components(
     """
     makers = dict(make) if isinstance(make, Mapping) else {"": make}
     if not makers or not all(callable(maker) and not isinstance(maker, Pair) for maker in makers.values()):
-        expected = (
-            "expected a function of the number of components, lambda k: GMM(k, data_dim), or a dictionary of such"
-        )
-        raise TypeError(f"make: {expected} functions by name; got {make!r}.")
+        expected = "expected a function of the number of components, lambda k: GMM(k, data_dim), or a dictionary of"
+        raise TypeError(f"make: {expected} such functions by name; got {make!r}.")
     x = check_data(x)
     numbers = _counts(counts, len(x))
     runs = [(family, k) for family in makers for k in numbers]

@@ -357,7 +357,7 @@ def _below_zero(parts: KLParts) -> list[str]:
 
 @dataclass(frozen=True)
 class LocalLatent:
-    """What is known of one latent in the data plate."""
+    """Facts about one latent in the data plate."""
 
     alone: bool  # its guide depends on x and on no other latent
     by_dimension: bool  # the guide's marginals over dimensions are known
@@ -422,7 +422,7 @@ class GuideDensities:
 
     @property
     def is_exact(self) -> bool:
-        """Whether the only latent is a category with a fixed prior: then nothing need be drawn."""
+        """Return whether the only latent is a category with a fixed prior: then nothing need be drawn."""
         first = next(iter(self.latents.values()))
         return len(self.latents) == 1 and first.is_category and first.fixed_prior
 

@@ -17,16 +17,9 @@ from torch import Tensor
 from torch.distributions import constraints, transform_to, transforms
 
 from pyrovae.checks import check_positive
+from pyrovae.evaluation import measurement
 from pyrovae.evaluation.importance_sampling import MeanWeight, stderr_over_data, variance_of_mean
-from pyrovae.evaluation.measurement import (
-    NotApplicable,
-    Result,
-    not_applicable,
-    prepared,
-    progress_bar,
-    runs_at_a_time,
-    width,
-)
+from pyrovae.evaluation.measurement import NotApplicable, Result, not_applicable, prepared, progress_bar
 from pyrovae.infer.weights import LogWeightTerms, Structure, log_weight_terms, same_random_state
 from pyrovae.pair import Pair
 
@@ -70,7 +63,7 @@ class InferenceGaps(Result):
     elbo_optimal_per_datum: Tensor
     num_steps: int
     converged: bool
-    """Whether the bound had stopped rising, from the third to the fourth quarter of the steps."""
+    """True where the bound had stopped rising from the third to the fourth quarter of the steps."""
     notes: list[str] = field(default_factory=list)
     """Reasons why these numbers do not mean what they usually do."""
 
@@ -142,7 +135,7 @@ def inference_gaps(
     with prepared(pair, x, binarize=binarize, device=device, seed=seed) as x:
         structure = Structure.of(pair.model, pair.guide, (x[:2],), {})
         probe = PerDatumGuide(pair, x[:2], structure)
-        fitting = runs_at_a_time(x.device, probe.width())
+        fitting = measurement.runs_at_a_time(x.device, probe.width())
         if probe.is_discrete:
             num_samples = num_particles = 1
         chunk = max(1, min(len(x), fitting // num_particles, WEIGHTS_PER_CHUNK // num_samples))
@@ -337,7 +330,7 @@ class PerDatumGuide(Messenger):
 
     @property
     def is_discrete(self) -> bool:
-        """Whether the guide samples discrete latents alone."""
+        """Return whether the guide samples discrete latents alone."""
         return {site for site, _ in self.offsets} == set(self._values)
 
     def bound_and_weight(self, num_particles: int) -> tuple[Tensor, Tensor]:
@@ -397,7 +390,7 @@ class PerDatumGuide(Messenger):
         if terms.log_weights.shape != (self.combinations, len(self._x)):
             reason = "not all of its sites lie in the plate 'data' and no other, so there is no bound for each datum."
             raise self._inapplicable(reason)
-        return self.combinations * width(self._pair, terms.model_trace, len(self._x) * self.combinations)
+        return self.combinations * measurement.width(self._pair, terms.model_trace, len(self._x) * self.combinations)
 
     def _guide(self, x: Tensor) -> None:
         with self:

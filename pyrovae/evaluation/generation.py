@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.infer.inspect import get_dependencies
 from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyrovae.checks import check_data, check_positive
 from pyrovae.evaluation.measurement import chunk_sizes, not_applicable, seeded, width
@@ -17,7 +20,7 @@ from pyrovae.evaluation.sites import blank_data, drawn_data, is_local, mean_or_v
 from pyrovae.infer.weights import PARTICLES, Structure, same_random_state, sample_sites
 from pyrovae.pair import Pair
 
-__all__ = ["Simulator", "decode", "guide_sites", "latents", "model_latents", "reconstruct", "sample", "two_data"]
+__all__ = ["Simulator", "decode", "latents", "reconstruct", "sample", "traverse"]
 
 
 # One draw -----------------------------------------------------------------------------------------------------------
@@ -107,6 +110,49 @@ def _decoded(pair: Pair, z: dict[str, Tensor], blank: Tensor, mean: bool, seed: 
     if site is None:
         raise ValueError(f"pair: the model of {type(pair).__name__} observes nothing.")
     return site["fn"].mean if mean else site["value"]
+
+
+def can_traverse(pair: Pair, x: Tensor, name: str) -> bool:
+    """Return whether each datum has a value of the latent ``name``, and every real number is a possible value."""
+    site = guide_sites(pair, x[:2], seed=0)[name]
+    support = getattr(site["fn"].support, "base_constraint", site["fn"].support)
+    return support is constraints.real and is_local(site)
+
+
+def traverse(pair: Pair, x: Tensor, name: str, dimensions: Sequence[int], values: Tensor) -> Tensor:
+    """Decode the first datum with one dimension of a latent at each of the values, (dimensions · values, D).
+
+    The other dimensions and latents stay at the posterior mean. Latents whose prior depends on the moved one (the
+    layers below it) are at their prior's mean given it.
+    """
+    with same_random_state(), pyro.validation_enabled(False), torch.no_grad():
+        needs: Any = get_dependencies(pair.model, (_placed(x[:1], next(pair.parameters(), x)),))
+    below = {name}
+    for site, upstream in needs["prior_dependencies"].items():  # in the order of the model
+        if site in needs["posterior_dependencies"] and below & upstream.keys():  # a latent, not the data
+            below.add(site)
+    below.remove(name)
+    z = {}
+    for latent, site in guide_sites(pair, x[:1], seed=0).items():
+        mean = mean_or_value(site["fn"], site["value"])
+        if latent not in below:
+            z[latent] = mean.repeat(len(dimensions) * len(values), *[1] * (mean.dim() - 1)) if is_local(site) else mean
+    for moved, dimension in zip(z[name].split(len(values)), dimensions, strict=True):
+        moved[:, dimension] = values.to(moved)
+    with _SitesAtMean(below):
+        return decode(pair, z, data_dim=x.shape[1], seed=0)
+
+
+class _SitesAtMean(Messenger):
+    """Handler that sets the named sites to the means of their distributions."""
+
+    def __init__(self, names: set[str]) -> None:
+        super().__init__()
+        self._names = names
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] in self._names:
+            msg["value"] = mean_or_value(msg["fn"], msg["value"])
 
 
 # Many draws ---------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ __all__ = ["GuideQuality", "ImportanceSampling", "MeanWeight", "guide_quality", 
 CALLS_WORTH_COMPILING = 3000
 
 Summary = dict[tuple[str, str], Tensor]
-"""What is kept of one run, by kind of number and site."""
+"""Numbers kept of one run, by kind and site."""
 
 
 class ImportanceSampling:
@@ -41,7 +41,7 @@ class ImportanceSampling:
         self.chunks = x.split(rows)
         sites: Any = self.probe.guide_trace.nodes
         self.has_tails = any(not sites[name]["fn"].support.is_discrete for name in self.probe.guide)
-        """Whether the weights can have a tail: discrete latents alone give finitely many values."""
+        """True where the weights can have a tail: discrete latents alone give finitely many values."""
 
     def run(
         self, summarise: Callable[[LogWeightTerms, int], Summary], progress: bool | None
@@ -128,7 +128,7 @@ class WeightQuality(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class GuideQuality(Result):
-    """What :func:`guide_quality` measured: ``k`` and ``ess`` of each datum, or of all together if ``is_joint``."""
+    """Weights that :func:`guide_quality` judged: ``k`` and ``ess`` of each datum, or of all data if ``is_joint``."""
 
     num_data: int
     num_samples: int
@@ -139,7 +139,7 @@ class GuideQuality(Result):
     log_evidence: float
     """Log evidence from Pareto-smoothed weights, nats per datum."""
     is_joint: bool
-    """Whether a latent is global: all data together have one weight, hence one k̂ and one effective size."""
+    """True where a latent is global: all data have one weight together, hence one k̂ and one effective size."""
     num_no_tail: int
     """Number with k̂ = −inf: no weight stands out, as where the guide is the posterior."""
     num_good: int

@@ -25,9 +25,6 @@ FLOATS_PER_CHUNK = {"cpu": 2**20, "cuda": 2**25}
 DATA_PER_CHUNK = 100  # keeps small whatever has a number for each sample of each datum
 
 
-# Preparation ----------------------------------------------------------------------------------------------------------
-
-
 class NotApplicable(ValueError):
     """A quantity that this pair does not have. Tables leave it out and name it."""
 
@@ -92,9 +89,6 @@ def progress_bar(
     return tqdm(items, desc=title, total=total, unit=unit, disable=hide, leave=False)
 
 
-# Work in chunks -------------------------------------------------------------------------------------------------------
-
-
 def width(pair: Pair, trace: Trace, count: int, *, enumerated: Iterable[str] = ()) -> int:
     """Return how many numbers the widest tensor has for one datum and particle: a layer's, or of all sites together.
 
@@ -118,9 +112,6 @@ def chunk_sizes(
     fitting = runs_at_a_time(device, width)
     rows = num_data if joint else min(num_data, fitting, most_data)
     return rows, max(1, min(num_particles, fitting // rows))
-
-
-# Results --------------------------------------------------------------------------------------------------------------
 
 
 class Result:

@@ -47,7 +47,7 @@ class LatentCollapse:
     size: int
     """Dimensions; of a discrete latent, categories."""
     used: int
-    """How many of them are in use, by the verdict."""
+    """Number of them in use, by the verdict."""
     kl: float | None = None
     """The latent's term of the ELBO, E_q[log q(z | ...) − log p(z | ...)]."""
     kl_per_dimension: list[float] = field(default_factory=list)

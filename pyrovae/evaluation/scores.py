@@ -60,7 +60,7 @@ class Scores(Result):
     guide: GuideQuality | None = field(default=None, compare=False)
     """Pareto-k̂ and effective sample size of the weights behind ``log_evidence``, datum by datum."""
     too_few_for_k: bool = False
-    """Whether the weights have a tail but the samples are too few to fit it: then ``guide`` is None."""
+    """True where the weights have a tail but the samples are too few to fit it: then ``guide`` is None."""
     also: dict[str, Any] = field(default_factory=dict, compare=False)
     """Other quantities that were asked for, by the name of their function."""
     left_out: dict[str, str] = field(default_factory=dict)

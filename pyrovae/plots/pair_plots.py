@@ -11,13 +11,10 @@ import pyro
 import torch
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from pyro.infer.inspect import get_dependencies
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import constraints
 
 from pyrovae.checks import check_choice, check_positive
-from pyrovae.evaluation.generation import decode, guide_sites, model_latents, reconstruct, sample
+from pyrovae.evaluation.generation import decode, guide_sites, model_latents, reconstruct, sample, traverse
 from pyrovae.evaluation.mixtures import check_labels, responsibilities
 from pyrovae.evaluation.sites import is_local, mean_or_value
 from pyrovae.infer import log_weights
@@ -96,10 +93,7 @@ def plot_manifold(
 
 
 def check_latent(name: str, values: dict[str, Tensor], program: str, *, wants_two: bool = False) -> None:
-    """Raise ValueError unless ``name`` is among the latents ``values`` of the program and can be drawn in a plane.
-
-    It must be real and have two dimensions or more; exactly two, where ``wants_two``.
-    """
+    """Raise ValueError unless the latent is real, with two dimensions or more; exactly two where ``wants_two``."""
     check_choice("name", name, values)
     value = values[name]
     wanted = "2 dimensions" if wants_two else "2 dimensions or more"
@@ -125,17 +119,7 @@ def plot_traversal(
     The other dimensions and latents stay at the posterior mean of the first datum. Latents whose prior depends on the
     moved one (the layers below it) are at their prior's mean given it.
     """
-    below = _latents_below(pair, x[:1], name)
-    values = torch.linspace(-2.5, 2.5, steps)
-    z = {}
-    for latent, site in guide_sites(pair, x[:1], seed=0).items():
-        mean = mean_or_value(site["fn"], site["value"])
-        if latent not in below:
-            z[latent] = mean.repeat(steps * len(dimensions), *[1] * (mean.dim() - 1)) if is_local(site) else mean
-    for row, dimension in enumerate(dimensions):
-        z[name][row * steps : (row + 1) * steps, dimension] = values.to(z[name])
-    with _SitesAtMean(below):
-        images = decode(pair, z, data_dim=x.shape[1], seed=0)
+    images = traverse(pair, x, name, dimensions, torch.linspace(-2.5, 2.5, steps))
     figure = plot_images(images, image_shape, columns=steps, title=f"One dimension of {name} a row")
     axes = figure.axes[0]
     axes.set_axis_on()
@@ -145,36 +129,6 @@ def plot_traversal(
     axes.set_yticks(middles, [f"{name}[{dimension}]" for dimension in dimensions])
     axes.tick_params(length=0)
     return figure
-
-
-def can_traverse(pair: Pair, x: Tensor, name: str) -> bool:
-    """Return whether each datum has a value of the latent ``name``, and every real number is a possible value."""
-    site = guide_sites(pair, x[:2], seed=0)[name]
-    support = getattr(site["fn"].support, "base_constraint", site["fn"].support)
-    return support is constraints.real and is_local(site)
-
-
-def _latents_below(pair: Pair, x: Tensor, name: str) -> set[str]:
-    """Return the latents whose prior depends on the latent ``name``, directly or through other latents."""
-    with same_random_state(), pyro.validation_enabled(False), torch.no_grad():
-        needs: Any = get_dependencies(pair.model, (x.to(next(pair.parameters(), x)),))
-    found = {name}
-    for site, upstream in needs["prior_dependencies"].items():  # in the order of the model
-        if site in needs["posterior_dependencies"] and found & upstream.keys():  # a latent, not the data
-            found.add(site)
-    return found - {name}
-
-
-class _SitesAtMean(Messenger):
-    """Handler that sets the named sites to the means of their distributions."""
-
-    def __init__(self, names: set[str]) -> None:
-        super().__init__()
-        self._names = names
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if msg["name"] in self._names:
-            msg["value"] = mean_or_value(msg["fn"], msg["value"])
 
 
 # Data and latents ---------------------------------------------------------------------------------------------------

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from pyrovae import plots
 from pyrovae.data import DataSet
-from pyrovae.evaluation.generation import guide_sites
+from pyrovae.evaluation.generation import can_traverse, guide_sites
 from pyrovae.evaluation.posterior_collapse import USED_NATS
 from pyrovae.evaluation.sites import is_local
 from pyrovae.pair import Pair
-from pyrovae.plots.pair_plots import can_traverse
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -177,11 +177,8 @@ def plot_selection(selection: Selection) -> Figure:
         winner = winners.get(criterion)
         zero = min(getattr(c.criteria, criterion) for c in ([winner] if winner else having))
         for index, family in enumerate(families):
-            rows = sorted(
-                (c.num_components, getattr(c.criteria, criterion) - zero, bool(c.collapsed))
-                for c in having
-                if c.family == family
-            )
+            fits = [c for c in having if c.family == family]
+            rows = sorted((c.num_components, getattr(c.criteria, criterion) - zero, bool(c.collapsed)) for c in fits)
             sound, held = ([row[:2] for row in rows if row[2] == collapsed] for collapsed in (False, True))
             axes.plot(*np.reshape(sound, (-1, 2)).T, "o-", ms=4, color=f"C{index}", label=family)
             axes.plot(*np.reshape(held, (-1, 2)).T, "x", color=f"C{index}")
@@ -197,9 +194,6 @@ def plot_selection(selection: Selection) -> Figure:
         if any(families):
             axes.legend(fontsize=8)
     return figure
-
-
-# Comparisons of methods
 
 
 def plot_method_training(comparison: Comparison) -> Figure:
