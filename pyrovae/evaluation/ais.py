@@ -186,9 +186,9 @@ def annealed_evidence(
     with prepared(pair, x, binarize=binarize, device=device, seed=seed) as x, torch.no_grad():
         with same_random_state():
             latents = Latents(pair, poutine.trace(pair.model).get_trace(x[:2]))
-        forward = _annealed(latents, x, None, settings, progress)[0]
+        forward = _anneal(latents, x, None, settings, progress)[0]
     return AnnealedEvidence(
-        **_common(settings, forward),
+        **_common_fields(settings, forward),
         log_evidence=float(forward.log_mean.mean()),
         log_evidence_stderr=forward.stderr,
         log_evidence_stderr_data=stderr_over_data(forward.log_mean),
@@ -237,11 +237,11 @@ def bidirectional_evidence(
         raise TypeError(not_a_pair(pair))
     latents, x, exact, seed = _simulate(pair, num_data, data_dim, seed)
     with prepared(pair, x, device=device, seed=seed) as x, torch.no_grad():
-        forward, reverse = _annealed(latents, x, exact.to(x.device), settings, progress)
+        forward, reverse = _anneal(latents, x, exact.to(x.device), settings, progress)
     scores = importance_scores(pair, x, num_samples=num_guide_samples, device=device, seed=seed + 1, progress=progress)
     lower, upper = forward.log_mean, -reverse.log_mean
     return BidirectionalEvidence(
-        **_common(settings, forward) | {"acceptance": (forward.acceptance + reverse.acceptance) / 2},
+        **_common_fields(settings, forward) | {"acceptance": (forward.acceptance + reverse.acceptance) / 2},
         lower=float(lower.mean()),
         lower_stderr=forward.stderr,
         upper=float(upper.mean()),
@@ -278,7 +278,7 @@ class _Weights(MeanWeight):
         self.stderr = float(self.variance.sum().sqrt()) / log_w.shape[1] if len(log_w) > 1 else None
 
 
-def _common(settings: _Settings, forward: _Weights) -> dict[str, Any]:
+def _common_fields(settings: _Settings, forward: _Weights) -> dict[str, Any]:
     """Return the fields that both results have."""
     effective, count = float(forward.effective.mean()), settings.num_chains
     note = f"of {count} chains effectively {effective:.1f} count: the bound is loose, and its Monte Carlo error too "
@@ -306,7 +306,7 @@ def _simulate(pair: Pair, num_data: int, data_dim: int | None, seed: int) -> tup
 # Annealing ---------------------------------------------------------------------------------------------------------
 
 
-def _annealed(
+def _anneal(
     latents: Latents, x: Tensor, exact: Tensor | None, settings: _Settings, progress: bool | None
 ) -> list[_Weights]:
     """Return the weights of forward chains, and of reverse ones from ``exact`` posterior samples, (1, N, dim)."""
@@ -326,7 +326,7 @@ def _annealed(
     nearest = torch.linspace(0, len(pilot) - 1, len(betas), device=x.device).round().long()
     directions = 1 if exact is None else 2
     total = num_chunks * (len(pilot) + directions * (num_temperatures - 1))
-    value, gradient = _recorded(density, x[chunks[0]], num_chains, calls=total * settings.num_leapfrog)
+    value, gradient = _recorded_density(density, x[chunks[0]], num_chains, calls=total * settings.num_leapfrog)
 
     found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(directions)]
     with progress_bar("anneal", progress, total=total, unit="step") as bar:
@@ -421,7 +421,7 @@ def _chunk_size(density: Density, x: Tensor, num_chains: int) -> int:
     return min(len(x), max(1, measurement.runs_at_a_time(x.device, widest) // num_chains))
 
 
-def _recorded(density: Density, x: Tensor, num_chains: int, *, calls: int) -> tuple[Callable[..., Any], ...]:
+def _recorded_density(density: Density, x: Tensor, num_chains: int, *, calls: int) -> tuple[Callable[..., Any], ...]:
     """Return value and gradient for chunks of this size; recorded and compiled where enough calls pay for it."""
     if calls < CALLS_WORTH_RECORDING:
         return density.value, density.gradient
@@ -508,7 +508,7 @@ class Latents:
         return per_datum(terms, self.sites[name].axis, terms.dim()).sum(-1)
 
 
-class _Given(Messenger):
+class _GiveLatents(Messenger):
     """Give the latents their values from u, and add up log |det dz/du|, (chains, data)."""
 
     def __init__(self, latents: Latents, u: Tensor) -> None:
@@ -562,7 +562,7 @@ class Density:
         model = self._chains(model, len(u))
         if self.latents.enumerated:
             model = EnumMessenger(first_available_dim=-self.latents.nesting - 2)(model)
-        given = _Given(self.latents, u)
+        given = _GiveLatents(self.latents, u)
         trace = prune_subsample_sites(poutine.trace(given(model)).get_trace(x))
         trace.compute_log_prob()
         # No guide: enumerated latents are summed out, the others keep their own terms.

@@ -131,14 +131,14 @@ def to_arviz(
             expected = f"expected the sites of pair[0], as chains are restarts of one pair: {expected}"
             raise ValueError(f"pair[{index}]: {expected}; got {found}. Convert different pairs one by one.")
     plan = Plan(layout, num_draws, num_samples, log_likelihood, predictive)
-    labels = _labels(plan, len(x), coords)
+    labels = _labels_of_dims(plan, len(x), coords)
     _check_size(plan, len(x), len(pairs))
 
     chains = []
     for index, each in enumerate(pairs, start=1):  # not the seed that binarised
         with prepared(each, x, device=device, seed=seed + index) as rows, torch.no_grad():
             chains.append(draw_chain(each, rows, plan))
-    return _assemble(pairs, x, plan, chains, labels, seed)
+    return _assemble_groups(pairs, x, plan, chains, labels, seed)
 
 
 def _check_size(plan: Plan, num_data: int, num_chains: int) -> None:
@@ -166,7 +166,7 @@ def _check_size(plan: Plan, num_data: int, num_chains: int) -> None:
     )
 
 
-def _labels(plan: Plan, num_data: int, coords: Mapping[str, Any] | None) -> dict[str, Any]:
+def _labels_of_dims(plan: Plan, num_data: int, coords: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the labels of every dim: those in ``coords``, else counted from 0."""
     observed = plan.layout.observed
     lengths: dict[str, int] = {}
@@ -185,7 +185,7 @@ def _labels(plan: Plan, num_data: int, coords: Mapping[str, Any] | None) -> dict
     return labels
 
 
-def _assemble(
+def _assemble_groups(
     pairs: Sequence[Pair],
     x: Tensor,
     plan: Plan,
@@ -375,7 +375,7 @@ def draw_chain(pair: Pair, x: Tensor, plan: Plan) -> dict[Key, Tensor]:
     counts = [len(part) for part in torch.arange(plan.num_draws).split(draw_chunk)]
     parts: list[dict[Key, Tensor]] = []
     for some in x.split(data_chunk):
-        drawn = [_draw(pair, some, plan, count) for count in counts]
+        drawn = [_draw_chunk(pair, some, plan, count) for count in counts]
         part = {key: torch.cat([d[key] for d in drawn]) for key in drawn[0]}
         if ("log_likelihood", name := plan.log_likelihood_names()[0]) in part and plan.log_likelihood == "marginal":
             value = part["log_likelihood", name]
@@ -394,7 +394,7 @@ def draw_chain(pair: Pair, x: Tensor, plan: Plan) -> dict[Key, Tensor]:
     return {key: joined(key) for key in variables}
 
 
-def _draw(pair: Pair, x: Tensor, plan: Plan, draws: int) -> dict[Key, Tensor]:
+def _draw_chunk(pair: Pair, x: Tensor, plan: Plan, draws: int) -> dict[Key, Tensor]:
     """Draw every variable on a chunk of data. The marginal log likelihood is still that of each draw alone."""
     layout, structure = plan.layout, plan.layout.structure
     nesting, shape = structure.max_plate_nesting, (draws, len(x))

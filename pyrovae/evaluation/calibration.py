@@ -158,7 +158,7 @@ def simulation_based_calibration(
         if simulator.shared:
             shared = f"its latent {', '.join(simulator.shared)} lies outside the data plate: all data of a run share it"
             raise not_applicable(QUANTITY, pair, f"{shared}. Simulate data sets, and fit a guide to each.")
-        ranks = _ranks(simulator, few, num_simulations, num_draws, source, progress)
+        ranks = _rank_truths(simulator, few, num_simulations, num_draws, source, progress)
     tests = {name: _rank_test(name, value, num_draws, num_bins) for name, value in ranks.items()}
     return Calibration(num_simulations, num_draws, num_bins, source, tests)
 
@@ -180,7 +180,7 @@ def _num_bins(num_simulations: int, num_draws: int, num_bins: int | None) -> int
     return max(fitting)
 
 
-def _ranks(
+def _rank_truths(
     simulator: Simulator, few: Tensor, num_simulations: int, num_draws: int, source: str, progress: bool | None
 ) -> dict[str, Tensor]:
     """Rank the true values among the draws, by latent: (S, dimensions), on the CPU."""
@@ -204,7 +204,7 @@ def _ranks(
                 if with_likelihood:
                     scalars[LIKELIHOOD] = simulator.log_likelihood(simulator.condition(x, values, draws))
                 for name, value in scalars.items():
-                    counts[name] += _compared(value, truth[name], rounded=name == LIKELIHOOD)
+                    counts[name] += _count_draws(value, truth[name], rounded=name == LIKELIHOOD)
                 bar.update(count * draws)
             for name, (below, up_to, bad) in counts.items():
                 if bool(bad.any()):
@@ -215,7 +215,7 @@ def _ranks(
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-def _compared(draws: Tensor, truth: Tensor, *, rounded: bool) -> Tensor:
+def _count_draws(draws: Tensor, truth: Tensor, *, rounded: bool) -> Tensor:
     """Count draws below the truth, draws below or on it, and those that are NaN: (3, N, scalars)."""
     low = high = truth
     if rounded:  # a sum, known to rounding: where z plays no part, all are equal
@@ -238,7 +238,7 @@ def _rank_test(name: str, ranks: Tensor, num_draws: int, num_bins: int) -> RankT
     shift, shape = (score[ranks].sum(0) / math.sqrt(size) for score in scores)
     adjusted = _holm(p_values)
     verdicts = [
-        UNIFORM if p >= LEVEL else _verdict(a, b, likelihood=name == LIKELIHOOD)
+        UNIFORM if p >= LEVEL else _verdict_on_ranks(a, b, likelihood=name == LIKELIHOOD)
         for p, a, b in zip(adjusted, shift.tolist(), shape.tolist(), strict=True)
     ]
     shapes = shift.tolist(), shape.tolist()
@@ -254,7 +254,7 @@ def _holm(p_values: np.ndarray) -> list[float]:
     return adjusted.tolist()
 
 
-def _verdict(shift: float, shape: float, *, likelihood: bool) -> str:
+def _verdict_on_ranks(shift: float, shape: float, *, likelihood: bool) -> str:
     """Say in words how ranks that are not uniform deviate, from the z scores of their mean and of their spread."""
     if max(abs(shift), abs(shape)) < NormalDist().inv_cdf(1 - LEVEL / 2):
         return "not uniform"

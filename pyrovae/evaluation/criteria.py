@@ -205,7 +205,7 @@ def select_components(
         expected = "expected a function of the number of components, lambda k: GMM(k, data_dim), or a dictionary of"
         raise TypeError(f"make: {expected} such functions by name; got {make!r}.")
     x = check_data(x)
-    numbers = _counts(counts, len(x))
+    numbers = _check_counts(counts, len(x))
     runs = [(family, k) for family in makers for k in numbers]
     candidates = []
     for family, k in progress_bar("components", progress, runs, unit="fit"):
@@ -224,7 +224,7 @@ def select_components(
     return Selection(sorted(candidates, key=lambda c: (bool(c.collapsed), c.criteria.bic)))
 
 
-def _counts(counts: Any, num_data: int) -> list[int]:
+def _check_counts(counts: Any, num_data: int) -> list[int]:
     """Check the numbers of components, and drop repeated ones."""
     if isinstance(counts, (str, bytes)) or not isinstance(counts, Iterable):
         raise TypeError(f"counts: expected whole numbers of components, such as range(1, 7); got {counts!r}.")

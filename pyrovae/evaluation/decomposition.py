@@ -76,10 +76,10 @@ class KLDecomposition(KLParts, Result):
     def _table(self) -> list[str]:
         sampled = "exact sums over z" if not self.num_samples else f"{self.num_samples} samples each"
         some = f" of {self.num_drawn} of them" if self.num_samples and self.num_drawn < self.num_data else ""
-        lines = [f"{self.num_data} data, {sampled}{some}; nats per datum", *_rows(self, math.log(self.num_data))]
+        lines = [f"{self.num_data} data, {sampled}{some}; nats per datum", *_part_rows(self, math.log(self.num_data))]
         if len(self.latents) > 1 or any(parts.kl is None for parts in self.latents.values()):
             for name, parts in self.latents.items():
-                lines += [f"{name} alone", *_rows(parts, math.log(self.num_data), "  ")]
+                lines += [f"{name} alone", *_part_rows(parts, math.log(self.num_data), "  ")]
         return lines
 
 
@@ -92,7 +92,7 @@ LABELS = {
 }
 
 
-def _rows(parts: KLParts, most: float, indent: str = "") -> Iterator[str]:
+def _part_rows(parts: KLParts, most: float, indent: str = "") -> Iterator[str]:
     """Yield a line of the table for each part that applies; ``most`` is log N."""
     for name, label in LABELS.items():
         if (value := getattr(parts, name)) is not None:
@@ -151,11 +151,11 @@ def kl_decomposition(
         guide = GuideDensities.of(pair, x, "kl_decomposition")
         _check_decomposable(guide, x)
         drawn = len(x) if guide.is_exact else min(len(x), max_data)
-        latents = _exact(guide, x) if guide.is_exact else sampled_parts(guide, x, num_samples, drawn, progress)
+        latents = _exact_parts(guide, x) if guide.is_exact else sampled_parts(guide, x, num_samples, drawn, progress)
         parts = latents.pop("")
         num_samples = 0 if guide.is_exact else num_samples
         sizes: dict[str, Any] = {"num_data": len(x), "num_drawn": drawn, "num_samples": num_samples}
-        return KLDecomposition(**vars(parts), **sizes, latents=latents, notes=_notes(parts, latents, len(x), drawn))
+        return KLDecomposition(**vars(parts), **sizes, latents=latents, notes=_notes_on(parts, latents, len(x), drawn))
 
 
 def check_counts(num_samples: Any, max_data: Any) -> None:
@@ -307,7 +307,7 @@ def _kl_parts(found: dict[tuple[str, str], tuple[Any, Any]], latent: str) -> KLP
     return KLParts(**{**missing, **values, "stderr": {part: error for part, (_, error) in parts.items()}})
 
 
-def _exact(guide: GuideDensities, x: Tensor) -> dict[str, KLParts]:
+def _exact_parts(guide: GuideDensities, x: Tensor) -> dict[str, KLParts]:
     """Compute the parts for a lone discrete latent by sums over its values."""
     (name,) = guide.latents
     values, log_q = log_prob_of_categories(guide, x, name)
@@ -324,7 +324,7 @@ def mean_over_categories(log_q: Tensor, value: Tensor) -> float:
     return float(torch.where(log_q > -math.inf, log_q.exp() * value, 0.0).sum()) / log_q.shape[1]
 
 
-def _notes(parts: KLParts, latents: dict[str, KLParts], num_data: int, drawn: int) -> list[str]:
+def _notes_on(parts: KLParts, latents: dict[str, KLParts], num_data: int, drawn: int) -> list[str]:
     notes, most = [], math.log(num_data)
     if drawn < num_data:
         subset = f"a random subset of {drawn} of the {num_data} data (max_data)"

@@ -152,7 +152,7 @@ def inference_gaps(
             parts["log_evidence_variance"] = torch.zeros_like(parts["log_evidence"])
             parts["approximation_gap_variance"] = parts["elbo_optimal_variance"]
             evidence = EXACT
-        return _result(parts, evidence, num_samples, num_steps)
+        return _gaps_of_parts(parts, evidence, num_samples, num_steps)
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ def _bound_at(guide: PerDatumGuide, offsets: Offsets, options: _Options) -> Tens
         return guide.draw(CHECK_PARTICLES, options.at_once)[0].mean(0)
 
 
-def _result(parts: dict[str, Tensor], evidence: str, num_samples: int, num_steps: int) -> InferenceGaps:
+def _gaps_of_parts(parts: dict[str, Tensor], evidence: str, num_samples: int, num_steps: int) -> InferenceGaps:
     num_data = len(parts["elbo"])
     parts["approximation_gap"] = parts["log_evidence"] - parts["elbo_optimal"]
     numbers: dict[str, Any] = {}

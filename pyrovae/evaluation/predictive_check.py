@@ -154,7 +154,7 @@ def posterior_predictive_check(
             fix = "Use replicates='prior', or sample it in the guide."
             raise not_applicable("posterior_predictive_check", pair, reason + fix)
         functions = default_statistics(x) if statistics is None else statistics
-        observed = {name: _value(name, function, x.double()) for name, function in functions.items()}
+        observed = {name: _value_of_statistic(name, function, x.double()) for name, function in functions.items()}
         found: dict[str, list[Tensor]] = {name: [] for name in functions}
         rows_at_a_time, replicates_at_a_time = simulator.chunks(len(x), num_replicates)
         for start in progress_bar("replicates", progress, range(0, num_replicates, replicates_at_a_time)):
@@ -162,7 +162,7 @@ def posterior_predictive_check(
             parts = [simulator.replicate(rows, count, replicates, source) for rows in x.split(rows_at_a_time)]
             for replicate in torch.cat(parts, 1):
                 for name, function in functions.items():
-                    found[name].append(_value(name, function, replicate.double(), like=observed[name]))
+                    found[name].append(_value_of_statistic(name, function, replicate.double(), like=observed[name]))
     checks = [_statistic_check(name, torch.stack([observed[name], *found[name]]).cpu()) for name in functions]
     return PredictiveCheck(replicates, len(x), num_replicates, checks)
 
@@ -178,7 +178,7 @@ def _check_statistics(statistics: Any) -> None:
         raise ValueError("statistics: expected at least one; got none. Leave it out for the default ones.")
 
 
-def _value(name: str, function: Callable[[Tensor], Any], x: Tensor, like: Tensor | None = None) -> Tensor:
+def _value_of_statistic(name: str, function: Callable[[Tensor], Any], x: Tensor, like: Tensor | None = None) -> Tensor:
     """Return the statistic of a data set, (values,), float64; ``like`` has the right number of values."""
     value = torch.as_tensor(function(x), device=x.device).double().reshape(-1)
     if like is not None and value.shape != like.shape:
