@@ -14,7 +14,7 @@ __all__ = ["FitResult", "Progress", "has_run_out_of_patience", "read_progress"]
 
 @dataclass(frozen=True, repr=False)
 class FitResult:
-    """Result of :func:`pyrovae.fit`."""
+    """The result of :func:`pyrovae.fit`."""
 
     history: list[dict[str, float]]
     """A row an epoch: epoch, step, train_bound and validation_bound (nats per datum), lr, seconds."""
