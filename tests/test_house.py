@@ -23,7 +23,7 @@ MODULES = ["pyrovae", *(found.name for found in pkgutil.walk_packages(pyrovae.__
 MODULES.remove("pyrovae.__main__")  # importing it runs the command line
 
 # Each room, and the rooms below it that it may import. A room is a package, or a module beside the packages.
-BASE = {"pair", "networks", "checks", "checkpoint", "machine", "random_state"}
+BASE = {"pair", "networks", "checks", "checkpoint", "random_state", "machine"}
 BELOW = {
     "cli": {"comparison", "plots", "evaluation", "training", "infer", "models", "data", "the whole package", *BASE},
     "comparison": {"plots", "evaluation", "training", "infer", "data", *BASE},
@@ -36,16 +36,15 @@ BELOW = {
     "networks": {"checks"},
     "data": {"checks", "checkpoint"},
     "checkpoint": {"checks"},
-    "checks": set(),
-    "machine": set(),
     "random_state": set(),
+    "machine": set(),
+    "checks": set(),
 }
 
 # What does not keep to the rules yet. Each entry is to be removed with its cause, and none is to be added.
 KNOWN_ARROWS = {
     ("pair", "infer"),  # Pair.default_loss returns a Trace_ELBO
 }
-KNOWN_HIDDEN: set[str] = set()
 KNOWN_FRAGMENTS: set[str] = set()
 
 STARTS_OF_FRAGMENTS = """
@@ -65,7 +64,7 @@ def is_hidden(name: str) -> bool:
 
 
 def test_no_function_or_class_hides_a_module():
-    assert {name for name in MODULES if is_hidden(name)} == KNOWN_HIDDEN
+    assert {name for name in MODULES if is_hidden(name)} == set()
 
 
 # Arrows

@@ -18,6 +18,7 @@ import pyrovae as pv
 from pyrovae.evaluation import decode, evaluate, importance_sampling, latents, reconstruct, sample, scores
 from pyrovae.evaluation.measurement import FLOATS_PER_CHUNK
 from pyrovae.infer import log_weight_terms, log_weights, record
+from pyrovae.infer.record import Recorded
 
 NUM_SE = 5  # standard errors allowed in statistical tests
 
@@ -590,7 +591,7 @@ def test_compiled_scores_equal_the_eager_ones(name, compiles, monkeypatch):
     """The noise is equal. Chunks of data and particles that do not fill up stay eager."""
     monkeypatch.setitem(FLOATS_PER_CHUNK, "cpu", 400)
     if not compiles:
-        monkeypatch.setattr(record.Recorded, "compile", lambda self, args: None)
+        monkeypatch.setattr(Recorded, "compile", lambda self, args: None)
     options = {"iwae": {"latent_dims": (3, 2), "hidden_dims": ((5,), (4,))}, "ppca": {"latent_dim": 2}}
     torch.manual_seed(0)
     pair = pv.models.REGISTRY[name](6, **options.get(name, {"latent_dim": 3, "hidden_dims": (5,)}))
@@ -598,8 +599,7 @@ def test_compiled_scores_equal_the_eager_ones(name, compiles, monkeypatch):
     eager = pv.evaluate(pair, x, num_samples=47).to_dict()
     monkeypatch.setattr(importance_sampling, "CALLS_WORTH_COMPILING", 1)
     made = []
-    recorded = record.Recorded
-    monkeypatch.setattr(record, "Recorded", lambda *args: made.append(recorded(*args)) or made[-1])
+    monkeypatch.setattr(record, "Recorded", lambda *args: made.append(Recorded(*args)) or made[-1])
     compiled = pv.evaluate(pair, x, num_samples=47).to_dict()
     assert len(made) == 1
     assert made[0].is_compiled == compiles
