@@ -85,6 +85,7 @@ class ComparisonFolder:
     def write(self, comparison: Comparison, x: Tensor, feature_names: tuple[str, ...] | None) -> None:
         """Write all numbers, the tables, and the pictures that apply. A picture that fails is a line on stderr."""
         from pyrovae import plots
+        from pyrovae.evaluation import responsibilities
 
         record = read_record(self.path)
         self._write_record(record["settings"], record["config"], comparison.to_dict())
@@ -97,7 +98,7 @@ class ComparisonFolder:
             figures["comparison"] = comparison.plot
         if any(row.mean["gap"] is not None for row in comparison.table):
             figures["gaps"] = comparison.plot_gaps
-        if pairs and all(plots.responsibilities(pair, x[:2]) is not None for pair in pairs.values()):
+        if pairs and all(responsibilities(pair, x[:2]) is not None for pair in pairs.values()):
             figures["responsibilities"] = lambda: plots.plot_responsibilities(pairs, x, feature_names=feature_names)
         elif x.shape[1] == 2 and pairs and all(plots.has_density(pair, x) for pair in pairs.values()):
             figures["densities"] = lambda: plots.plot_densities(pairs, x, feature_names=feature_names)

@@ -12,26 +12,24 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
+from pyro.poutine import Trace
+from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
+from torch.distributions import biject_to
 
 from pyrovae.checks import check_positive, not_a_pair
+from pyrovae.evaluation import measurement
 from pyrovae.evaluation.importance_sampling import MeanWeight, stderr_over_data
-from pyrovae.evaluation.measurement import (
-    Result,
-    not_applicable,
-    prepared,
-    progress_bar,
-    runs_at_a_time,
-    seeded,
-    width,
-)
-from pyrovae.evaluation.scores import importance_scores
-from pyrovae.evaluation.sites import blank_data, drawn_data, unobserve
-from pyrovae.evaluation.unconstrained_density import Density, Latents
+from pyrovae.evaluation.measurement import NotApplicable, Result, not_applicable, prepared, progress_bar, seeded
+from pyrovae.evaluation.scores import errors_in_words, importance_scores
+from pyrovae.evaluation.sites import blank_data, drawn_data, per_datum, unobserve
 from pyrovae.infer.record import recorded_or_itself
-from pyrovae.infer.weights import same_random_state
+from pyrovae.infer.weights import PARTICLES, LogWeightTerms, log_weights_of_traces, same_random_state, sample_sites
 from pyrovae.pair import Pair
 
 __all__ = ["AnnealedEvidence", "BidirectionalEvidence", "annealed_evidence", "bidirectional_evidence"]
@@ -74,7 +72,7 @@ class _Annealing(Result):
 
 @dataclass(frozen=True, repr=False, eq=False)
 class AnnealedEvidence(_Annealing):
-    """What :func:`annealed_evidence` measured. Nats per datum, unless said otherwise."""
+    """Evidence that :func:`annealed_evidence` measured. Nats per datum, unless said otherwise."""
 
     log_evidence: float
     """mean_n log 1/K Σ_k w_kn: in expectation a lower bound of the log evidence."""
@@ -88,7 +86,7 @@ class AnnealedEvidence(_Annealing):
     """Log evidence of the same data by importance sampling from the guide, where :func:`evaluate` measured both."""
 
     def _table(self) -> list[str]:
-        errors = _errors(self.log_evidence_stderr, self.log_evidence_stderr_data)
+        errors = errors_in_words(self.log_evidence_stderr, self.log_evidence_stderr_data)
         rows = [("log evidence, annealed", self.log_evidence, f"{errors}; in expectation a lower bound".lstrip("; "))]
         if self.by_importance is not None:
             rows.append(("log evidence, guide", self.by_importance, "by importance sampling, of the same data"))
@@ -97,7 +95,7 @@ class AnnealedEvidence(_Annealing):
 
 @dataclass(frozen=True, repr=False, eq=False)
 class BidirectionalEvidence(_Annealing):
-    """What :func:`bidirectional_evidence` measured on data drawn from the model. Nats per datum."""
+    """Bounds that :func:`bidirectional_evidence` measured on data drawn from the model. Nats per datum."""
 
     lower: float
     """Mean over data of the forward chains' bound: in expectation below the log evidence."""
@@ -129,16 +127,11 @@ class BidirectionalEvidence(_Annealing):
             rows.append(("log likelihood, exact", self.log_likelihood, ""))
         samples = f"{self.num_guide_samples} sample{'s' * (self.num_guide_samples > 1)} each"
         rows += [
-            ("log evidence, lower", self.lower, f"{_errors(self.lower_stderr, None)}; in expectation".lstrip("; ")),
-            ("gap", self.gap, _errors(None, self.gap_stderr)),
-            ("log evidence, guide", self.guide, f"{_errors(self.guide_stderr, None)}, {samples}".lstrip(", ")),
+            ("log evidence, lower", self.lower, f"{errors_in_words(self.lower_stderr)}; in expectation".lstrip("; ")),
+            ("gap", self.gap, errors_in_words(None, self.gap_stderr)),
+            ("log evidence, guide", self.guide, f"{errors_in_words(self.guide_stderr)}, {samples}".lstrip(", ")),
         ]
         return self._lines("simulated data", rows)
-
-
-def _errors(monte_carlo: float | None, over_data: float | None) -> str:
-    errors = [f"± {monte_carlo:.3f} Monte Carlo"] if monte_carlo is not None else []
-    return ", ".join(errors + ([f"± {over_data:.3f} over data"] if over_data is not None else []))
 
 
 def annealed_evidence(
@@ -193,9 +186,9 @@ def annealed_evidence(
     with prepared(pair, x, binarize=binarize, device=device, seed=seed) as x, torch.no_grad():
         with same_random_state():
             latents = Latents(pair, poutine.trace(pair.model).get_trace(x[:2]))
-        forward = _annealed(pair, latents, x, None, settings, progress)[0]
+        forward = _anneal(latents, x, None, settings, progress)[0]
     return AnnealedEvidence(
-        **_common(settings, forward),
+        **_common_fields(settings, forward),
         log_evidence=float(forward.log_mean.mean()),
         log_evidence_stderr=forward.stderr,
         log_evidence_stderr_data=stderr_over_data(forward.log_mean),
@@ -244,11 +237,11 @@ def bidirectional_evidence(
         raise TypeError(not_a_pair(pair))
     latents, x, exact, seed = _simulate(pair, num_data, data_dim, seed)
     with prepared(pair, x, device=device, seed=seed) as x, torch.no_grad():
-        forward, reverse = _annealed(pair, latents, x, exact.to(x.device), settings, progress)
+        forward, reverse = _anneal(latents, x, exact.to(x.device), settings, progress)
     scores = importance_scores(pair, x, num_samples=num_guide_samples, device=device, seed=seed + 1, progress=progress)
     lower, upper = forward.log_mean, -reverse.log_mean
     return BidirectionalEvidence(
-        **_common(settings, forward) | {"acceptance": (forward.acceptance + reverse.acceptance) / 2},
+        **_common_fields(settings, forward) | {"acceptance": (forward.acceptance + reverse.acceptance) / 2},
         lower=float(lower.mean()),
         lower_stderr=forward.stderr,
         upper=float(upper.mean()),
@@ -285,21 +278,13 @@ class _Weights(MeanWeight):
         self.stderr = float(self.variance.sum().sqrt()) / log_w.shape[1] if len(log_w) > 1 else None
 
 
-def _common(settings: _Settings, forward: _Weights) -> dict[str, Any]:
+def _common_fields(settings: _Settings, forward: _Weights) -> dict[str, Any]:
     """Return the fields that both results have."""
-    notes, effective = [], float(forward.effective.mean())
-    if settings.num_chains > 1 and effective < settings.num_chains / UNEVEN_SHARE:
-        notes.append(
-            f"of {settings.num_chains} chains effectively {effective:.1f} count: the bound is loose, and its Monte "
-            "Carlo error too small; raise num_temperatures"
-        )
-    return {
-        **asdict(settings),
-        "num_data": len(forward.log_mean),
-        "acceptance": forward.acceptance,
-        "effective_sample_size": effective,
-        "notes": notes,
-    }
+    effective, count = float(forward.effective.mean()), settings.num_chains
+    note = f"of {count} chains effectively {effective:.1f} count: the bound is loose, and its Monte Carlo error too "
+    notes = [f"{note}small; raise num_temperatures"] if count > 1 and effective < count / UNEVEN_SHARE else []
+    found = {"num_data": len(forward.log_mean), "acceptance": forward.acceptance, "notes": notes}
+    return {**asdict(settings), **found, "effective_sample_size": effective}
 
 
 @torch.no_grad()
@@ -310,34 +295,25 @@ def _simulate(pair: Pair, num_data: int, data_dim: int | None, seed: int) -> tup
         trace = poutine.trace(unobserve(pair.model)).get_trace(blank)
         seed = int(torch.randint(2**31, ()))  # chains must not start from the noise that made x
     latents = Latents(pair, trace)
-    observed = list(drawn_data(trace).values())
-    if len(observed) != 1 or observed[0]["value"].shape != blank.shape:
-        shapes = {site["name"]: tuple(site["value"].shape) for site in observed}
-        raise not_applicable(
-            "bidirectional_evidence",
-            pair,
-            f"to draw data from the model it needs one observed site, of shape {tuple(blank.shape)}; it observes "
-            f"{shapes}.",
-        )
-    return latents, observed[0]["value"], latents.pack(trace), seed
+    observed = {name: site["value"] for name, site in drawn_data(trace).items()}
+    shapes = {name: tuple(value.shape) for name, value in observed.items()}
+    if list(shapes.values()) != [tuple(blank.shape)]:
+        reason = f"to draw data it needs one observed site, of shape {tuple(blank.shape)}; it observes {shapes}."
+        raise not_applicable("bidirectional_evidence", pair, reason)
+    return latents, *observed.values(), latents.pack(trace), seed
 
 
 # Annealing ---------------------------------------------------------------------------------------------------------
 
 
-def _annealed(
-    pair: Pair,
-    latents: Latents,
-    x: Tensor,
-    exact: Tensor | None,  # (1, N, dim): u of exact posterior samples
-    settings: _Settings,
-    progress: bool | None,
+def _anneal(
+    latents: Latents, x: Tensor, exact: Tensor | None, settings: _Settings, progress: bool | None
 ) -> list[_Weights]:
-    """Run forward chains, and with ``exact`` reverse ones; return the weights of each."""
+    """Return the weights of forward chains, and of reverse ones from ``exact`` posterior samples, (1, N, dim)."""
     num_chains, num_temperatures = settings.num_chains, settings.num_temperatures
-    density = Density(pair, latents)
+    density = Density(latents)
     try:
-        size = _chunk_size(pair, density, x, num_chains)
+        size = _chunk_size(density, x, num_chains)
     except NotImplementedError as error:
         raise latents.inapplicable(str(error).rstrip(".")) from error
     num_chunks = math.ceil(len(x) / size)
@@ -350,7 +326,7 @@ def _annealed(
     nearest = torch.linspace(0, len(pilot) - 1, len(betas), device=x.device).round().long()
     directions = 1 if exact is None else 2
     total = num_chunks * (len(pilot) + directions * (num_temperatures - 1))
-    value, gradient = _recorded(density, x[chunks[0]], num_chains, calls=total * settings.num_leapfrog)
+    value, gradient = _recorded_density(density, x[chunks[0]], num_chains, calls=total * settings.num_leapfrog)
 
     found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(directions)]
     with progress_bar("anneal", progress, total=total, unit="step") as bar:
@@ -364,11 +340,8 @@ def _annealed(
             if exact is not None:
                 start = exact[:, rows].repeat(num_chains, 1, 1)
                 found[1].append(chains.run(start, betas.flip(0), steps.flip(0)))
-    results = []
-    for parts in found:
-        log_w, acceptance = zip(*parts, strict=True)
-        results.append(_Weights(torch.cat(log_w, 1)[:, : len(x)].cpu(), float(torch.stack(acceptance).mean())))
-    return results
+    columns = [tuple(zip(*parts, strict=True)) for parts in found]
+    return [_Weights(torch.cat(w, 1)[:, : len(x)].cpu(), float(torch.stack(a).mean())) for w, a in columns]
 
 
 def _schedule(num_temperatures: int) -> Tensor:
@@ -437,28 +410,160 @@ class _Chains:
         )
 
 
-def _chunk_size(pair: Pair, density: Density, x: Tensor, num_chains: int) -> int:
+def _chunk_size(density: Density, x: Tensor, num_chains: int) -> int:
     """Return how many data run at a time, so that chains · data · width stays near FLOATS_PER_CHUNK."""
-    few = x[:2]
+    few, latents = x[:2], density.latents
     with same_random_state():
-        terms = density.terms(pair.model, density.draw(few, 1), few)[0]
+        terms = density.terms(latents.pair.model, density.draw(few, 1), few)[0]
     if terms.log_weights.dim() != 2:
-        raise density.latents.inapplicable("its sites do not all lie in one plate 'data', so a datum has no weight")
-    widest = width(pair, terms.model_trace, len(few), enumerated=density.latents.enumerated)
-    return min(len(x), max(1, runs_at_a_time(x.device, widest) // num_chains))
+        raise latents.inapplicable("its sites do not all lie in one plate 'data', so a datum has no weight")
+    widest = measurement.width(latents.pair, terms.model_trace, len(few), enumerated=latents.enumerated)
+    return min(len(x), max(1, measurement.runs_at_a_time(x.device, widest) // num_chains))
 
 
-def _recorded(density: Density, x: Tensor, num_chains: int, *, calls: int) -> tuple[Callable[..., Any], ...]:
-    """Return ``value`` and ``gradient`` of ``density``, for chunks of this size, recorded and compiled.
-
-    Each happens only where there are enough calls to pay for it.
-    """
+def _recorded_density(density: Density, x: Tensor, num_chains: int, *, calls: int) -> tuple[Callable[..., Any], ...]:
+    """Return value and gradient for chunks of this size; recorded and compiled where enough calls pay for it."""
     if calls < CALLS_WORTH_RECORDING:
         return density.value, density.gradient
     with same_random_state():
         args = density.draw(x, num_chains), x, x.new_ones(())
     compiled = calls >= CALLS_WORTH_COMPILING
     return tuple(
-        recorded_or_itself(function, inputs, [density.pair], "annealing", compiled=compiled)
+        recorded_or_itself(function, inputs, [density.latents.pair], "annealing", compiled=compiled)
         for function, inputs in ((density.value, args[:2]), (density.gradient, args))
     )
+
+
+# Density of unconstrained latents -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Site:
+    plates: tuple[int, ...]  # sizes of the plates inside a datum
+    axis: int  # axis of the data in (chains, plates ...)
+    event: tuple[int, ...]  # event shape of the unconstrained value
+    columns: slice  # its place in the vector u
+
+
+class Latents:
+    """The continuous latents of a datum as one unconstrained vector u, shape (chains, data, dim)."""
+
+    def __init__(self, pair: Pair, trace: Trace) -> None:
+        """Read the layout of the latents from a run of the model."""
+        self.pair = pair
+        sites = sample_sites(trace)
+        observed = {n for n, s in sites.items() if s["is_observed"] or s["infer"].get("was_observed")}
+        hidden = {name: site for name, site in sites.items() if name not in observed}
+        self.enumerated = tuple(name for name, s in hidden.items() if s["infer"].get("enumerate") == "parallel")
+        self.nesting = -min((f.dim for s in sites.values() for f in s["cond_indep_stack"] if f.vectorized), default=0)
+        self.sites: dict[str, _Site] = {}
+        self.dim = 0
+        for name, site in hidden.items():
+            frames = {f.name: f for f in site["cond_indep_stack"] if f.vectorized}
+            if "data" not in frames:
+                reason = f"its latent '{name}' lies outside the plate 'data', so data have no evidence of their own"
+                raise self.inapplicable(f"{reason}. evaluate(...) estimates the evidence of all data together")
+            if name not in self.enumerated:
+                self.sites[name] = self._site(name, site, frames)
+                self.dim = self.sites[name].columns.stop
+        if not self.sites:
+            reason = "it has no continuous latent, so its evidence is exact already, by summing the discrete ones out"
+            raise self.inapplicable(f"{reason}: evaluate(...).log_evidence with a guide without them, or log_prob")
+
+    def inapplicable(self, reason: str) -> NotApplicable:
+        """Return the error to raise where chains cannot run on these latents."""
+        return not_applicable("annealed_evidence", self.pair, f"{reason}.")
+
+    def _site(self, name: str, site: Any, frames: dict[str, Any]) -> _Site:
+        support = site["fn"].support
+        if support.is_discrete:
+            fix = "Mark it infer={'enumerate': 'parallel'} in the model, and it is summed out"
+            raise self.inapplicable(f"its latent '{name}' is discrete, and Hamiltonian chains need gradients. {fix}")
+        try:
+            raw = biject_to(support).inv(site["value"])
+        except NotImplementedError as error:
+            raise self.inapplicable(f"no smooth map is known onto the support of '{name}', {support}") from error
+        event = raw.shape[len(site["fn"].batch_shape) :]
+        axis = self.nesting + 1 + frames["data"].dim
+        plates = [1] * self.nesting
+        for frame in frames.values():
+            plates[frame.dim] = frame.size
+        del plates[axis - 1]
+        return _Site(tuple(plates), axis, event, slice(self.dim, self.dim + math.prod(plates) * event.numel()))
+
+    def pack(self, trace: Trace) -> Tensor:
+        """Return u of a run of the model."""
+        nodes: Any = {name: trace.nodes[name] for name in self.sites}
+        raw = {name: biject_to(node["fn"].support).inv(node["value"]) for name, node in nodes.items()}
+        ranks = {name: self.nesting + 1 + len(site.event) for name, site in self.sites.items()}
+        return torch.cat([per_datum(raw[name], self.sites[name].axis, rank) for name, rank in ranks.items()], -1)
+
+    def unpack(self, name: str, u: Tensor) -> Tensor:
+        """Return the part of u for one site, shape (chains, plates ..., event ...)."""
+        site = self.sites[name]
+        return u[..., site.columns].reshape(*u.shape[:2], *site.plates, *site.event).movedim(1, site.axis)
+
+    def per_datum(self, name: str, terms: Tensor) -> Tensor:
+        """Sum the terms of each datum: (chains, plates ..., rest ...) → (chains, data)."""
+        return per_datum(terms, self.sites[name].axis, terms.dim()).sum(-1)
+
+
+class _GiveLatents(Messenger):
+    """Give the latents their values from u, and add up log |det dz/du|, (chains, data)."""
+
+    def __init__(self, latents: Latents, u: Tensor) -> None:
+        super().__init__()
+        self._latents, self._u = latents, u
+        self.log_det = u.new_zeros(u.shape[:2])
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        if name not in self._latents.sites:
+            return
+        transform, raw = biject_to(msg["fn"].support), self._latents.unpack(name, self._u)
+        msg["value"] = transform(raw)
+        msg["done"] = True
+        self.log_det = self.log_det + self._latents.per_datum(name, transform.log_abs_det_jacobian(raw, msg["value"]))
+
+
+class Density:
+    """log p(z) + log |det dz/du| and log p(x | z) as functions of u, with their gradient."""
+
+    def __init__(self, latents: Latents) -> None:
+        self.latents = latents
+
+    def draw(self, x: Tensor, num_chains: int) -> Tensor:
+        """Draw latents from the prior; return their u."""
+        return self.latents.pack(poutine.trace(self._chains(self.latents.pair.model, num_chains)).get_trace(x))
+
+    def value(self, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log p(z) + log |det dz/du| and log p(x | z), both (chains, data)."""
+        found, log_det = self.terms(self.latents.pair.model, u, x)
+        terms, zero = found.model, torch.zeros_like(log_det)
+        if self.latents.enumerated:  # a latent that is summed out may tie the two together: sum the prior by itself
+            unobserved = poutine.block(self.latents.pair.model, hide_fn=lambda site: site.get("is_observed", False))
+            prior = sum(self.terms(unobserved, u, x)[0].model.values(), zero)
+            return prior + log_det, sum(terms.values(), zero) - prior
+        prior = sum((terms[name] for name in self.latents.sites), zero)
+        return prior + log_det, sum((term for name, term in terms.items() if name not in self.latents.sites), zero)
+
+    def gradient(self, u: Tensor, x: Tensor, beta: Tensor) -> Tensor:
+        """Return d/du (log p(z) + log |det dz/du| + β log p(x | z)), the shape of u."""
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            prior, likelihood = self.value(u, x)
+            return torch.autograd.grad((prior + beta * likelihood).sum(), u)[0]
+
+    def _chains(self, model: Callable, num_chains: int) -> Callable:
+        return pyro.plate(PARTICLES, num_chains, dim=-self.latents.nesting - 1)(model)
+
+    def terms(self, model: Callable, u: Tensor, x: Tensor) -> tuple[LogWeightTerms, Tensor]:
+        """Return the log density of each site, and log |det dz/du|."""
+        model = self._chains(model, len(u))
+        if self.latents.enumerated:
+            model = EnumMessenger(first_available_dim=-self.latents.nesting - 2)(model)
+        given = _GiveLatents(self.latents, u)
+        trace = prune_subsample_sites(poutine.trace(given(model)).get_trace(x))
+        trace.compute_log_prob()
+        # No guide: enumerated latents are summed out, the others keep their own terms.
+        return log_weights_of_traces(trace, Trace(), len(u), self.latents.nesting), given.log_det

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,7 @@ __all__ = ["MAX_BYTES", "to_arviz"]
 MAX_BYTES = 2**31
 """Most bytes of all groups together. A larger result is refused before work starts."""
 EQUAL = 1e-5  # log weights that agree to this, relative to themselves, differ by rounding
-TIE_BREAK = 1e-8  # nats: see _with_broken_ties
+TIE_BREAK = 1e-8  # nats that keep equal draws of the log likelihood apart
 
 Key = tuple[str, str]
 """Name of the group and of the variable."""
@@ -127,19 +128,17 @@ def to_arviz(
         with prepared(other, x, device=device, seed=seed) as rows:
             found = PairLayout.of(other, rows).in_words()
         if found != (expected := layout.in_words()):
-            raise ValueError(
-                f"pair[{index}]: expected the sites of pair[0], as chains are restarts of one pair: {expected}; got "
-                f"{found}. Convert different pairs one by one."
-            )
+            expected = f"expected the sites of pair[0], as chains are restarts of one pair: {expected}"
+            raise ValueError(f"pair[{index}]: {expected}; got {found}. Convert different pairs one by one.")
     plan = Plan(layout, num_draws, num_samples, log_likelihood, predictive)
-    labels = _labels(plan, len(x), coords)
+    labels = _labels_of_dims(plan, len(x), coords)
     _check_size(plan, len(x), len(pairs))
 
     chains = []
     for index, each in enumerate(pairs, start=1):  # not the seed that binarised
         with prepared(each, x, device=device, seed=seed + index) as rows, torch.no_grad():
             chains.append(draw_chain(each, rows, plan))
-    return _assemble(pairs, x, plan, chains, labels, seed)
+    return _assemble_groups(pairs, x, plan, chains, labels, seed)
 
 
 def _check_size(plan: Plan, num_data: int, num_chains: int) -> None:
@@ -167,7 +166,7 @@ def _check_size(plan: Plan, num_data: int, num_chains: int) -> None:
     )
 
 
-def _labels(plan: Plan, num_data: int, coords: Mapping[str, Any] | None) -> dict[str, Any]:
+def _labels_of_dims(plan: Plan, num_data: int, coords: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the labels of every dim: those in ``coords``, else counted from 0."""
     observed = plan.layout.observed
     lengths: dict[str, int] = {}
@@ -186,7 +185,7 @@ def _labels(plan: Plan, num_data: int, coords: Mapping[str, Any] | None) -> dict
     return labels
 
 
-def _assemble(
+def _assemble_groups(
     pairs: Sequence[Pair],
     x: Tensor,
     plan: Plan,
@@ -194,16 +193,16 @@ def _assemble(
     labels: Mapping[str, Any],
     seed: int,
 ) -> InferenceData:
-    import pyrovae
-
+    version = importlib.metadata.version("pyrovae")
+    library = {"inference_library": "pyrovae", "inference_library_version": version}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # ArviZ announces its own future, once a day
         import arviz
 
     def dataset(values: Mapping[str, Tensor], variables: Mapping[str, Variable], **options: Any) -> Any:
-        arrays = {clean_name(name): value.cpu().numpy() for name, value in values.items()}
-        dims = {clean_name(name): list(variables[name].dims) for name in values}
-        return arviz.dict_to_dataset(arrays, coords=labels, dims=dims, library=pyrovae, **options)
+        arrays = {name.replace("/", "."): value.cpu().numpy() for name, value in values.items()}
+        dims = {name.replace("/", "."): list(variables[name].dims) for name in values}
+        return arviz.dict_to_dataset(arrays, coords=labels, dims=dims, attrs=library, **options)
 
     groups: dict[str, dict[str, Variable]] = {}
     for (group, name), variable in plan.variables().items():
@@ -221,7 +220,7 @@ def _assemble(
     notes = ["Posterior draws are the guide's, unweighted.", "Parameters are point estimates."]
     attrs = {
         "pair": type(pairs[0]).__name__,
-        "pyrovae_version": pyrovae.__version__,
+        "pyrovae_version": version,
         "seed": seed,
         "guide": ", ".join(f"{name}: {kind}" for name, kind in layout.guide.items()) or "none",
         "enumerated": ", ".join(layout.structure.enumerated) or "none",
@@ -239,24 +238,20 @@ def _assemble(
 class Variable:
     """Shape of one variable of the result."""
 
-    dims: tuple[str, ...]
-    """Names of the dims after chain and draw."""
-    sizes: tuple[int, ...]
-    """Size of each dim; 1 for ``data``, whose size is not known yet."""
-    itemsize: int
-    """Bytes of one number."""
+    dims: tuple[str, ...]  # names of the dims after chain and draw
+    sizes: tuple[int, ...]  # size of each dim; 1 for ``data``, whose size is not known yet
+    itemsize: int  # bytes of one number
 
     @staticmethod
     def of(site: Any, num_features: int | None = None) -> Variable:
         """Describe a site; ``num_features`` is that of the data, where the site is observed."""
-        name, event, frames = clean_name(site["name"]), site["fn"].event_shape, _plates(site)
+        name, event, frames = site["name"].replace("/", "."), site["fn"].event_shape, _plates(site)
         dims = [f"{name}_dim"] if len(event) == 1 else [f"{name}_dim_{i}" for i in range(len(event))]
         if event == (num_features,):
             dims = ["feature"]
+        dims = [*(frame.name.replace("/", ".") for frame in frames), *dims]
         sizes = [1 if frame.name == "data" else frame.size for frame in frames]
-        return Variable(
-            (*(clean_name(frame.name) for frame in frames), *dims), (*sizes, *event), site["value"].element_size()
-        )
+        return Variable(tuple(dims), (*sizes, *event), site["value"].element_size())
 
 
 @dataclass(frozen=True)
@@ -266,35 +261,21 @@ class PairLayout:
     structure: Structure
     latents: dict[str, Variable]
     observed: dict[str, Variable]
-    guide: dict[str, str]
-    """Distribution of each guide site."""
-    local: bool
-    """Whether every site lies in the plate ``data``: then data are independent of each other, and come in chunks."""
-    local_guide: tuple[str, ...]
-    """Guide sites in the plate ``data``."""
-    points: tuple[str, ...]
-    """Local latents to which the guide gives one value: then there are no importance weights."""
-    pointwise: bool
-    """Whether every observed site lies in the plate ``data``."""
-    exact: bool
-    """Whether ``pair.log_prob`` is all of log p(x_n)."""
-    width: int
-    """Numbers in the widest tensor, for one draw of one datum."""
+    guide: dict[str, str]  # distribution of each guide site
+    local: bool  # every site lies in the plate ``data``: then data are independent of each other, and come in chunks
+    local_guide: tuple[str, ...]  # guide sites in the plate ``data``
+    points: tuple[str, ...]  # local latents to which the guide gives one value: then there are no importance weights
+    pointwise: bool  # every observed site lies in the plate ``data``
+    exact: bool  # ``pair.log_prob`` is all of log p(x_n)
+    width: int  # numbers in the widest tensor, for one draw of one datum
 
     @staticmethod
     def of(pair: Pair, x: Tensor) -> PairLayout:
-        """Run the pair on two data.
-
-        Raises:
-            NotApplicable: an enumerated site does not have one value a datum.
-            ValueError: a site lies in other plates in the guide than in the model.
-        """
-        few = x[:2]
-        structure = Structure.of(pair.model, pair.guide, (few,), {})
+        """Run the pair on two data, and check the plates of its sites."""
+        few, programs = x[:2], (pair.model, pair.guide)
+        structure = Structure.of(*programs, (few,), {})
         with torch.no_grad():
-            model_trace, guide_trace = trace_pair(
-                pair.model, pair.guide, (few,), {}, num_particles=1, structure=structure
-            )
+            model_trace, guide_trace = trace_pair(*programs, (few,), {}, num_particles=1, structure=structure)
             free_trace = poutine.trace(unobserve(pair.model)).get_trace(few)
         in_model, in_guide, free = (sample_sites(trace) for trace in (model_trace, guide_trace, free_trace))
         _check_plates(pair, structure, in_model, in_guide)
@@ -359,10 +340,8 @@ class Plan:
         if not self.layout.pointwise:
             return "log_likelihood: not all observed sites lie in the plate 'data', so there is none for each datum"
         if self.log_likelihood == "marginal" and self.layout.points and not self.layout.exact:
-            return (
-                f"log_likelihood: the guide gives one value to {', '.join(self.layout.points)}, so that its weights do "
-                "not estimate log p(x); 'conditional' would apply"
-            )
+            points = f"the guide gives one value to {', '.join(self.layout.points)}"
+            return f"log_likelihood: {points}, so that its weights do not estimate log p(x); 'conditional' would apply"
         return ""
 
     def rounds(self) -> int:
@@ -396,13 +375,16 @@ def draw_chain(pair: Pair, x: Tensor, plan: Plan) -> dict[Key, Tensor]:
     counts = [len(part) for part in torch.arange(plan.num_draws).split(draw_chunk)]
     parts: list[dict[Key, Tensor]] = []
     for some in x.split(data_chunk):
-        drawn = [_draw(pair, some, plan, count) for count in counts]
+        drawn = [_draw_chunk(pair, some, plan, count) for count in counts]
         part = {key: torch.cat([d[key] for d in drawn]) for key in drawn[0]}
         if ("log_likelihood", name := plan.log_likelihood_names()[0]) in part and plan.log_likelihood == "marginal":
             value = part["log_likelihood", name]
             if layout.local and layout.local_guide and not layout.exact:
                 value = _evidence_from_others(value)
-            part["log_likelihood", name] = _with_broken_ties(value)
+            # Evenly spaced offsets over draws, which sum to zero: ArviZ cannot fit a tail to equal numbers. It gives
+            # k̂ = ∞, and ``az.loo`` warns although log p(x_n) is exact.
+            offsets = torch.linspace(-TIE_BREAK, TIE_BREAK, len(value), dtype=value.dtype, device=value.device)
+            part["log_likelihood", name] = value + offsets[:, None]
         parts.append(part)
 
     def joined(key: Key) -> Tensor:
@@ -412,7 +394,7 @@ def draw_chain(pair: Pair, x: Tensor, plan: Plan) -> dict[Key, Tensor]:
     return {key: joined(key) for key in variables}
 
 
-def _draw(pair: Pair, x: Tensor, plan: Plan, draws: int) -> dict[Key, Tensor]:
+def _draw_chunk(pair: Pair, x: Tensor, plan: Plan, draws: int) -> dict[Key, Tensor]:
     """Draw every variable on a chunk of data. The marginal log likelihood is still that of each draw alone."""
     layout, structure = plan.layout, plan.layout.structure
     nesting, shape = structure.max_plate_nesting, (draws, len(x))
@@ -426,10 +408,7 @@ def _draw(pair: Pair, x: Tensor, plan: Plan, draws: int) -> dict[Key, Tensor]:
         return *traces, *log_p, *log_q
 
     def simulate(model: Callable) -> dict[str, Any]:
-        plate: AbstractContextManager = nullcontext()
-        if draws > 1:
-            plate = pyro.plate(PARTICLES, draws, dim=-nesting - 1)
-        with plate:
+        with pyro.plate(PARTICLES, draws, dim=-nesting - 1) if draws > 1 else nullcontext():
             return sample_sites(poutine.trace(model).get_trace(x))
 
     def keep(group: str, sites: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -443,9 +422,8 @@ def _draw(pair: Pair, x: Tensor, plan: Plan, draws: int) -> dict[Key, Tensor]:
         given |= drawn
     found |= {("posterior", n): arranged(model_trace.nodes[n], value, draws, nesting) for n, value in given.items()}
     log_weight = (evidence - local_q).expand(shape)
-    found["sample_stats", "log_weight"] = (
-        log_weight if layout.local else (log_weight.sum(1) + global_p - global_q).expand(draws)
-    )
+    whole = (log_weight.sum(1) + global_p - global_q).expand(draws)
+    found["sample_stats", "log_weight"] = log_weight if layout.local else whole
     found["sample_stats", "lp"] = (joint.expand(shape).sum(1) + global_p).expand(draws)
 
     if plan.predictive:
@@ -481,11 +459,9 @@ def _draw(pair: Pair, x: Tensor, plan: Plan, draws: int) -> dict[Key, Tensor]:
 
 
 def _evidence_from_others(log_weight: Tensor) -> Tensor:
-    """Return log 1/(S−1) Σ_{t≠s} w_tn, (S, N): the evidence from all draws but one's own.
-
-    The leave-one-out ratios of these, 1/Σ_{t≠s} w_t, grow with w_s and to first order linearly: their tail has the
-    shape of the weights' tail, and their mean is 1/p(x_n) to O(1/S²).
-    """
+    """Return log 1/(S−1) Σ_{t≠s} w_tn, (S, N): the evidence from all draws but one's own."""
+    # The leave-one-out ratios of these, 1/Σ_{t≠s} w_t, grow with w_s and to first order linearly: their tail has the
+    # shape of the weights' tail, and their mean is 1/p(x_n) to O(1/S²).
     count = len(log_weight)
     total = log_weight.logsumexp(0, keepdim=True)
     top = log_weight.argmax(0, keepdim=True)  # 1 − w_s/Σw loses all digits where one weight is nearly all
@@ -497,14 +473,6 @@ def _evidence_from_others(log_weight: Tensor) -> Tensor:
     return torch.where(high - low <= EQUAL * mean.abs().clamp(min=1), mean, found)
 
 
-def _with_broken_ties(value: Tensor) -> Tensor:
-    """Add evenly spaced offsets over draws, of at most TIE_BREAK nats, which sum to zero.
-
-    ArviZ cannot fit a tail to equal numbers: it gives k̂ = ∞, and ``az.loo`` warns although log p(x_n) is exact.
-    """
-    return value + torch.linspace(-TIE_BREAK, TIE_BREAK, len(value), dtype=value.dtype, device=value.device)[:, None]
-
-
 # Shapes ---------------------------------------------------------------------------------------------------------------
 
 
@@ -512,11 +480,6 @@ def _plates(site: Any) -> list[Any]:
     """Return the plates of a site from the left, without that of the draws."""
     frames = [f for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES]
     return sorted(frames, key=lambda frame: frame.dim)
-
-
-def clean_name(name: str) -> str:
-    """Return the name as netCDF takes it, without slashes."""
-    return name.replace("/", ".")
 
 
 def arranged(site: Any, value: Tensor, draws: int, nesting: int) -> Tensor:
@@ -543,10 +506,7 @@ def _log_probs(trace: Trace, nesting: int, x: Tensor) -> tuple[Tensor, Tensor]:
     other = torch.zeros(1, dtype=torch.float64, device=x.device)
     for site in sample_sites(trace).values():
         term = _summed_per_datum(site, site["unscaled_log_prob"], nesting)
-        if is_local(site):
-            local = local + term
-        else:
-            other = other + term
+        local, other = (local + term, other) if is_local(site) else (local, other + term)
     return local, other
 
 
@@ -586,7 +546,5 @@ def _check_plates(pair: Pair, structure: Structure, in_model: Mapping[str, Any],
     for name, site in in_guide.items():
         found = {frame.name for frame in _plates(site)}
         if found != plates.get(name, found):
-            raise ValueError(
-                f"guide: site '{name}' lies in plates {sorted(found)}, and in the model in {sorted(plates[name])}. "
-                "Sample it in the same plates."
-            )
+            where = f"lies in plates {sorted(found)}, and in the model in {sorted(plates[name])}"
+            raise ValueError(f"guide: site '{name}' {where}. Sample it in the same plates.")

@@ -17,12 +17,7 @@ from pyrovae.evaluation.generation import Simulator, two_data
 from pyrovae.evaluation.measurement import Result, not_applicable, prepared, progress_bar
 from pyrovae.pair import Pair
 
-__all__ = [
-    "LIKELIHOOD",
-    "Calibration",
-    "RankTest",
-    "simulation_based_calibration",
-]
+__all__ = ["LIKELIHOOD", "Calibration", "RankTest", "ecdf_band", "simulation_based_calibration"]
 
 LIKELIHOOD = "log p(x | z)"
 """Name of the rank test of the log likelihood."""
@@ -59,7 +54,7 @@ class RankTest:
 
     @property
     def verdict(self) -> str:
-        """What is wrong, and in how many dimensions."""
+        """Misfit that was found, and in how many dimensions."""
         found = Counter(verdict for verdict in self.verdicts if verdict != UNIFORM)
         if not found:
             return UNIFORM
@@ -75,7 +70,7 @@ class RankTest:
 
 @dataclass(frozen=True, repr=False)
 class Calibration(Result):
-    """What :func:`simulation_based_calibration` found."""
+    """Rank tests that :func:`simulation_based_calibration` made."""
 
     num_simulations: int
     num_draws: int
@@ -103,14 +98,12 @@ class Calibration(Result):
     def _table(self) -> list[str]:
         source = "guide" if self.source == "guide" else "exact posterior"
         width = max(8, *map(len, self.tests)) + 2
-        lines = [
-            f"{self.num_simulations} simulated data, {self.num_draws} draws each from the {source}; "
-            f"χ² over {self.num_bins} bins, Holm over dimensions",
+        draws = f"{self.num_simulations} simulated data, {self.num_draws} draws each from the {source}"
+        return [
+            f"{draws}; χ² over {self.num_bins} bins, Holm over dimensions",
             f"{'ranks of':<{width}}{'dimensions':>10}{'p':>10}  verdict",
+            *(f"{n:<{width}}{len(t.p_values):>10}{t.p_value:>10.3g}  {t.verdict}" for n, t in self.tests.items()),
         ]
-        for name, test in self.tests.items():
-            lines.append(f"{name:<{width}}{len(test.p_values):>10}{test.p_value:>10.3g}  {test.verdict}")
-        return lines
 
 
 def simulation_based_calibration(
@@ -163,13 +156,9 @@ def simulation_based_calibration(
         simulator = Simulator(pair, few, QUANTITY)
         source = simulator.check_source(source)
         if simulator.shared:
-            raise not_applicable(
-                QUANTITY,
-                pair,
-                f"its latent {', '.join(simulator.shared)} lies outside the data plate, so all data of a run share it. "
-                "Simulate data sets, and fit a guide to each.",
-            )
-        ranks = _ranks(simulator, few, num_simulations, num_draws, source, progress)
+            shared = f"its latent {', '.join(simulator.shared)} lies outside the data plate: all data of a run share it"
+            raise not_applicable(QUANTITY, pair, f"{shared}. Simulate data sets, and fit a guide to each.")
+        ranks = _rank_truths(simulator, few, num_simulations, num_draws, source, progress)
     tests = {name: _rank_test(name, value, num_draws, num_bins) for name, value in ranks.items()}
     return Calibration(num_simulations, num_draws, num_bins, source, tests)
 
@@ -180,23 +169,18 @@ def _num_bins(num_simulations: int, num_draws: int, num_bins: int | None) -> int
     if num_bins is not None:
         check_positive("num_bins", num_bins, integer=True)
         if num_bins not in possible:
-            raise ValueError(
-                f"num_bins: expected a divisor of num_draws + 1 = {num_draws + 1}, from 2 to num_simulations / 5 = "
-                f"{num_simulations // 5}; got {num_bins}."
-            )
+            limits = f"= {num_draws + 1}, from 2 to num_simulations / 5 = {num_simulations // 5}"
+            raise ValueError(f"num_bins: expected a divisor of num_draws + 1 {limits}; got {num_bins}.")
         return num_bins
     if num_simulations < 10:
         raise ValueError(f"num_simulations: expected 10 or more, 5 for each bin of ranks; got {num_simulations}.")
-    fitting = [b for b in possible if b <= 20]
-    if not fitting:
-        raise ValueError(
-            f"num_draws: expected a number for which num_draws + 1 has a divisor from 2 to "
-            f"{min(20, num_simulations // 5)}, to make bins of; got {num_draws}. Use 99."
-        )
+    if not (fitting := [b for b in possible if b <= 20]):
+        divisor = f"num_draws + 1 has a divisor from 2 to {min(20, num_simulations // 5)}"
+        raise ValueError(f"num_draws: expected a number for which {divisor}, to make bins of; got {num_draws}. Use 99.")
     return max(fitting)
 
 
-def _ranks(
+def _rank_truths(
     simulator: Simulator, few: Tensor, num_simulations: int, num_draws: int, source: str, progress: bool | None
 ) -> dict[str, Tensor]:
     """Rank the true values among the draws, by latent: (S, dimensions), on the CPU."""
@@ -220,7 +204,7 @@ def _ranks(
                 if with_likelihood:
                     scalars[LIKELIHOOD] = simulator.log_likelihood(simulator.condition(x, values, draws))
                 for name, value in scalars.items():
-                    counts[name] += _compared(value, truth[name], rounded=name == LIKELIHOOD)
+                    counts[name] += _count_draws(value, truth[name], rounded=name == LIKELIHOOD)
                 bar.update(count * draws)
             for name, (below, up_to, bad) in counts.items():
                 if bool(bad.any()):
@@ -231,7 +215,7 @@ def _ranks(
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-def _compared(draws: Tensor, truth: Tensor, *, rounded: bool) -> Tensor:
+def _count_draws(draws: Tensor, truth: Tensor, *, rounded: bool) -> Tensor:
     """Count draws below the truth, draws below or on it, and those that are NaN: (3, N, scalars)."""
     low = high = truth
     if rounded:  # a sum, known to rounding: where z plays no part, all are equal
@@ -250,18 +234,15 @@ def _rank_test(name: str, ranks: Tensor, num_draws: int, num_bins: int) -> RankT
     p_values = torch.special.gammaincc(degrees / 2, chi2 / 2).numpy()
     # Scores of Neyman's (1937) smooth test: Legendre polynomials of degree 1 and 2, standardised over 0..L.
     position = (torch.arange(levels, dtype=torch.float64) + 0.5) / levels - 0.5
-    shift, shape = (
-        ((p - p.mean()) / p.std(correction=0).clamp(min=1e-300))[ranks].sum(0) / math.sqrt(size)
-        for p in (position, position.square())
-    )
+    scores = [(p - p.mean()) / p.std(correction=0).clamp(min=1e-300) for p in (position, position.square())]
+    shift, shape = (score[ranks].sum(0) / math.sqrt(size) for score in scores)
     adjusted = _holm(p_values)
     verdicts = [
-        UNIFORM if p >= LEVEL else _verdict(a, b, likelihood=name == LIKELIHOOD)
+        UNIFORM if p >= LEVEL else _verdict_on_ranks(a, b, likelihood=name == LIKELIHOOD)
         for p, a, b in zip(adjusted, shift.tolist(), shape.tolist(), strict=True)
     ]
-    return RankTest(
-        ranks, num_draws, counts.tolist(), p_values.tolist(), adjusted, shift.tolist(), shape.tolist(), verdicts
-    )
+    shapes = shift.tolist(), shape.tolist()
+    return RankTest(ranks, num_draws, counts.tolist(), p_values.tolist(), adjusted, *shapes, verdicts)
 
 
 def _holm(p_values: np.ndarray) -> list[float]:
@@ -273,7 +254,7 @@ def _holm(p_values: np.ndarray) -> list[float]:
     return adjusted.tolist()
 
 
-def _verdict(shift: float, shape: float, *, likelihood: bool) -> str:
+def _verdict_on_ranks(shift: float, shape: float, *, likelihood: bool) -> str:
     """Say in words how ranks that are not uniform deviate, from the z scores of their mean and of their spread."""
     if max(abs(shift), abs(shape)) < NormalDist().inv_cdf(1 - LEVEL / 2):
         return "not uniform"
@@ -288,8 +269,7 @@ def _verdict(shift: float, shape: float, *, likelihood: bool) -> str:
 
 
 def ecdf_band(size: int, levels: int, *, num_samples: int = 4000) -> tuple[np.ndarray, np.ndarray]:
-    """Lowest and highest counts of ranks ≤ r, r = 0..levels−2, of ``size`` uniform ranks on 0..levels−1: all counts of
-    a sample lie between them with 99%.
+    """Return bounds that hold all counts of ranks ≤ r, r = 0..levels−2, of ``size`` uniform ranks with 99%.
 
     Each count is binomial. The tail probability that is cut from all alike is found by simulation: the 1% quantile of
     the smallest tail of a sample (Säilynoja, Bürkner and Vehtari 2022).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -18,21 +19,14 @@ from pyrovae.infer.em import fit_em
 from pyrovae.infer.weights import same_random_state
 from pyrovae.pair import Pair
 
-__all__ = [
-    "CRITERIA",
-    "Candidate",
-    "InformationCriteria",
-    "Selection",
-    "information_criteria",
-    "select_components",
-]
+__all__ = ["CRITERIA", "Candidate", "InformationCriteria", "Selection", "information_criteria", "select_components"]
 
 CRITERIA = ("bic", "icl", "aic")
 
 
 @dataclass(frozen=True, repr=False)
 class InformationCriteria(Result):
-    """What :func:`information_criteria` computed. Lower criteria are better, as in scikit-learn."""
+    """Criteria that :func:`information_criteria` computed. Lower criteria are better, as in scikit-learn."""
 
     num_data: int
     num_parameters: int
@@ -81,16 +75,12 @@ def information_criteria(
             raise not_applicable("information_criteria", pair, "it has no exact log_prob(x).")
         nu = num_parameters if num_parameters is not None else getattr(pair, "num_parameters", None)
         if nu is None:
-            raise not_applicable(
-                "information_criteria",
-                pair,
-                "it does not say its number of free parameters. Give it a property num_parameters, or pass "
-                "num_parameters=.",
-            )
-        try:
+            fix = "Give it a property num_parameters, or pass num_parameters=."
+            reason = f"it does not say its number of free parameters. {fix}"
+            raise not_applicable("information_criteria", pair, reason)
+        num_components = 0  # without a categorical posterior
+        with suppress(NotApplicable):
             num_components = num_categories(pair, x[:2], "icl")
-        except NotApplicable:
-            num_components = 0
         chunks = x.split(runs_at_a_time(x.device, x.shape[1] * (num_components or 1)))
         total = float(sum(pair.log_prob(rows).double().sum() for rows in chunks))
         bic = -2 * total + nu * math.log(len(x))
@@ -119,7 +109,7 @@ class Candidate:
 
 @dataclass(frozen=True, repr=False)
 class Selection(Result):
-    """What :func:`select_components` found. Lower criteria are better."""
+    """Fits that :func:`select_components` compared. Lower criteria are better."""
 
     candidates: list[Candidate]
     """All fits by BIC, the best first and collapsed ones last."""
@@ -132,10 +122,9 @@ class Selection(Result):
         """
         check_choice("criterion", criterion, CRITERIA)
         if (winner := self.winners().get(criterion)) is None:
-            raise ValueError(
-                f"criterion: no fit has a {criterion.upper()} to choose by: all collapsed, or none has a categorical "
-                "posterior. Try fewer components, more restarts, or a covariance with fewer parameters."
-            )
+            reason = f"no fit has a {criterion.upper()} to choose by: all collapsed, or have no categorical posterior"
+            fix = "Try fewer components, more restarts, or a covariance with fewer parameters."
+            raise ValueError(f"criterion: {reason}. {fix}")
         return winner
 
     def winners(self) -> dict[str, Candidate]:
@@ -150,14 +139,11 @@ class Selection(Result):
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers, for JSON."""
 
-        def name(c: Candidate) -> dict[str, Any]:
-            return {"family": c.family, "num_components": c.num_components}
+        def row(c: Candidate, *names: str) -> dict[str, Any]:
+            return {name: getattr(c, name) for name in ("family", "num_components", *names)}
 
-        rows = [
-            name(c) | {"converged": c.converged, "collapsed": list(c.collapsed)} | c.criteria.to_dict()
-            for c in self.candidates
-        ]
-        return {"candidates": rows, "best": {criterion: name(winner) for criterion, winner in self.winners().items()}}
+        rows = [row(c, "converged") | {"collapsed": list(c.collapsed)} | c.criteria.to_dict() for c in self.candidates]
+        return {"candidates": rows, "best": {criterion: row(winner) for criterion, winner in self.winners().items()}}
 
     def _table(self) -> list[str]:
         winners = self.winners()
@@ -216,12 +202,10 @@ def select_components(
     """
     makers = dict(make) if isinstance(make, Mapping) else {"": make}
     if not makers or not all(callable(maker) and not isinstance(maker, Pair) for maker in makers.values()):
-        raise TypeError(
-            "make: expected a function of the number of components, lambda k: GMM(k, data_dim), or a dictionary of "
-            f"such functions by name; got {make!r}."
-        )
+        expected = "expected a function of the number of components, lambda k: GMM(k, data_dim), or a dictionary of"
+        raise TypeError(f"make: {expected} such functions by name; got {make!r}.")
     x = check_data(x)
-    numbers = _counts(counts, len(x))
+    numbers = _check_counts(counts, len(x))
     runs = [(family, k) for family in makers for k in numbers]
     candidates = []
     for family, k in progress_bar("components", progress, runs, unit="fit"):
@@ -240,7 +224,7 @@ def select_components(
     return Selection(sorted(candidates, key=lambda c: (bool(c.collapsed), c.criteria.bic)))
 
 
-def _counts(counts: Any, num_data: int) -> list[int]:
+def _check_counts(counts: Any, num_data: int) -> list[int]:
     """Check the numbers of components, and drop repeated ones."""
     if isinstance(counts, (str, bytes)) or not isinstance(counts, Iterable):
         raise TypeError(f"counts: expected whole numbers of components, such as range(1, 7); got {counts!r}.")

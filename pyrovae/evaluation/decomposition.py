@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
+import pyro
 import torch
+from pyro import poutine
+from pyro.infer.inspect import get_dependencies
 from torch import Tensor
 
 from pyrovae.checks import check_positive
-from pyrovae.evaluation.guide_densities import GuideDensities, in_words, log_prob_of_categories
 from pyrovae.evaluation.measurement import Result, not_applicable, prepared, progress_bar, runs_at_a_time
+from pyrovae.evaluation.sites import is_local, is_point, log_prob_per_dimension, per_datum
+from pyrovae.infer.weights import (
+    PARTICLES,
+    Structure,
+    log_weights_of_traces,
+    same_random_state,
+    sample_sites,
+    trace_pair,
+)
 from pyrovae.pair import Pair
 
-__all__ = ["KLDecomposition", "KLParts", "kl_decomposition"]
+__all__ = ["GuideDensities", "KLDecomposition", "KLParts", "LocalLatent", "kl_decomposition"]
 
 DRAWS_PER_BLOCK = 256
 
@@ -49,7 +61,7 @@ class KLParts:
 
 @dataclass(frozen=True, repr=False)
 class KLDecomposition(KLParts, Result):
-    """What :func:`kl_decomposition` found: parts for all latents together, and for each latent that stands alone."""
+    """Parts that :func:`kl_decomposition` found, of all latents together and of each latent that stands alone."""
 
     num_data: int
     """N, the number of data in the aggregate."""
@@ -64,10 +76,10 @@ class KLDecomposition(KLParts, Result):
     def _table(self) -> list[str]:
         sampled = "exact sums over z" if not self.num_samples else f"{self.num_samples} samples each"
         some = f" of {self.num_drawn} of them" if self.num_samples and self.num_drawn < self.num_data else ""
-        lines = [f"{self.num_data} data, {sampled}{some}; nats per datum", *_rows(self, math.log(self.num_data))]
+        lines = [f"{self.num_data} data, {sampled}{some}; nats per datum", *_part_rows(self, math.log(self.num_data))]
         if len(self.latents) > 1 or any(parts.kl is None for parts in self.latents.values()):
             for name, parts in self.latents.items():
-                lines += [f"{name} alone", *_rows(parts, math.log(self.num_data), "  ")]
+                lines += [f"{name} alone", *_part_rows(parts, math.log(self.num_data), "  ")]
         return lines
 
 
@@ -80,7 +92,7 @@ LABELS = {
 }
 
 
-def _rows(parts: KLParts, most: float, indent: str = "") -> Iterator[str]:
+def _part_rows(parts: KLParts, most: float, indent: str = "") -> Iterator[str]:
     """Yield a line of the table for each part that applies; ``most`` is log N."""
     for name, label in LABELS.items():
         if (value := getattr(parts, name)) is not None:
@@ -138,20 +150,12 @@ def kl_decomposition(
     with prepared(pair, x, at_least=2, binarize=binarize, device=device, seed=seed) as x, torch.no_grad():
         guide = GuideDensities.of(pair, x, "kl_decomposition")
         _check_decomposable(guide, x)
-        if guide.is_exact:
-            drawn, num_samples, latents = len(x), 0, _exact(guide, x)
-        else:
-            drawn = min(len(x), max_data)
-            latents = sampled_parts(guide, x, num_samples, drawn, progress)
+        drawn = len(x) if guide.is_exact else min(len(x), max_data)
+        latents = _exact_parts(guide, x) if guide.is_exact else sampled_parts(guide, x, num_samples, drawn, progress)
         parts = latents.pop("")
-        return KLDecomposition(
-            **vars(parts),
-            num_data=len(x),
-            num_drawn=drawn,
-            num_samples=num_samples,
-            latents=latents,
-            notes=_notes(parts, latents, len(x), drawn),
-        )
+        num_samples = 0 if guide.is_exact else num_samples
+        sizes: dict[str, Any] = {"num_data": len(x), "num_drawn": drawn, "num_samples": num_samples}
+        return KLDecomposition(**vars(parts), **sizes, latents=latents, notes=_notes_on(parts, latents, len(x), drawn))
 
 
 def check_counts(num_samples: Any, max_data: Any) -> None:
@@ -164,10 +168,7 @@ def check_counts(num_samples: Any, max_data: Any) -> None:
 
 def _check_decomposable(guide: GuideDensities, x: Tensor) -> None:
     """Raise NotApplicable unless all data have one prior in common, and the densities are known."""
-
-    def inapplicable(reason: str) -> Exception:
-        return not_applicable("kl_decomposition", guide.pair, reason)
-
+    inapplicable = partial(not_applicable, "kl_decomposition", guide.pair)
     if guide.outside:
         raise inapplicable(f"{in_words(guide.outside)} outside the plate 'data', shared by all the data.")
     few = x[torch.linspace(0, len(x) - 1, min(len(x), 16)).long()]
@@ -239,16 +240,15 @@ def _densities(guide: GuideDensities, functions: dict[str, Any], values: dict[st
     total: Tensor | float = 0.0
     for name, fn in functions.items():
         latent = guide.latents[name]
-        each = guide.by_dimension(fn, values[name], marginals=True) if latent.by_dimension and latent.alone else None
-        if each is not None and isinstance(fn, torch.distributions.Independent):
+        if latent.by_dimension and latent.alone:
+            each = found[name, "each"] = guide.by_dimension(fn, values[name], marginals=True)
+        if latent.by_dimension and latent.alone and isinstance(fn, torch.distributions.Independent):
             log_q = each.sum(-1, dtype=torch.float64)
         else:
             log_q = guide.log_prob(fn, values[name])
         total = total + log_q
         if latent.alone:
             found[name, "all"] = log_q
-            if each is not None:
-                found[name, "each"] = each
     if joint:
         found["", "all"] = torch.as_tensor(total)
     return found
@@ -289,11 +289,9 @@ def _parts_of_draws(own: Terms, log_q: Terms, log_p: Terms) -> Terms:
 
 
 def _estimate(mean: Tensor, variance: Tensor, num_samples: int, num_data: int) -> tuple[Any, Any]:
-    """Return the mean over data and its standard error, from the mean and the variance of each datum's draws.
-
-    Where all data are drawn from, only the draws vary. With a subset of R of N, drawn without replacement, the data
-    vary too: (1 − R/N) · Var_n(mean_n) / R + R/N · mean_n(Var_n) / (R · num_samples).
-    """
+    """Return the mean over data and its standard error, from the mean and the variance of each datum's draws."""
+    # Only the draws vary where all data are drawn from. With a subset of R of N, drawn without replacement, data vary
+    # too: (1 − R/N) · Var_n(mean_n) / R + R/N · mean_n(Var_n) / (R · num_samples).
     fraction = len(mean) / num_data
     error = fraction * variance.mean(0) / num_samples
     if fraction < 1:
@@ -309,7 +307,7 @@ def _kl_parts(found: dict[tuple[str, str], tuple[Any, Any]], latent: str) -> KLP
     return KLParts(**{**missing, **values, "stderr": {part: error for part, (_, error) in parts.items()}})
 
 
-def _exact(guide: GuideDensities, x: Tensor) -> dict[str, KLParts]:
+def _exact_parts(guide: GuideDensities, x: Tensor) -> dict[str, KLParts]:
     """Compute the parts for a lone discrete latent by sums over its values."""
     (name,) = guide.latents
     values, log_q = log_prob_of_categories(guide, x, name)
@@ -318,8 +316,7 @@ def _exact(guide: GuideDensities, x: Tensor) -> dict[str, KLParts]:
     aggregate = log_q.logsumexp(1, keepdim=True) - math.log(len(x))
     ratios = {"kl": log_q - log_p, "mutual_information": log_q - aggregate, "marginal_kl": aggregate - log_p}
     found = {(name, part): (mean_over_categories(log_q, ratio), 0.0) for part, ratio in ratios.items()}
-    parts = _kl_parts(found, name)
-    return {name: parts, "": parts}
+    return dict.fromkeys((name, ""), _kl_parts(found, name))
 
 
 def mean_over_categories(log_q: Tensor, value: Tensor) -> float:
@@ -327,13 +324,11 @@ def mean_over_categories(log_q: Tensor, value: Tensor) -> float:
     return float(torch.where(log_q > -math.inf, log_q.exp() * value, 0.0).sum()) / log_q.shape[1]
 
 
-def _notes(parts: KLParts, latents: dict[str, KLParts], num_data: int, drawn: int) -> list[str]:
-    notes = []
+def _notes_on(parts: KLParts, latents: dict[str, KLParts], num_data: int, drawn: int) -> list[str]:
+    notes, most = [], math.log(num_data)
     if drawn < num_data:
-        notes.append(
-            f"z was drawn from a random subset of {drawn} of the {num_data} data (max_data); the aggregate is of all"
-        )
-    most = math.log(num_data)
+        subset = f"a random subset of {drawn} of the {num_data} data (max_data)"
+        notes.append(f"z was drawn from {subset}; the aggregate is of all")
     if parts.mutual_information > most - math.log(2):
         notes.append(
             f"mutual information is near log N = {most:.3f}, the most that {num_data} data can show: for the "
@@ -355,3 +350,142 @@ def _below_zero(parts: KLParts) -> list[str]:
         if count := sum(value < 0 for value in values):
             below.append(f"{name.replace('_', ' ').replace('kl', 'KL')} ({count} of {len(values)})")
     return below
+
+
+# Densities of the guide -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LocalLatent:
+    """Facts about one latent in the data plate."""
+
+    alone: bool  # its guide depends on x and on no other latent
+    by_dimension: bool  # the guide's marginals over dimensions are known
+    fixed_prior: bool  # its prior depends on no other latent
+    prior_by_dimension: bool  # its prior factorises over dimensions
+    is_category: bool  # it has one value a datum, of finitely many: sums over them are exact
+
+
+@dataclass(frozen=True)
+class GuideDensities:
+    """Densities of a pair's guide at draws z, for many data at once."""
+
+    pair: Pair
+    structure: Structure
+    axis: int  # axis of the data, among batch dims with the particles first
+    latents: dict[str, LocalLatent]
+    outside: tuple[str, ...]  # the guide's latents outside the data plate
+    width: int  # numbers in the widest tensor, for a draw and a datum
+
+    @staticmethod
+    def of(pair: Pair, x: Tensor, quantity: str) -> GuideDensities:
+        """Find out about the latents of a pair. NotApplicable, with the name of the quantity, where it has none."""
+        few = x[:2]
+        structure = Structure.of(pair.model, pair.guide, (few,), {})
+        model_trace, guide_trace = trace_pair(pair.model, pair.guide, (few,), {}, num_particles=2, structure=structure)
+        sampled = {name: site for name, site in sample_sites(guide_trace).items() if not site["is_observed"]}
+        sites = {name: site for name, site in sampled.items() if is_local(site)}
+        outside = tuple(name for name in sampled if name not in sites)
+        reasons = []
+        if not sampled:
+            reasons.append("its guide samples no latent. Write a guide for those it sums out.")
+        elif not sites:
+            reasons.append(f"{in_words(outside)} outside the plate 'data', so no latent encodes a datum.")
+        for name, site in sites.items():
+            if is_point(site):
+                reasons.append(f"the guide puts all its mass on one value of '{name}', at infinite KL.")
+            elif site["mask"] is not None or model_trace.nodes.get(name, site)["mask"] is not None:
+                reasons.append(f"latent '{name}' has a mask, and then no single density. Drop the mask.")
+        if reasons:
+            raise not_applicable(quantity, pair, reasons[0])
+        guide_needs: Any = get_dependencies(pair.guide, (few,))["prior_dependencies"]
+        model_needs: Any = get_dependencies(pair.model, (few,))["prior_dependencies"]
+        latents = {}
+        for name, site in sites.items():
+            prior: Any = model_trace.nodes.get(name)
+            fn, value = site["fn"], site["value"]
+            latents[name] = LocalLatent(
+                alone=set(guide_needs[name]) == {name},
+                by_dimension=log_prob_per_dimension(fn, value, marginals=True) is not None,
+                fixed_prior=set(model_needs.get(name, ())) == {name},
+                prior_by_dimension=prior is not None and log_prob_per_dimension(prior["fn"], value) is not None,
+                is_category=bool(fn.has_enumerate_support)
+                and not isinstance(fn, torch.distributions.Independent)
+                and value.numel() == 2 * len(few) * fn.event_shape.numel(),
+            )
+        widths = [site["value"][0].numel() // len(few) for site in sites.values()]
+        if not all(latent.alone for latent in latents.values()):  # its networks run for each draw and datum
+            widths += [p.shape[0] for p in pair.parameters() if p.dim() == 2]
+        frames: dict[str, Any] = {f.name: f for site in sites.values() for f in site["cond_indep_stack"]}
+        axis = structure.max_plate_nesting + 1 + frames["data"].dim
+        return GuideDensities(pair, structure, axis, latents, outside, max(widths))
+
+    @property
+    def is_exact(self) -> bool:
+        """Return whether the only latent is a category with a fixed prior: then nothing need be drawn."""
+        first = next(iter(self.latents.values()))
+        return len(self.latents) == 1 and first.is_category and first.fixed_prior
+
+    def draw(self, rows: Tensor, num_samples: int) -> tuple[Any, Any]:
+        """Return traces (model, guide) of ``num_samples`` ≥ 2 draws for each of the rows."""
+        programs = self.pair.model, self.pair.guide
+        return trace_pair(*programs, (rows,), {}, num_particles=num_samples, structure=self.structure)
+
+    def flat(self, value: Tensor) -> Tensor:
+        """Flatten values of draws and rows to B = draws · rows single draws, which broadcast against data."""
+        return value.movedim(self.axis, 1).flatten(0, 1).unsqueeze(1).movedim(1, self.axis)
+
+    def functions(self, data: Tensor) -> dict[str, Any]:
+        """Return q(z | x_m) of each latent that needs x alone, for all the data."""
+        with same_random_state():  # so that draws do not depend on the number of blocks
+            trace: Any = poutine.trace(self.pair.guide).get_trace(data)
+        return {name: trace.nodes[name]["fn"] for name, latent in self.latents.items() if latent.alone}
+
+    def given(self, function: Callable, data: Tensor, values: dict[str, Tensor]) -> Any:
+        """Run the pair's model or guide on the data at given draws, (draws, data) or (draws, 1); return the trace."""
+        at = self.axis
+        values = {n: v.expand(*v.shape[:at], len(data), *v.shape[at + 1 :]) for n, v in values.items()}
+        draws = pyro.plate(PARTICLES, len(next(iter(values.values()))), dim=-self.structure.max_plate_nesting - 1)
+        return poutine.trace(poutine.condition(draws(function), data=values)).get_trace(data)
+
+    def log_prob(self, fn: Any, value: Tensor) -> Tensor:
+        """Return the log density, (draws, data), in float64."""
+        return self.arranged(fn.log_prob(value), event_dim=0).sum(-1, dtype=torch.float64)
+
+    def by_dimension(self, fn: Any, value: Tensor, *, marginals: bool = False) -> Tensor:
+        """Return the log density of each dimension, (draws, data, dimensions)."""
+        each: Any = log_prob_per_dimension(fn, value, marginals=marginals)
+        return self.arranged(each)
+
+    def log_prior(self, model_trace: Any, guide_trace: Any) -> Tensor:
+        """Return log p(z) of all latents at the draws, (draws, data); those that the guide lacks are summed out."""
+        if not self.structure.enumerated:
+            nodes = model_trace.nodes
+            each = [self.log_prob(nodes[name]["fn"], nodes[name]["value"]) for name in self.latents]
+            return torch.stack(each).sum(0)
+        for site in model_trace.nodes.values():
+            if site["type"] == "sample" and site["is_observed"]:
+                site["unscaled_log_prob"] = torch.zeros_like(site["unscaled_log_prob"])
+        num_samples = len(guide_trace.nodes[next(iter(self.latents))]["value"])
+        terms = log_weights_of_traces(model_trace, guide_trace, num_samples, self.structure.max_plate_nesting).model
+        total = torch.stack([term.double() for term in terms.values()]).sum(0)
+        if total.dim() > 2:
+            raise NotImplementedError("a plate beside 'data' that all sites lie in, together with enumerated latents.")
+        return total
+
+    def arranged(self, each: Tensor, event_dim: int = 1) -> Tensor:
+        """Arrange a value as (draws, data, dimensions); elements of inner plates count as dimensions."""
+        return per_datum(each, self.axis, self.structure.max_plate_nesting + 1 + event_dim)
+
+
+def log_prob_of_categories(guide: GuideDensities, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Return the K values of a discrete latent that stands alone, and log q(z = k | x_n), (K, N)."""
+    functions = [guide.functions(data)[name] for data in x.split(1000)]
+    values = functions[0].enumerate_support(expand=False)
+    values = values.reshape(len(values), *(1,) * guide.structure.max_plate_nesting, *functions[0].event_shape)
+    return values, torch.cat([guide.log_prob(fn, values) for fn in functions], 1)
+
+
+def in_words(names: Iterable[str]) -> str:
+    """Return the names quoted, as the subject of "lies"."""
+    return ", ".join(f"'{name}'" for name in names) + " lies"

@@ -33,7 +33,7 @@ ALSO: dict[str, tuple[Callable[..., Any], int | None]] = {
     "posterior_predictive_check": (posterior_predictive_check, None),
     "mixture_scores": (mixture_scores, None),
 }
-"""What :func:`evaluate` measures on demand: functions with their default settings, and the most data each takes."""
+"""Quantities that :func:`evaluate` measures on demand: functions, and the most data that each takes."""
 OF_THE_MODEL = ("bidirectional_evidence", "simulation_based_calibration")  # these draw their own data
 OF_TWO_DATA = ("collapse", "kl_decomposition")  # these ask which datum z encodes, so they need two
 

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
+import pyro.distributions as dist
 import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.distributions import constraints, transform_to, transforms
 
 from pyrovae.checks import check_positive
+from pyrovae.evaluation import measurement
 from pyrovae.evaluation.importance_sampling import MeanWeight, stderr_over_data, variance_of_mean
-from pyrovae.evaluation.measurement import Result, prepared, progress_bar, runs_at_a_time
-from pyrovae.evaluation.per_datum_guide import Offsets, PerDatumGuide
-from pyrovae.infer.weights import Structure, same_random_state
+from pyrovae.evaluation.measurement import NotApplicable, Result, not_applicable, prepared, progress_bar
+from pyrovae.infer.weights import LogWeightTerms, Structure, log_weight_terms, same_random_state
 from pyrovae.pair import Pair
 
-__all__ = ["InferenceGaps", "inference_gaps"]
+__all__ = ["FAMILIES", "InferenceGaps", "inference_gaps"]
 
 EXACT, SAMPLED = "exact", "importance sampling"
 FEW_EFFECTIVE = 100  # with fewer effective samples the evidence is a lower bound only
@@ -26,7 +33,7 @@ WEIGHTS_PER_CHUNK = 2**23
 
 @dataclass(frozen=True, repr=False)
 class InferenceGaps(Result):
-    """What :func:`inference_gaps` measured. Nats per datum; each ``_stderr`` is Monte Carlo error, for these very data.
+    """Gaps that :func:`inference_gaps` measured, nats per datum; each ``_stderr`` is Monte Carlo error for these data.
 
     ``log_evidence`` = ``elbo`` + ``amortization_gap`` + ``approximation_gap``.
     """
@@ -56,7 +63,7 @@ class InferenceGaps(Result):
     elbo_optimal_per_datum: Tensor
     num_steps: int
     converged: bool
-    """Whether the bound had stopped rising, from the third to the fourth quarter of the steps."""
+    """True where the bound had stopped rising from the third to the fourth quarter of the steps."""
     notes: list[str] = field(default_factory=list)
     """Reasons why these numbers do not mean what they usually do."""
 
@@ -128,7 +135,7 @@ def inference_gaps(
     with prepared(pair, x, binarize=binarize, device=device, seed=seed) as x:
         structure = Structure.of(pair.model, pair.guide, (x[:2],), {})
         probe = PerDatumGuide(pair, x[:2], structure)
-        fitting = runs_at_a_time(x.device, probe.width())
+        fitting = measurement.runs_at_a_time(x.device, probe.width())
         if probe.is_discrete:
             num_samples = num_particles = 1
         chunk = max(1, min(len(x), fitting // num_particles, WEIGHTS_PER_CHUNK // num_samples))
@@ -145,7 +152,7 @@ def inference_gaps(
             parts["log_evidence_variance"] = torch.zeros_like(parts["log_evidence"])
             parts["approximation_gap_variance"] = parts["elbo_optimal_variance"]
             evidence = EXACT
-        return _result(parts, evidence, num_samples, num_steps)
+        return _gaps_of_parts(parts, evidence, num_samples, num_steps)
 
 
 @dataclass(frozen=True)
@@ -154,19 +161,15 @@ class _Options:
     num_steps: int
     num_particles: int
     lr: float
-    at_once: int
-    """Most particles in one run without gradients."""
+    at_once: int  # most particles in one run without gradients
     seed: int
 
 
 def _measure(guide: PerDatumGuide, options: _Options, tick: Callable[[], Any]) -> dict[str, Tensor]:
     """Measure for each datum, (N,), bounds and log evidence, the variances of both, and the search's bounds."""
     start = dict(guide.offsets)
-    checks: dict[str, Tensor] = {}
-    if guide.is_discrete and len(guide.offsets) == 1:
-        best = guide.exact_offsets()
-    else:
-        best, checks = _optimise(guide, options, tick)
+    is_solved = guide.is_discrete and len(guide.offsets) == 1
+    best, checks = (guide.exact_offsets(), {}) if is_solved else _optimise(guide, options, tick)
     guide.offsets = start
     with same_random_state():  # the same noise for both
         own, _ = guide.draw(options.num_samples, options.at_once)
@@ -186,12 +189,9 @@ def _measure(guide: PerDatumGuide, options: _Options, tick: Callable[[], Any]) -
 
 
 def _optimise(guide: PerDatumGuide, options: _Options, tick: Callable[[], Any]) -> tuple[Offsets, dict[str, Tensor]]:
-    """Search for the best offsets of each datum; return them and the bound, (N,), at three places.
-
-    The places are ``start``, and ``third`` and ``fourth``, the means of the offsets over the third and the fourth
-    quarter of the steps. Adam's steps at a fixed rate jitter about the optimum; the mean of many does not (Polyak and
-    Juditsky 1992).
-    """
+    """Search for the best offsets of each datum; return them and the bound, (N,), at ``start`` and two means."""
+    # The means are of the offsets over the third and the fourth quarter of the steps. Adam's steps at a fixed rate
+    # jitter about the optimum; the mean of many does not (Polyak and Juditsky 1992).
     start = dict(guide.offsets)
     moving = {key: offset.clone().requires_grad_() for key, offset in start.items()}
     leaves = list(moving.values())
@@ -219,7 +219,7 @@ def _optimise(guide: PerDatumGuide, options: _Options, tick: Callable[[], Any]) 
     for name in ("fourth", "both"):
         best = guide.choose(bounds[name] > best_bound, places[name], best)
         best_bound = torch.maximum(bounds[name], best_bound)
-    return best, {name: bounds[name] for name in ("start", "third", "fourth")}
+    return best, bounds
 
 
 def _bound_at(guide: PerDatumGuide, offsets: Offsets, options: _Options) -> Tensor:
@@ -230,10 +230,10 @@ def _bound_at(guide: PerDatumGuide, offsets: Offsets, options: _Options) -> Tens
         return guide.draw(CHECK_PARTICLES, options.at_once)[0].mean(0)
 
 
-def _result(parts: dict[str, Tensor], evidence: str, num_samples: int, num_steps: int) -> InferenceGaps:
+def _gaps_of_parts(parts: dict[str, Tensor], evidence: str, num_samples: int, num_steps: int) -> InferenceGaps:
     num_data = len(parts["elbo"])
     parts["approximation_gap"] = parts["log_evidence"] - parts["elbo_optimal"]
-    numbers = {}
+    numbers: dict[str, Any] = {}
     for name in ("log_evidence", "elbo", "elbo_optimal", "approximation_gap", "amortization_gap"):
         numbers[name] = float(parts[name].mean())
         numbers[f"{name}_stderr"] = float(parts[f"{name}_variance"].sum().sqrt()) / num_data
@@ -250,21 +250,18 @@ def _result(parts: dict[str, Tensor], evidence: str, num_samples: int, num_steps
         )
     for name in ("approximation_gap", "amortization_gap"):
         if numbers[name] < 0:
-            notes.append(
-                f"the {name.replace('_', ' ')} came out below zero, which it cannot be: {numbers[name]:.2g} with a "
-                f"Monte Carlo error of {numbers[f'{name}_stderr']:.2g}"
-            )
+            error = f"{numbers[name]:.2g} with a Monte Carlo error of {numbers[f'{name}_stderr']:.2g}"
+            notes.append(f"the {name.replace('_', ' ')} came out below zero, which it cannot be: {error}")
+    per_datum: dict[str, Any] = {f"{name}_per_datum": parts[name] for name in ("log_evidence", "elbo", "elbo_optimal")}
     return InferenceGaps(
         num_data=num_data,
         num_samples=num_samples,
         evidence=evidence,
-        log_evidence_per_datum=parts["log_evidence"],
-        elbo_per_datum=parts["elbo"],
-        elbo_optimal_per_datum=parts["elbo_optimal"],
         num_steps=num_steps,
         converged=not rise,
         notes=notes,
         **numbers,
+        **per_datum,
     )
 
 
@@ -276,3 +273,198 @@ def _still_rising(parts: dict[str, Tensor]) -> float:
     rise, total = float(rises.mean()), float((parts["fourth"] - parts["start"]).mean())
     error = stderr_over_data(rises) or 0.0
     return 0.0 if rise <= max(3 * error, 0.01 * total, 1e-3) else rise  # NaN counts as still rising
+
+
+# The guide of each datum ----------------------------------------------------------------------------------------------
+
+MOST_COMBINATIONS = 1024  # of values of discrete latents
+
+_SECOND_NAMES = ("probs", "covariance_matrix", "precision_matrix")  # of what logits and scale_tril say already
+FAMILIES: dict[type, tuple[str, ...]] = {
+    family: tuple(parameter for parameter in family.arg_constraints if parameter not in _SECOND_NAMES)
+    for family in (
+        *(dist.Normal, dist.LogNormal, dist.Laplace, dist.Cauchy, dist.Gumbel, dist.Logistic, dist.StudentT),
+        *(dist.MultivariateNormal, dist.HalfNormal, dist.HalfCauchy, dist.Exponential, dist.Gamma, dist.InverseGamma),
+        *(dist.Weibull, dist.Beta, dist.Dirichlet, dist.ContinuousBernoulli),
+        *(dist.Bernoulli, dist.Categorical, dist.OneHotCategorical),
+    )
+}
+"""Parameters that span each family, with none redundant."""
+
+Offsets = dict[tuple[str, str], Tensor]
+"""Offsets of unconstrained parameters, by site and parameter."""
+
+_FIXED_NAMES = ("Exp", "Sigmoid", "Softplus", "StickBreaking", "Tanh")
+_FIXED_TRANSFORMS = tuple(getattr(transforms, f"{name}Transform") for name in _FIXED_NAMES)
+
+
+class PerDatumGuide(Messenger):
+    """The pair's guide on ``x``, its sites' parameters moved by offsets of each datum's own.
+
+    It draws the values of its sites itself. Continuous latents come from the moved distribution. Their density has the
+    offsets detached, which leaves the score term out of the gradient. Discrete latents take every combination in turn.
+    """
+
+    def __init__(self, pair: Pair, x: Tensor, structure: Structure) -> None:
+        super().__init__()
+        self._pair, self._x, self._structure = pair, x, structure
+        self.offsets: Offsets = {}
+        self._values: dict[str, Tensor] = {}  # of each discrete site, (C, event)
+        self._particles = 0
+        self._data_axis: dict[str, int] = {}
+        with torch.no_grad(), same_random_state(), poutine.block(), self:
+            pair.guide(x)
+        if not self.offsets:
+            raise self._inapplicable("its guide samples nothing, so its bound is the evidence.")
+        if self.combinations > MOST_COMBINATIONS:
+            size = f"{self.combinations} values together, and it sums over at most {MOST_COMBINATIONS}"
+            raise self._inapplicable(f"the discrete latents {', '.join(self._values)} of its guide have {size}.")
+
+    def _inapplicable(self, reason: str) -> NotApplicable:
+        return not_applicable("inference_gaps", self._pair, reason)
+
+    @property
+    def combinations(self) -> int:
+        """Number of combinations of values of the discrete latents."""
+        return math.prod(len(values) for values in self._values.values())
+
+    @property
+    def is_discrete(self) -> bool:
+        """Return whether the guide samples discrete latents alone."""
+        return {site for site, _ in self.offsets} == set(self._values)
+
+    def bound_and_weight(self, num_particles: int) -> tuple[Tensor, Tensor]:
+        """Draw samples of the bound, and log-weights whose log-mean-exp is the evidence, both (K, N).
+
+        Without discrete latents both are log w; else Σ_c q(c) log w_c and log Σ_c q(c) w_c, over their values c.
+        """
+        log_w, log_q = self._log_weights(num_particles)
+        probability = log_q.exp()
+        # Where the guide has no mass, a value adds nothing, even if the model rules it out (log w = −∞).
+        bound = torch.where(probability > 0, log_w, 0.0) * probability
+        return bound.sum(0), (log_w + log_q).logsumexp(0)
+
+    def _log_weights(self, num_particles: int) -> tuple[Tensor, Tensor]:
+        """Return log w and log q of the discrete latents, (C, K, N), with C combinations of their values."""
+        terms = self._terms(num_particles)
+        log_w = terms.log_weights
+        log_q = reduce(torch.add, [terms.guide[name] for name in self._values], torch.zeros_like(log_w))
+        size = (self.combinations, num_particles)
+        return log_w.unflatten(0, size), log_q.unflatten(0, size)
+
+    def _terms(self, num_particles: int) -> LogWeightTerms:
+        self._particles = count = self.combinations * num_particles
+        return log_weight_terms(self._pair.model, self._guide, self._x, num_particles=count, structure=self._structure)
+
+    @torch.no_grad()
+    def draw(self, count: int, at_once: int) -> tuple[Tensor, Tensor]:
+        """Draw :meth:`bound_and_weight` of ``count`` particles, at most ``at_once`` at a time, in float64."""
+        found = [self.bound_and_weight(min(at_once, count - done)) for done in range(0, count, at_once)]
+        bound, log_w = (torch.cat([part.double() for part in parts]) for parts in zip(*found, strict=True))
+        return bound, log_w
+
+    def choose(self, take: Tensor, one: Offsets, other: Offsets) -> Offsets:
+        """Return the offsets of ``one`` for the data where ``take``, (N,), is true, and of ``other`` elsewhere."""
+        return {
+            (site, parameter): torch.where(
+                take.reshape([-1 if axis == self._data_axis[site] else 1 for axis in range(offset.dim())]),
+                offset,
+                other[site, parameter],
+            )
+            for (site, parameter), offset in one.items()
+        }
+
+    @torch.no_grad()
+    def exact_offsets(self) -> Offsets:
+        """Return the offsets that make a single discrete site the exact posterior: its logits move by log w."""
+        log_w = self._log_weights(1)[0]  # (C, 1, N)
+        ((key, offset),) = self.offsets.items()
+        log_w = log_w.clamp(min=-1e4)  # a value that the model rules out gets next to no mass, without NaN
+        moved = log_w[:, 0].mT if offset.dim() > 1 else log_w[1, 0] - log_w[0, 0]
+        return {key: moved.reshape(offset.shape)}
+
+    def width(self) -> int:
+        """Return the size of the widest tensor for a datum and particle; a particle stands for all combinations."""
+        with torch.no_grad(), same_random_state():
+            terms = self._terms(1)
+        if terms.log_weights.shape != (self.combinations, len(self._x)):
+            reason = "not all of its sites lie in the plate 'data' and no other, so there is no bound for each datum."
+            raise self._inapplicable(reason)
+        return self.combinations * measurement.width(self._pair, terms.model_trace, len(self._x) * self.combinations)
+
+    def _guide(self, x: Tensor) -> None:
+        with self:
+            self._pair.guide(x)
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) or msg["infer"].get("_deterministic"):
+            return
+        name, fn, particles = msg["name"], msg["fn"], self._particles
+        if not particles:
+            self._register(name, fn, msg["cond_indep_stack"])
+        shape = (particles,) + (1,) * self._structure.max_plate_nesting if particles > 1 else ()
+        moved = self._moved(name, fn, detached=False)
+        moved = moved.expand(torch.broadcast_shapes(moved.batch_shape, shape))
+        if name in self._values:
+            value = self._enumerated(name, len(moved.batch_shape)) if particles > 1 else moved.sample()
+            msg["value"], msg["fn"] = value.expand(moved.batch_shape + moved.event_shape), moved
+        else:
+            msg["value"], msg["fn"] = moved.rsample(), self._moved(name, fn, detached=True)
+        msg["done"] = True
+
+    def _enumerated(self, name: str, batch_rank: int) -> Tensor:
+        """Return the values of a discrete site by particle; together the sites go through all combinations."""
+        names, chosen = list(self._values), self._values[name]
+        before = math.prod(len(self._values[other]) for other in names[: names.index(name) + 1])
+        index = torch.arange(self._particles, device=chosen.device) // (self._particles // before) % len(chosen)
+        return chosen[index].reshape(-1, *(1,) * (batch_rank - 1), *chosen.shape[1:])
+
+    def _register(self, name: str, fn: Any, plates: Any) -> None:
+        """Note the data axis of a site and the values of a discrete one, in the first run."""
+        axes = [len(fn.batch_shape) + frame.dim for frame in plates if frame.name == "data"]
+        if not axes:
+            reason = f"its guide site '{name}' lies outside the plate 'data', so there is no guide for each datum."
+            raise self._inapplicable(reason)
+        self._data_axis[name] = axes[0]
+        if fn.support.is_discrete:
+            if not fn.has_enumerate_support or len(plates) > 1:
+                what = f"discrete guide site '{name}' ({_family_name(fn)})"
+                raise self._inapplicable(f"the values of its {what} cannot be summed over one by one, for each datum.")
+            self._values[name] = fn.enumerate_support(expand=False).reshape(-1, *fn.event_shape)
+
+    def _moved(self, site: str, fn: Any, *, detached: bool) -> Any:
+        """Return a distribution of the same class as ``fn``, with parameters moved by the site's offsets."""
+        if isinstance(fn, dist.Independent):
+            return self._moved(site, fn.base_dist, detached=detached).to_event(fn.reinterpreted_batch_ndims)
+        is_transformed = type(fn) in (dist.TransformedDistribution, torch.distributions.TransformedDistribution)
+        if is_transformed and all(isinstance(t, _FIXED_TRANSFORMS) for t in fn.transforms):
+            return dist.TransformedDistribution(self._moved(site, fn.base_dist, detached=detached), fn.transforms)
+        if type(fn) not in FAMILIES:
+            what = f"the distribution of its guide site '{site}', {_family_name(fn)}"
+            raise self._inapplicable(f"{what}, is not of a family whose parameters it knows.")
+        values = {}
+        for parameter in FAMILIES[type(fn)]:
+            value = getattr(fn, parameter)
+            support = fn.arg_constraints[parameter]
+            value = value.expand(fn.batch_shape + value.shape[value.dim() - support.event_dim :])
+            if not self._particles:
+                self.offsets[site, parameter] = torch.zeros_like(value)
+            offset = self.offsets[site, parameter]
+            values[parameter] = _shifted(fn, parameter, support, value, offset.detach() if detached else offset)
+        return type(fn)(**values)
+
+
+def _shifted(fn: Any, parameter: str, support: constraints.Constraint, value: Tensor, offset: Tensor) -> Tensor:
+    """Return ``value`` moved in unconstrained space; a location moves in units of the scale."""
+    if parameter == "loc" and isinstance(fn, dist.MultivariateNormal):
+        return value + (fn.scale_tril @ offset.unsqueeze(-1)).squeeze(-1)
+    if parameter == "loc":
+        return value + fn.scale * offset
+    transform = transform_to(support)
+    return transform(transform.inv(value) + offset)
+
+
+def _family_name(fn: Any) -> str:
+    while isinstance(fn, dist.Independent):
+        fn = fn.base_dist
+    return type(fn).__name__

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.infer.inspect import get_dependencies
 from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyrovae.checks import check_data, check_positive
 from pyrovae.evaluation.measurement import chunk_sizes, not_applicable, seeded, width
@@ -17,7 +20,7 @@ from pyrovae.evaluation.sites import blank_data, drawn_data, is_local, mean_or_v
 from pyrovae.infer.weights import PARTICLES, Structure, same_random_state, sample_sites
 from pyrovae.pair import Pair
 
-__all__ = ["Simulator", "decode", "latents", "local_latents", "model_latents", "reconstruct", "sample", "two_data"]
+__all__ = ["Simulator", "decode", "latents", "reconstruct", "sample", "traverse"]
 
 
 # One draw -----------------------------------------------------------------------------------------------------------
@@ -43,16 +46,13 @@ def decode(
     of a global latent. With global ones alone, N is 1.
     """
     sites = _model_sites(pair, data_dim)
-    if unknown := set(z) - set(sites):
-        raise ValueError(
-            f"z: the model of {type(pair).__name__} has no latent {', '.join(map(repr, sorted(unknown)))}; its sites "
-            f"are {', '.join(sites)}."
-        )
+    if unknown := ", ".join(map(repr, sorted(set(z) - set(sites)))):
+        model = f"the model of {type(pair).__name__}"
+        raise ValueError(f"z: {model} has no latent {unknown}; its sites are {', '.join(sites)}.")
     counts = {name: len(value) for name, value in z.items() if is_local(sites[name])}
     if not z or len(set(counts.values())) > 1:
-        raise ValueError(
-            f"z: expected the same number of values of every local latent, at least one latent; got {counts}."
-        )
+        expected = "expected the same number of values of every local latent, at least one latent"
+        raise ValueError(f"z: {expected}; got {counts}.")
     return _decoded(pair, z, blank_data(pair, next(iter(counts.values()), 1), data_dim), mean, seed)
 
 
@@ -61,20 +61,13 @@ def reconstruct(pair: Pair, x: Tensor, *, mean: bool = True, seed: int | None = 
     return _decoded(pair, latents(pair, x, seed=seed), blank_data(pair, len(x), x.shape[1]), mean, seed)
 
 
-@torch.no_grad()
 def latents(pair: Pair, x: Tensor, *, mean: bool = False, seed: int | None = None) -> dict[str, Tensor]:
     """Draw each latent from the guide once, by name; with ``mean``, return the guide's mean of each that has one.
 
     A local latent has a value for each datum, (N, ...), a global one a single value.
     """
-    found = _guide_sites(pair, x, seed)
+    found = guide_sites(pair, x, seed)
     return {name: mean_or_value(site["fn"], site["value"]) if mean else site["value"] for name, site in found.items()}
-
-
-@torch.no_grad()
-def local_latents(pair: Pair, x: Tensor) -> tuple[str, ...]:
-    """Return the names of the guide's latents that have a value for each datum."""
-    return tuple(name for name, site in _guide_sites(pair, x, seed=0).items() if is_local(site))
 
 
 def model_latents(pair: Pair, data_dim: int | None = None) -> dict[str, Tensor]:
@@ -83,7 +76,9 @@ def model_latents(pair: Pair, data_dim: int | None = None) -> dict[str, Tensor]:
     return {n: site["value"] for n, site in sites.items() if is_local(site) and not site["infer"].get("was_observed")}
 
 
-def _guide_sites(pair: Pair, x: Tensor, seed: int | None) -> dict[str, Any]:
+@torch.no_grad()
+def guide_sites(pair: Pair, x: Tensor, seed: int | None) -> dict[str, Any]:
+    """Run the guide once; return its sites by name."""
     x = check_data(x, data_dim=getattr(pair, "data_dim", None))
     x = _placed(x, next(pair.parameters(), x))
     with seeded(seed):
@@ -117,6 +112,49 @@ def _decoded(pair: Pair, z: dict[str, Tensor], blank: Tensor, mean: bool, seed: 
     return site["fn"].mean if mean else site["value"]
 
 
+def can_traverse(pair: Pair, x: Tensor, name: str) -> bool:
+    """Return whether each datum has a value of the latent ``name``, and every real number is a possible value."""
+    site = guide_sites(pair, x[:2], seed=0)[name]
+    support = getattr(site["fn"].support, "base_constraint", site["fn"].support)
+    return support is constraints.real and is_local(site)
+
+
+def traverse(pair: Pair, x: Tensor, name: str, dimensions: Sequence[int], values: Tensor) -> Tensor:
+    """Decode the first datum with one dimension of a latent at each of the values, (dimensions · values, D).
+
+    The other dimensions and latents stay at the posterior mean. Latents whose prior depends on the moved one (the
+    layers below it) are at their prior's mean given it.
+    """
+    with same_random_state(), pyro.validation_enabled(False), torch.no_grad():
+        needs: Any = get_dependencies(pair.model, (_placed(x[:1], next(pair.parameters(), x)),))
+    below = {name}
+    for site, upstream in needs["prior_dependencies"].items():  # in the order of the model
+        if site in needs["posterior_dependencies"] and below & upstream.keys():  # a latent, not the data
+            below.add(site)
+    below.remove(name)
+    z = {}
+    for latent, site in guide_sites(pair, x[:1], seed=0).items():
+        mean = mean_or_value(site["fn"], site["value"])
+        if latent not in below:
+            z[latent] = mean.repeat(len(dimensions) * len(values), *[1] * (mean.dim() - 1)) if is_local(site) else mean
+    for moved, dimension in zip(z[name].split(len(values)), dimensions, strict=True):
+        moved[:, dimension] = values.to(moved)
+    with _SitesAtMean(below):
+        return decode(pair, z, data_dim=x.shape[1], seed=0)
+
+
+class _SitesAtMean(Messenger):
+    """Handler that sets the named sites to the means of their distributions."""
+
+    def __init__(self, names: set[str]) -> None:
+        super().__init__()
+        self._names = names
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] in self._names:
+            msg["value"] = mean_or_value(msg["fn"], msg["value"])
+
+
 # Many draws ---------------------------------------------------------------------------------------------------------
 
 
@@ -136,12 +174,8 @@ def _observed_site(trace: Trace, pair: Pair, quantity: str) -> str:
     sites = drawn_data(trace)
     plates = {frame.name for site in sites.values() for frame in site["cond_indep_stack"]}
     if len(sites) != 1 or "data" not in plates:
-        raise not_applicable(
-            quantity,
-            pair,
-            "to simulate data, its model must observe x at one site, inside the data plate; it observes "
-            f"{', '.join(sites) or 'nothing'}.",
-        )
+        reason = "to simulate data, its model must observe x at one site, inside the data plate; it observes "
+        raise not_applicable(quantity, pair, f"{reason}{', '.join(sites) or 'nothing'}.")
     return next(iter(sites))
 
 
@@ -152,11 +186,7 @@ class Simulator:
     """
 
     def __init__(self, pair: Pair, few: Tensor, quantity: str) -> None:
-        """Find out from two data where the sites of the pair lie; ``quantity`` names the measurement in errors.
-
-        Raises:
-            NotApplicable: the model does not observe ``x`` at one site in the data plate.
-        """
+        """Find out from two data where the sites of the pair lie; ``quantity`` names the measurement in errors."""
         structure = Structure.of(pair.model, pair.guide, (few,), {})
         self._pair, self._quantity, self._nesting = pair, quantity, structure.max_plate_nesting
         self._device = few.device
@@ -173,30 +203,18 @@ class Simulator:
         self.local = [name for name in latent if name in self._layout]
         self.shared = [name for name in latent if name not in self._layout]
         self.guided = [name for name in latent if name not in structure.enumerated]
-        if self.data(trace).shape[1:] != few.shape:
-            raise not_applicable(
-                quantity,
-                pair,
-                f"its model draws data of shape {tuple(self.data(trace).shape[1:])} at site '{self._observed}' where x "
-                f"has {tuple(few.shape)}.",
-            )
+        if (drawn := tuple(self.data(trace).shape[1:])) != tuple(few.shape):
+            reason = f"its model draws data of shape {drawn} at site '{self._observed}' where x has {tuple(few.shape)}."
+            raise not_applicable(quantity, pair, reason)
 
     def check_source(self, source: str | None) -> str:
-        """Return ``guide`` or ``exact``, where latents are drawn from; None chooses.
-
-        Raises:
-            NotApplicable: the pair has no such source.
-        """
+        """Return ``guide`` or ``exact``, where latents are drawn from; None chooses. NotApplicable if there is none."""
         has_posterior = self._pair.posterior is not None
         if source is None:
             source = "exact" if has_posterior and not self.guided else "guide"
         reason = ""
         if source == "guide" and not self.guided:
-            fix = (
-                "Use source='exact'."
-                if has_posterior
-                else "Sample its latents in the guide, or give it a posterior(x)."
-            )
+            fix = "Use source='exact'." if has_posterior else "Sample its latents there, or give it a posterior(x)."
             reason = f"its guide samples no latent. {fix}"
         elif source == "exact" and not has_posterior:
             reason = "it has no posterior(x), which source='exact' draws from."
@@ -208,9 +226,8 @@ class Simulator:
 
     def chunks(self, num_data: int, num_particles: int) -> tuple[int, int]:
         """Return how many data and particles run at a time."""
-        return chunk_sizes(
-            self._device, self._width, num_data, num_particles, joint=bool(self.shared), most_data=num_data
-        )
+        joint = bool(self.shared)
+        return chunk_sizes(self._device, self._width, num_data, num_particles, joint=joint, most_data=num_data)
 
     def simulate(self, x: Tensor, given: dict[str, Tensor], count: int) -> Any:
         """Run the model with the latents ``given``; other latents and the data are drawn."""

@@ -20,25 +20,9 @@ from pyrovae.machine import keep_memory
 from pyrovae.pair import Pair
 from pyrovae.training.pair_checks import check_pair
 
-__all__ = [
-    "FLOATS_PER_CHUNK",
-    "NotApplicable",
-    "Result",
-    "chunk_sizes",
-    "not_applicable",
-    "prepared",
-    "progress_bar",
-    "runs_at_a_time",
-    "seeded",
-    "width",
-]
-
 FLOATS_PER_CHUNK = {"cpu": 2**20, "cuda": 2**25}
 """Numbers in the widest tensor of a chunk, by device. Fewer fit into caches and memory; more make dispatch vanish."""
 DATA_PER_CHUNK = 100  # keeps small whatever has a number for each sample of each datum
-
-
-# Preparation ----------------------------------------------------------------------------------------------------------
 
 
 class NotApplicable(ValueError):
@@ -62,12 +46,8 @@ def prepared(
 ) -> Iterator[Tensor]:
     """Check ``pair`` and ``x``, and yield ``x`` on the device, in the pair's precision, binarised once if asked.
 
-    The options are those of :func:`pyrovae.evaluate`; ``at_least`` is the smallest number of data allowed. Inside, the
-    pair is on the device, the random state is seeded and Pyro's validation is off. Afterwards the pair is back on its
-    own device, and the caller's random state is as it was.
-
-    Raises:
-        TypeError, ValueError: not a pair, bad data, an unknown or absent device; the pair does not run on the data.
+    Inside, the pair is on the device, the random state is seeded and Pyro's validation is off. Afterwards the pair is
+    back on its own device, and the caller's random state is as it was. ``at_least`` is the smallest number of data.
     """
     if not isinstance(pair, Pair):
         raise TypeError(not_a_pair(pair))
@@ -109,19 +89,10 @@ def progress_bar(
     return tqdm(items, desc=title, total=total, unit=unit, disable=hide, leave=False)
 
 
-# Work in chunks -------------------------------------------------------------------------------------------------------
-
-
 def width(pair: Pair, trace: Trace, count: int, *, enumerated: Iterable[str] = ()) -> int:
-    """Return how many numbers the widest tensor has for one datum and particle.
+    """Return how many numbers the widest tensor has for one datum and particle: a layer's, or of all sites together.
 
-    The widest tensor is that of a layer, or holds the values of all sites together.
-
-    Args:
-        pair: the pair, for the sizes of its layers.
-        trace: a run of the model with ``count`` data times particles.
-        count: data times particles of that run.
-        enumerated: sites that are summed out; all their values count at once.
+    ``trace`` is a run of the model with ``count`` data times particles. All values of ``enumerated`` sites count.
     """
     sites = sample_sites(trace)
     values = sum(site["value"].numel() for site in sites.values()) // count
@@ -135,13 +106,7 @@ def runs_at_a_time(device: torch.device, width: int) -> int:
 
 
 def chunk_sizes(
-    device: torch.device,
-    width: int,
-    num_data: int,
-    num_particles: int,
-    *,
-    joint: bool = False,
-    most_data: int = DATA_PER_CHUNK,
+    device: torch.device, width: int, num_data: int, num_particles: int, *, joint: bool, most_data: int = DATA_PER_CHUNK
 ) -> tuple[int, int]:
     """Return how many data and particles run at a time; ``joint`` keeps all data together, as a global latent needs."""
     fitting = runs_at_a_time(device, width)
@@ -149,18 +114,11 @@ def chunk_sizes(
     return rows, max(1, min(num_particles, fitting // rows))
 
 
-# Results --------------------------------------------------------------------------------------------------------------
-
-
 class Result:
     """Base of the dataclasses that measurements return."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers and lists, for JSON.
-
-        Values of each datum are left out: tensors, and all that is named so. JSON has no infinity and no NaN: such a
-        number becomes None.
-        """
+        """Return plain numbers and lists, for JSON, without values of each datum. Infinity and NaN become None."""
         per_datum = {n for n, value in vars(self).items() if isinstance(value, Tensor) or n.endswith("_per_datum")}
         return _plain({name: value for name, value in vars(self).items() if name not in per_datum})
 
@@ -169,7 +127,6 @@ class Result:
         return "\n".join([*self._table(), *(f"NOTE: {note}" for note in getattr(self, "notes", ()))])
 
     def _table(self) -> list[str]:
-        """Return the lines of the table."""
         raise NotImplementedError
 
 

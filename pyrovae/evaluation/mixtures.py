@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -17,12 +18,14 @@ from pyrovae.evaluation.sites import is_local
 from pyrovae.infer.weights import same_random_state, sample_sites
 from pyrovae.pair import Pair
 
-__all__ = ["MixtureScores", "category_log_probs", "check_labels", "mixture_scores", "num_categories"]
+__all__ = ["MixtureScores", "check_labels", "mixture_scores", "responsibilities"]
+
+CATEGORICAL = (Categorical, OneHotCategorical)
 
 
 @dataclass(frozen=True, repr=False)
 class MixtureScores(Result):
-    """What :func:`mixture_scores` measured. None where a quantity does not apply."""
+    """Scores that :func:`mixture_scores` measured. None where a quantity does not apply."""
 
     num_data: int
     num_components: int
@@ -91,19 +94,13 @@ def mixture_scores(
             variation = float(0.5 * (guide.exp() - exact.exp()).abs().sum(-1).mean())
             kl = float(_sum_p_log(guide, guide - exact).mean())
         usage = exact.exp().mean(0)
-        agreement: tuple[float | None, ...] = (None, None, None)
-        if known is not None:
-            agreement = _agreement(known, exact.argmax(-1).cpu().numpy())
+        agreement = (None,) * 3 if known is None else _agreement(known, exact.argmax(-1).cpu().numpy())
         entropy, used = -float(_sum_p_log(exact, exact).mean()), math.exp(-float(torch.xlogy(usage, usage).sum()))
         return MixtureScores(len(x), num_components, entropy, used, variation, kl, *agreement)
 
 
 def check_labels(labels: Any, num_data: int) -> np.ndarray:
-    """Return the classes of the data as an array (N,).
-
-    Raises:
-        TypeError, ValueError: neither whole numbers nor names; not one a datum.
-    """
+    """Return the classes of the data as an array (N,), after a check that they are whole numbers or names."""
     found = np.asarray(labels.detach().cpu() if isinstance(labels, Tensor) else labels)
     if found.dtype.kind not in "iubUS":
         raise TypeError(f"labels: expected whole numbers or names, one a datum; got {found.dtype}.")
@@ -119,32 +116,20 @@ def _agreement(labels: np.ndarray, clusters: np.ndarray) -> tuple[float, float, 
     from sklearn.metrics.cluster import contingency_matrix
 
     table = contingency_matrix(labels, clusters)
-    matched = table[linear_sum_assignment(table, maximize=True)].sum()
-    return (
-        float(adjusted_rand_score(labels, clusters)),
-        float(normalized_mutual_info_score(labels, clusters)),
-        float(matched) / len(labels),
-    )
+    matched = float(table[linear_sum_assignment(table, maximize=True)].sum())
+    rand, information = adjusted_rand_score(labels, clusters), normalized_mutual_info_score(labels, clusters)
+    return float(rand), float(information), matched / len(labels)
 
 
 def num_categories(pair: Pair, few: Tensor, quantity: str) -> int:
-    """Return K, of a posterior over one category a datum.
-
-    Raises:
-        NotApplicable: the pair has no such posterior.
-    """
+    """Return K, of a posterior over one category a datum. NotApplicable where the pair has no such posterior."""
     if pair.posterior is None:
-        raise not_applicable(
-            quantity, pair, "it has no posterior(x). Give it one that returns a Categorical over components."
-        )
+        reason = "it has no posterior(x). Give it one that returns a Categorical over components."
+        raise not_applicable(quantity, pair, reason)
     posterior = pair.posterior(few)
-    if not isinstance(posterior, (Categorical, OneHotCategorical)) or posterior.batch_shape != few.shape[:1]:
-        raise not_applicable(
-            quantity,
-            pair,
-            f"its posterior(x) is a {type(posterior).__name__} of batch shape {tuple(posterior.batch_shape)}, not one "
-            "Categorical a datum.",
-        )
+    if not isinstance(posterior, CATEGORICAL) or posterior.batch_shape != few.shape[:1]:
+        found = f"a {type(posterior).__name__} of batch shape {tuple(posterior.batch_shape)}"
+        raise not_applicable(quantity, pair, f"its posterior(x) is {found}, not one Categorical a datum.")
     return posterior.logits.shape[-1]
 
 
@@ -161,20 +146,34 @@ def _sum_p_log(log_p: Tensor, log_ratio: Tensor) -> Tensor:
 
 def _guide_log_probs(pair: Pair, x: Tensor, num_components: int) -> Tensor | None:
     """Return log q(z | x), (N, K); None where the guide samples no categorical latent, or several."""
-    with same_random_state():
-        trace = poutine.trace(pair.guide).get_trace(x)
-    categories = [
-        site
-        for site in sample_sites(trace).values()
-        if isinstance(site["fn"], (Categorical, OneHotCategorical)) and is_local(site)
-    ]
+    categories = _guide_categories(pair, x)
     if len(categories) != 1:
         return None
-    (site,) = categories
-    log_probs = category_log_probs(site["fn"])
-    if log_probs.shape[-1] != num_components:
-        raise ValueError(
-            f"guide: expected a Categorical over {num_components} components, as posterior(x) has, at site "
-            f"'{site['name']}'; got {log_probs.shape[-1]}."
-        )
+    ((name, fn),) = categories.items()
+    log_probs = category_log_probs(fn)
+    if (size := log_probs.shape[-1]) != num_components:
+        expected = f"expected a Categorical over {num_components} components, as posterior(x) has, at site '{name}'"
+        raise ValueError(f"guide: {expected}; got {size}.")
     return log_probs.expand(len(x), -1)
+
+
+def _guide_categories(pair: Pair, x: Tensor) -> dict[str, Any]:
+    """Return the distributions of the guide's categorical latents in the plate ``data``, by name."""
+    with same_random_state():
+        sites = sample_sites(poutine.trace(pair.guide).get_trace(x))
+    return {name: s["fn"] for name, s in sites.items() if isinstance(s["fn"], CATEGORICAL) and is_local(s)}
+
+
+@torch.no_grad()
+def responsibilities(pair: Pair, x: Tensor) -> Tensor | None:
+    """Return q(z | x) over the components of a mixture, (N, K), on the CPU.
+
+    It is the guide's where that samples the component, else the exact p(z | x). None where the pair is no mixture with
+    one discrete latent.
+    """
+    x = x.to(next(pair.parameters(), x))
+    with pyro.validation_enabled(False):
+        found = list(_guide_categories(pair, x).values())
+        if not found and pair.posterior is not None:
+            found = [fn for fn in [pair.posterior(x)] if isinstance(fn, CATEGORICAL)]
+    return found[0].probs.expand(len(x), -1).detach().cpu() if len(found) == 1 else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -13,31 +13,22 @@ import torch
 from torch import Tensor
 
 from pyrovae.checks import check_positive
-from pyrovae.evaluation.decomposition import check_counts, mean_over_categories, sampled_parts
-from pyrovae.evaluation.guide_densities import GuideDensities, log_prob_of_categories
+from pyrovae.evaluation.decomposition import (
+    GuideDensities,
+    check_counts,
+    log_prob_of_categories,
+    mean_over_categories,
+    sampled_parts,
+)
 from pyrovae.evaluation.measurement import Result, not_applicable, prepared
 from pyrovae.evaluation.sites import log_prob_per_dimension, mean_or_value
 from pyrovae.infer.weights import Structure
 from pyrovae.pair import Pair
 
-__all__ = [
-    "ACTIVE_UNIT_VARIANCE",
-    "THRESHOLDS",
-    "USED_NATS",
-    "Collapse",
-    "LatentCollapse",
-    "active_units_curve",
-    "collapse",
-    "judge_categories",
-    "judge_dimensions",
-]
+__all__ = ["ACTIVE_UNIT_VARIANCE", "USED_NATS", "Collapse", "LatentCollapse", "active_units_curve", "collapse"]
 
-USED_NATS = 0.01
-"""Information of a dimension about the data, in nats, below which it is idle."""
-
-SHARE = 0.99
-"""Share of the information that the dimensions in use must carry together."""
-
+USED_NATS = 0.01  # information of a dimension about the data below which it is idle
+SHARE = 0.99  # of the information, which the dimensions in use must carry together
 ACTIVE_UNIT_VARIANCE = 0.01  # Burda et al. 2016, section 5.2
 THRESHOLDS = tuple(10 ** (step / 4) for step in range(-16, 1))
 """Thresholds for the variance over data of a posterior mean: 1e-4 to 1, four a decade."""
@@ -56,8 +47,8 @@ class LatentCollapse:
     size: int
     """Dimensions; of a discrete latent, categories."""
     used: int
-    """How many of them are in use, by the verdict."""
-    kl: float | None
+    """Number of them in use, by the verdict."""
+    kl: float | None = None
     """The latent's term of the ELBO, E_q[log q(z | ...) − log p(z | ...)]."""
     kl_per_dimension: list[float] = field(default_factory=list)
     """The same by dimension, where prior and guide factorise over dimensions."""
@@ -78,7 +69,7 @@ class LatentCollapse:
 
 @dataclass(frozen=True, repr=False)
 class Collapse(Result):
-    """What :func:`collapse` found."""
+    """Verdicts that :func:`collapse` found."""
 
     num_data: int
     num_samples: int
@@ -97,12 +88,9 @@ class Collapse(Result):
             active = "" if one.active_units is None else one.active_units
             lines.append(f"{name:<12}{kl:>9}{one.size:>7}{one.used:>7}{active:>8}  {one.text}")
         if curves := {name: one.active_units_curve for name, one in self.latents.items() if one.active_units_curve}:
-            decades = range(0, len(self.thresholds), 4)
-            lines.append(
-                f"{'active units where the variance exceeds':<43}"
-                + "".join(f"{self.thresholds[i]:>8g}" for i in decades)
-            )
-            lines += [f"  {name:<41}" + "".join(f"{curve[i]:>8}" for i in decades) for name, curve in curves.items()]
+            limits = "".join(f"{threshold:>8g}" for threshold in self.thresholds[::4])  # one a decade
+            lines.append(f"{'active units where the variance exceeds':<43}{limits}")
+            lines += [f"  {name:<41}" + "".join(f"{n:>8}" for n in curve[::4]) for name, curve in curves.items()]
         return lines
 
 
@@ -134,29 +122,15 @@ def active_units_curve(
 
 
 def judge_dimensions(
-    information: Sequence[float],
-    mean_variance: Sequence[float],
-    *,
-    total: float | None = None,
-    kl: float | None = None,
-    kl_per_dimension: Sequence[float] = (),
+    information: Sequence[float], mean_variance: Sequence[float], total: float | None = None
 ) -> LatentCollapse:
-    """Judge a latent with dimensions, by the rule of :func:`collapse`.
-
-    Args:
-        information: nats that each dimension tells about the data.
-        mean_variance: variance over data of each dimension's posterior mean.
-        total: nats that all dimensions together tell, if known.
-        kl, kl_per_dimension: KL of the guide from the prior, if known.
-    """
+    """Judge a latent by the nats that each dimension, and all in ``total``, tell. The rule is :func:`collapse`'s."""
     verdict, reason, used = _verdict_on_dimensions(information, total)
     return LatentCollapse(
         verdict=verdict,
         text=f"{verdict}: {reason}",
         size=len(information),
         used=used,
-        kl=kl,
-        kl_per_dimension=list(kl_per_dimension),
         information_per_dimension=list(information),
         mean_variance=list(mean_variance),
         active_units=sum(value > ACTIVE_UNIT_VARIANCE for value in mean_variance),
@@ -169,9 +143,9 @@ def _verdict_on_dimensions(information: Sequence[float], total: float | None) ->
     size, together = len(information), sum(max(value, 0.0) for value in information)
     telling = sum(value > USED_NATS for value in information)
     dimensions = "dimension" if size == 1 else "dimensions"
+    if not telling and total is not None and total > 10 * USED_NATS:
+        return "partly collapsed", f"none of {size} {dimensions} tells {USED_NATS} nats, all of them {total:.2f}", 0
     if not telling:
-        if total is not None and total > 10 * USED_NATS:
-            return "partly collapsed", f"none of {size} {dimensions} tells {USED_NATS} nats, all of them {total:.2f}", 0
         return "collapsed", f"no dimension of {size} carries more than {USED_NATS} nats of information", 0
     carried = list(accumulate(sorted((max(value, 0.0) for value in information), reverse=True)))
     # The fewest dimensions that carry these shares of the information.
@@ -184,12 +158,8 @@ def _verdict_on_dimensions(information: Sequence[float], total: float | None) ->
     return "partly collapsed", f"{used} of {size} dimensions carry 99% of the information {nats}, {few} carry 90%", used
 
 
-def judge_categories(
-    probs: Tensor,  # (N, K)
-    *,
-    kl: float | None = None,
-) -> LatentCollapse:
-    """Judge a discrete latent from the guide's probabilities, or from a mixture's responsibilities.
+def judge_categories(probs: Tensor) -> LatentCollapse:
+    """Judge a discrete latent from the guide's probabilities, or from a mixture's responsibilities, (N, K).
 
     ``collapsed`` where I(n; z) is below 0.01 nats; ``partly collapsed`` where no datum uses some category: none has
     half of its probability there, nor do all together have a whole one, Σ_n q(z = k | x_n) < 1; else ``alive``.
@@ -200,21 +170,13 @@ def judge_categories(
     entropy = -float(torch.xlogy(usage, usage).sum())
     size = len(usage)
     unused = int(((probs.sum(0) < 1) & (probs.amax(0) < 0.5)).sum())
+    verdict, reason, used = "alive", f"all {size} categories are in use", size - unused
     if information < USED_NATS:
-        verdict, reason = "collapsed", f"all data have nearly one distribution over its {size} categories"
+        verdict, reason, used = "collapsed", f"all data have nearly one distribution over its {size} categories", 0
     elif unused:
         verdict, reason = "partly collapsed", f"no datum uses {unused} of {size} categories"
-    else:
-        verdict, reason = "alive", f"all {size} categories are in use"
-    return LatentCollapse(
-        verdict=verdict,
-        text=f"{verdict}: {reason} ({information:.2f} nats of information, of {entropy:.2f} in the aggregate)",
-        size=size,
-        used=0 if verdict == "collapsed" else size - unused,
-        kl=kl,
-        information_per_dimension=[information],
-        usage=usage.tolist(),
-    )
+    text = f"{verdict}: {reason} ({information:.2f} nats of information, of {entropy:.2f} in the aggregate)"
+    return LatentCollapse(verdict, text, size, used, information_per_dimension=[information], usage=usage.tolist())
 
 
 def collapse(
@@ -277,29 +239,22 @@ def collapse(
         parts = sampled_parts(guide, x, num_samples, min(len(x), max_data), progress, joint=False)
         latents, notes = {}, []
         for name, latent in guide.latents.items():
-            one = moments[name]
+            one, known = moments[name], parts.get(name)
             if latent.alone and latent.is_category:
                 probs = log_prob_of_categories(guide, x, name)[1].exp().mT
-                latents[name] = judge_categories(probs, kl=one.kl)
+                latents[name] = replace(judge_categories(probs), kl=one.kl)
                 continue
             if latent.is_category:
                 notes.append(f"{name}: a category that depends on another latent; not judged")
                 continue
-            known = parts.get(name)
             information = known.mutual_information_per_dimension if known else []
             if not information:
                 information = one.information_from_variances(bounded=latent.fixed_prior)
-                notes.append(
-                    f"{name}: information from variances, as its marginals given x "
-                    f"{'have no closed form' if latent.alone else 'depend on other latents'}"
-                )
-            latents[name] = judge_dimensions(
-                information,
-                one.mean_variance.tolist(),
-                total=known.mutual_information if known else None,
-                kl=one.kl,
-                kl_per_dimension=one.kl_per_dimension,
-            )
+                why = "have no closed form" if latent.alone else "depend on other latents"
+                notes.append(f"{name}: information from variances, as its marginals given x {why}")
+            total = known.mutual_information if known else None
+            judged = judge_dimensions(information, one.mean_variance.tolist(), total)
+            latents[name] = replace(judged, kl=one.kl, kl_per_dimension=one.kl_per_dimension)
         if not latents:
             reason = f"{'; '.join(notes)}. Sum the category out, or let its guide depend on x alone."
             raise not_applicable("collapse", pair, reason)
@@ -322,12 +277,9 @@ def _mixture_verdict(pair: Pair, x: Tensor, structure: Structure) -> dict[str, L
 class _Moments:
     """Means and variances of one latent, over all data."""
 
-    means: Tensor
-    """E[z | x_n], averaged over draws of the latents that z depends on, (N, dims)."""
-    noise: Tensor
-    """Variance that this average adds to the variance over data of the means, (dims,)."""
-    within: Tensor
-    """Mean over data of the variance of z, (dims,)."""
+    means: Tensor  # E[z | x_n], averaged over draws of the latents that z depends on, (N, dims)
+    noise: Tensor  # variance that this average adds to the variance over data of the means, (dims,)
+    within: Tensor  # mean over data of the variance of z, (dims,)
     kl: float | None
     kl_per_dimension: list[float]
 
@@ -374,7 +326,8 @@ def _moments(guide: GuideDensities, x: Tensor, num_samples: int) -> dict[str, _M
 
     def moments(name: str) -> _Moments:
         mean = torch.cat(means[name]) if name in means else none
-        noise, within, kl, dims = (total.get((name, kind), none) for kind in ("noise", "within", "kl", "dims"))
-        return _Moments(mean, noise, within, float(kl) if kl is not none else None, dims.tolist())
+        noise, within, dims = (total.get((name, kind), none) for kind in ("noise", "within", "dims"))
+        kl = float(total[name, "kl"]) if (name, "kl") in total else None
+        return _Moments(mean, noise, within, kl, dims.tolist())
 
     return {name: moments(name) for name in guide.latents}

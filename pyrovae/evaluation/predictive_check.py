@@ -36,7 +36,7 @@ class StatisticCheck:
 
 @dataclass(frozen=True, repr=False)
 class PredictiveCheck(Result):
-    """What :func:`posterior_predictive_check` found."""
+    """Statistics that :func:`posterior_predictive_check` compared."""
 
     replicates: str
     """``prior`` or ``posterior``."""
@@ -46,9 +46,8 @@ class PredictiveCheck(Result):
 
     def _table(self) -> list[str]:
         of = {"prior": "new data from the model", "posterior": "drawn again at the latents of each datum"}
-        names = [
-            s.name if s.feature is None else f"{s.name}, most of all: feature {s.feature}" for s in self.statistics
-        ]
+        features = ["" if s.feature is None else f", most of all: feature {s.feature}" for s in self.statistics]
+        names = [s.name + feature for s, feature in zip(self.statistics, features, strict=True)]
         width = max(9, *map(len, names)) + 2
         lines = [
             f"{self.num_data} data, {self.num_replicates} replicates: {of[self.replicates]}",
@@ -151,14 +150,11 @@ def posterior_predictive_check(
         source = simulator.check_source(None) if replicates == "posterior" else "guide"
         left_out = [name for name in [*simulator.local, *simulator.shared] if name not in simulator.guided]
         if replicates == "posterior" and source == "guide" and left_out:
-            raise not_applicable(
-                "posterior_predictive_check",
-                pair,
-                f"for posterior replicates, its guide leaves out {', '.join(left_out)}. Use replicates='prior', or "
-                "sample it in the guide.",
-            )
+            reason = f"for posterior replicates, its guide leaves out {', '.join(left_out)}. "
+            fix = "Use replicates='prior', or sample it in the guide."
+            raise not_applicable("posterior_predictive_check", pair, reason + fix)
         functions = default_statistics(x) if statistics is None else statistics
-        observed = {name: _value(name, function, x.double()) for name, function in functions.items()}
+        observed = {name: _value_of_statistic(name, function, x.double()) for name, function in functions.items()}
         found: dict[str, list[Tensor]] = {name: [] for name in functions}
         rows_at_a_time, replicates_at_a_time = simulator.chunks(len(x), num_replicates)
         for start in progress_bar("replicates", progress, range(0, num_replicates, replicates_at_a_time)):
@@ -166,7 +162,7 @@ def posterior_predictive_check(
             parts = [simulator.replicate(rows, count, replicates, source) for rows in x.split(rows_at_a_time)]
             for replicate in torch.cat(parts, 1):
                 for name, function in functions.items():
-                    found[name].append(_value(name, function, replicate.double(), like=observed[name]))
+                    found[name].append(_value_of_statistic(name, function, replicate.double(), like=observed[name]))
     checks = [_statistic_check(name, torch.stack([observed[name], *found[name]]).cpu()) for name in functions]
     return PredictiveCheck(replicates, len(x), num_replicates, checks)
 
@@ -174,32 +170,27 @@ def posterior_predictive_check(
 def _check_statistics(statistics: Any) -> None:
     if statistics is None:
         return
-    if not isinstance(statistics, Mapping) or not all(callable(function) for function in statistics.values()):
-        raise TypeError(
-            "statistics: expected a dictionary of functions of a data set (N, D) by name, such as "
-            f"{{'mean': lambda x: x.mean(0)}}; got {statistics!r}."
-        )
+    if not isinstance(statistics, Mapping) or not all(map(callable, statistics.values())):
+        such_as = "such as {'mean': lambda x: x.mean(0)}"
+        expected = f"expected a dictionary of functions of a data set (N, D) by name, {such_as}"
+        raise TypeError(f"statistics: {expected}; got {statistics!r}.")
     if not statistics:
         raise ValueError("statistics: expected at least one; got none. Leave it out for the default ones.")
 
 
-def _value(name: str, function: Callable[[Tensor], Any], x: Tensor, like: Tensor | None = None) -> Tensor:
+def _value_of_statistic(name: str, function: Callable[[Tensor], Any], x: Tensor, like: Tensor | None = None) -> Tensor:
     """Return the statistic of a data set, (values,), float64; ``like`` has the right number of values."""
     value = torch.as_tensor(function(x), device=x.device).double().reshape(-1)
     if like is not None and value.shape != like.shape:
-        raise ValueError(
-            f"statistics: expected as many values of {name!r} for each replicate as for the data, {len(like)}; got "
-            f"{len(value)}."
-        )
+        expected = f"expected as many values of {name!r} for each replicate as for the data, {len(like)}"
+        raise ValueError(f"statistics: {expected}; got {len(value)}.")
     if value.numel() == 0:
         raise ValueError(f"statistics: expected a number or a vector from {name!r}; got nothing.")
     return value
 
 
-def _statistic_check(
-    name: str,
-    values: Tensor,  # (1 + R, features), the data's first
-) -> StatisticCheck:
+def _statistic_check(name: str, values: Tensor) -> StatisticCheck:
+    """Compare the values of a statistic, (1 + R, features), the data's first."""
     if not bool((finite := torch.isfinite(values).all(1)).all()):
         of = "the data" if not bool(finite[0]) else f"{int((~finite).sum())} replicates"
         raise ValueError(f"statistics: expected finite numbers from {name!r}; got NaN or infinite ones for {of}.")

@@ -12,14 +12,8 @@ import torch
 from torch import Tensor
 
 from pyrovae.checks import check_positive
-from pyrovae.evaluation.guide_reliability import (
-    FEWEST_SAMPLES,
-    GuideQuality,
-    WeightQuality,
-    guide_quality_of,
-    summarise,
-)
-from pyrovae.evaluation.importance_sampling import ImportanceSampling, MeanWeight, Summary, stderr_over_data
+from pyrovae.evaluation import importance_sampling
+from pyrovae.evaluation.importance_sampling import FEWEST_SAMPLES, GuideQuality, MeanWeight, Summary, stderr_over_data
 from pyrovae.evaluation.measurement import Result, prepared
 from pyrovae.evaluation.posterior_collapse import ACTIVE_UNIT_VARIANCE
 from pyrovae.evaluation.sites import is_point, log_prob_per_dimension, mean_or_value
@@ -31,7 +25,7 @@ __all__ = ["Scores", "importance_scores", "title_of"]
 
 @dataclass(frozen=True, repr=False)
 class Scores(Result):
-    """What :func:`evaluate` measured. Nats per datum, unless said otherwise; None where a quantity does not apply."""
+    """Scores that :func:`evaluate` measured. Nats per datum, unless said otherwise; None where one does not apply."""
 
     num_data: int
     num_samples: int
@@ -66,7 +60,7 @@ class Scores(Result):
     guide: GuideQuality | None = field(default=None, compare=False)
     """Pareto-k̂ and effective sample size of the weights behind ``log_evidence``, datum by datum."""
     too_few_for_k: bool = False
-    """Whether the weights have a tail but the samples are too few to fit it: then ``guide`` is None."""
+    """True where the weights have a tail but the samples are too few to fit it: then ``guide`` is None."""
     also: dict[str, Any] = field(default_factory=dict, compare=False)
     """Other quantities that were asked for, by the name of their function."""
     left_out: dict[str, str] = field(default_factory=dict)
@@ -76,13 +70,12 @@ class Scores(Result):
 
     def rows(self) -> list[tuple[str, str, str]]:
         """Return the table: quantity, value, remark."""
-        over_data = self.log_evidence_stderr_data
-        monte_carlo = self.log_evidence_stderr
-        error = "one sample: Monte Carlo error unknown" if monte_carlo is None else f"± {monte_carlo:.3f} Monte Carlo"
-        errors = [error] if self.num_samples else []
-        errors += [] if over_data is None else [f"± {over_data:.3f} over data"]
+        monte_carlo = self.log_evidence_stderr if self.num_samples else None
+        errors = errors_in_words(monte_carlo, self.log_evidence_stderr_data)
+        if self.num_samples == 1:
+            errors = f"one sample: Monte Carlo error unknown, {errors}".removesuffix(", ")
         # With nothing sampled, evidence, exact likelihood and ELBO are one number.
-        rows = [("log evidence" if self.num_samples else "log evidence, exact", self.log_evidence, ", ".join(errors))]
+        rows = [("log evidence" if self.num_samples else "log evidence, exact", self.log_evidence, errors)]
         if self.num_samples:
             if self.log_likelihood is not None:
                 rows.append(("log likelihood, exact", self.log_likelihood, ""))
@@ -111,18 +104,21 @@ class Scores(Result):
         return "\n\n".join([super().__repr__(), *more, *([reasons] if reasons else [])])
 
     def _table(self) -> list[str]:
-        labels = {
-            "exact log likelihood": self.log_likelihood,
-            "reconstruction and KL": self.kl,
-            "active units": self.active_units,
-        }
-        absent = [label for label, value in labels.items() if value is None]
+        labels = ("exact log likelihood", "reconstruction and KL", "active units")
+        values = (self.log_likelihood, self.kl, self.active_units)
+        absent = [label for label, value in zip(labels, values, strict=True) if value is None]
         sampled = f"{self.num_samples} sample{'s' * (self.num_samples > 1)} each" if self.num_samples else "no sampling"
         return [
             f"{self.num_data} data, {sampled}; nats per datum",
             *(f"{name:<24}{value:>12}  {note}".rstrip() for name, value, note in self.rows()),
             *([f"does not apply to this pair: {', '.join(absent)}"] if absent else []),
         ]
+
+
+def errors_in_words(monte_carlo: float | None, over_data: float | None = None) -> str:
+    """Return the standard errors that are known, as the remark behind a number."""
+    errors = ((monte_carlo, "Monte Carlo"), (over_data, "over data"))
+    return ", ".join(f"± {error:.3f} {source}" for error, source in errors if error is not None)
 
 
 def title_of(quantity: str) -> str:
@@ -135,9 +131,7 @@ def _trust(bad: float) -> str:
     """Say in words what it means that this share of the data has a k̂ above the threshold."""
     if bad <= 0.01:
         return "the guide is a good importance sampler"
-    if bad <= 0.1:
-        return "for a few data the evidence may be too low"
-    return "the guide misses mass; the evidence may be too low"
+    return f"{'for a few data' if bad <= 0.1 else 'the guide misses mass;'} the evidence may be too low"
 
 
 def importance_scores(
@@ -153,24 +147,18 @@ def importance_scores(
     """Score a pair by one pass of importance sampling: :func:`pyrovae.evaluate` without its ``also``."""
     check_positive("num_samples", num_samples, integer=True)
     with prepared(pair, x, binarize=binarize, device=device, seed=seed) as x, torch.no_grad():
-        sampling = ImportanceSampling(pair, x, num_samples)
-        can_fit_tails = sampling.has_tails and sampling.num_samples >= FEWEST_SAMPLES
-        sums = _Sums(fits_tails=can_fit_tails)
+        sampling = importance_sampling.ImportanceSampling(pair, x, num_samples)
+        sums = _Sums(fits_tails=sampling.has_tails and sampling.num_samples >= FEWEST_SAMPLES)
         for summaries in sampling.run(_summary, progress):
             sums.add_chunk(summaries)
         exact = None
         if pair.log_prob is not None:
             exact = float(sum(pair.log_prob(rows).double().sum() for rows in sampling.chunks)) / len(x)
-        return _scores(sampling, sums, x, exact, too_few_for_k=sampling.has_tails and not can_fit_tails)
+        return _scores(sampling, sums, x, exact)
 
 
 def _summary(terms: LogWeightTerms, particles: int) -> Summary:
-    """Return what :class:`_Sums` adds up.
-
-    ``("log_w", "")`` has shape (K, units), ``("reconstruction", "")`` has shape (). Each guide site has ``("kl",
-    name)``, (). Where they exist it also has ``("dims", name)``, the KL by dimension, and ``("mean", name)``, the
-    posterior means, (data, dimensions).
-    """
+    """Return log w, (K, units); the reconstruction and each latent's KL, (); KL and means by dimension where known."""
     sites = sample_sites(terms.model_trace)
     observed = [terms.model[n].double().sum() for n, site in sites.items() if site["is_observed"] and n in terms.model]
     summary = {
@@ -203,7 +191,7 @@ class _Sums:
         self.elbo: list[Tensor] = []
         self.means: dict[str, list[Tensor]] = defaultdict(list)
         self.total: Summary = {}
-        self.quality: list[WeightQuality] = []
+        self.quality: list[importance_sampling.WeightQuality] = []
         self.fits_tails = fits_tails
 
     def add_chunk(self, summaries: Iterable[Summary]) -> None:
@@ -223,19 +211,16 @@ class _Sums:
             self.means[name].append(total / len(log_w))
         self.fits_tails = self.fits_tails and not bool((log_w.isnan() | (log_w == math.inf)).any())
         if self.fits_tails:
-            self.quality.append(guide_quality_of(log_w))
+            self.quality.append(importance_sampling.guide_quality_of(log_w))
 
 
-def _scores(
-    sampling: ImportanceSampling, sums: _Sums, x: Tensor, exact: float | None, *, too_few_for_k: bool
-) -> Scores:
+def _scores(sampling: importance_sampling.ImportanceSampling, sums: _Sums, x: Tensor, exact: float | None) -> Scores:
     evidence, relative_variance = torch.cat(sums.evidence), torch.cat(sums.relative_variance)
     num_data, num_samples, sampled = len(x), sampling.num_samples, bool(sampling.probe.guide)
     has_split = not sampling.structure.enumerated  # a latent that is summed out ties prior and likelihood together
     has_unit_per_datum = len(evidence) == num_data  # with a global latent, all data are one unit
     total = num_data * num_samples
-    means = {name: torch.cat(parts) for name, parts in sums.means.items()}
-    means = {name: mean for name, mean in means.items() if len(mean) > 1}
+    means = {name: mean for name, parts in sums.means.items() if len(mean := torch.cat(parts)) > 1}
     active = {name: int((mean.var(0) > ACTIVE_UNIT_VARIANCE).sum()) for name, mean in means.items()}
     kl = {name: float(value) / total for (kind, name), value in sums.total.items() if kind == "kl"}
     notes = []
@@ -269,7 +254,7 @@ def _scores(
         log_likelihood=exact,
         bits_per_dim=-log_evidence / (x.shape[1] * math.log(2)),
         log_evidence_per_datum=evidence.cpu() if has_unit_per_datum else None,
-        guide=summarise(sums.quality, num_data, num_samples) if sums.fits_tails else None,
-        too_few_for_k=too_few_for_k,
+        guide=importance_sampling.summarise(sums.quality, num_data, num_samples) if sums.fits_tails else None,
+        too_few_for_k=sampling.has_tails and num_samples < FEWEST_SAMPLES,
         notes=notes,
     )

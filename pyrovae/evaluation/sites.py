@@ -15,17 +15,6 @@ from pyrovae.checks import check_positive
 from pyrovae.infer.weights import sample_sites
 from pyrovae.pair import Pair
 
-__all__ = [
-    "blank_data",
-    "drawn_data",
-    "is_local",
-    "is_point",
-    "log_prob_per_dimension",
-    "mean_or_value",
-    "per_datum",
-    "unobserve",
-]
-
 
 def is_local(site: Any) -> bool:
     """Return whether the site lies in the plate ``data``."""
@@ -52,12 +41,9 @@ def log_prob_per_dimension(fn: Any, value: Tensor, *, marginals: bool = False) -
 
 
 def per_datum(value: Tensor, axis: int, rank: int) -> Tensor:
-    """Arrange a value as (particles, data, scalars).
+    """Arrange a value of shape (particles, plates ..., event ...) as (particles, data, scalars).
 
-    Args:
-        value: (particles, plates ..., event ...), of which dims on the left may be missing.
-        axis: axis of the plate ``data``, counted from the particles.
-        rank: number of these dims where none is missing.
+    It has ``rank`` dims, of which some on the left may be missing. Data are at ``axis``, counted from the particles.
     """
     value = value.reshape((1,) * (rank - value.dim()) + value.shape).movedim(axis, 1)
     return value.flatten(2) if value.dim() > 2 else value.unsqueeze(-1)
@@ -90,11 +76,7 @@ def drawn_data(trace: Trace) -> dict[str, Any]:
 
 
 def blank_data(pair: Pair, count: int, data_dim: int | None) -> Tensor:
-    """Return zeros, (count, D), on the pair's device: what a model runs on to draw data of its own.
-
-    Raises:
-        TypeError, ValueError: neither the pair nor ``data_dim`` gives D, or D is not a positive whole number.
-    """
+    """Return zeros, (count, D), on the pair's device: what a model runs on to draw data of its own."""
     data_dim = data_dim if data_dim is not None else getattr(pair, "data_dim", None)
     if data_dim is None:
         raise ValueError(f"data_dim: {type(pair).__name__} does not say its data_dim; pass data_dim=.")

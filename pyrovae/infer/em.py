@@ -35,7 +35,7 @@ class CovarianceFloor(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class EMResult:
-    """What :func:`fit_em` did. Log likelihoods are totals over the data, in nats."""
+    """Result of :func:`fit_em`. Log likelihoods are totals over the data, in nats."""
 
     log_likelihood: float
     """Of the fitted pair."""

@@ -4,25 +4,32 @@ Each function ``plot_…`` returns a ``Figure``. None opens a window or changes 
 ``import pyrovae`` loads neither this package nor matplotlib.
 """
 
-from pyrovae.plots.comparison_plots import plot_method_gaps, plot_method_training
-from pyrovae.plots.figures import new_figure, save_figures
-from pyrovae.plots.image_plots import can_traverse, plot_images, plot_manifold, plot_traversal
+from pyrovae.plots.figures import save_figures
 from pyrovae.plots.pair_plots import (
     has_density,
     plot_densities,
     plot_density,
+    plot_images,
     plot_latents,
+    plot_manifold,
     plot_reconstructions,
     plot_responsibilities,
     plot_samples,
-    responsibilities,
+    plot_traversal,
 )
-from pyrovae.plots.score_plots import plot_calibration, plot_gaps, plot_history, plot_kl, plot_pareto_k, plot_selection
+from pyrovae.plots.score_plots import (
+    plot_calibration,
+    plot_gaps,
+    plot_history,
+    plot_kl,
+    plot_method_gaps,
+    plot_method_training,
+    plot_pareto_k,
+    plot_selection,
+)
 
 __all__ = [
-    "can_traverse",
     "has_density",
-    "new_figure",
     "plot_calibration",
     "plot_densities",
     "plot_density",
@@ -40,6 +47,5 @@ __all__ = [
     "plot_samples",
     "plot_selection",
     "plot_traversal",
-    "responsibilities",
     "save_figures",
 ]

@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import io
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
-
-__all__ = [
-    "DATA",
-    "GAP",
-    "GREY",
-    "MODEL",
-    "PALETTE",
-    "add_legend_below",
-    "name_features",
-    "new_axes",
-    "new_figure",
-    "plane_of",
-    "save_figures",
-    "set_value_range",
-]
 
 # Both palettes are told apart by colour-blind eyes; the second is of Okabe and Ito (2008), for groups.
 DATA, MODEL, GREY, GAP = "#33658a", "#d1495b", "#9a9a9a", "#e0a030"
@@ -51,6 +38,17 @@ def new_axes(width: float, height: float) -> tuple[Figure, Axes]:
     """Return a :func:`new_figure` and the one panel in it."""
     figure = new_figure(width, height)
     return figure, figure.subplots()
+
+
+def new_panels(count: int, columns: int, *, width: float, height: float, **options: Any) -> tuple[Figure, np.ndarray]:
+    """Return a figure and its grid of panels, each of this size; panels beyond ``count`` stay blank."""
+    columns = min(columns, count)
+    rows = math.ceil(count / columns)
+    figure = new_figure(max(4.2, width * columns), height * rows + 0.4)
+    grid = figure.subplots(rows, columns, squeeze=False, **options)
+    for axes in grid.flat[count:]:
+        axes.set_axis_off()
+    return figure, grid
 
 
 def save_figures(figures: Mapping[str, Callable[[], Figure]], folder: Path) -> list[Path]:

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from pyrovae import plots
 from pyrovae.data import DataSet
-from pyrovae.evaluation.generation import latents, local_latents
+from pyrovae.evaluation.generation import can_traverse, guide_sites
 from pyrovae.evaluation.posterior_collapse import USED_NATS
+from pyrovae.evaluation.sites import is_local
 from pyrovae.pair import Pair
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from pyrovae.evaluation import Scores
-
-__all__ = ["Picture", "pictures_of_run", "pictures_of_scores"]
 
 MAX_TRAVERSED = 8  # dimensions of a latent that are shown one by one
 
@@ -28,8 +28,7 @@ class Picture(NamedTuple):
     """A figure to be drawn later, and what to say about it."""
 
     draw: Callable[[], Figure]
-    alt: str
-    """Words in place of the picture: what it shows."""
+    alt: str  # words in place of the picture: what it shows
     caption: str = ""
 
 
@@ -50,12 +49,11 @@ def pictures_of_run(
         "A grid of images drawn from the model." if shape else "Points drawn from the model beside the data.",
         "New data: z from the prior, then the mean of p(x | z)." if shape else "New data from the model.",
     )
-    try:
-        means = latents(pair, rows[:2], mean=True, seed=0)
-        local = local_latents(pair, rows[:2])
-    except (ValueError, NotImplementedError):  # nothing to encode into
-        means, local = {}, ()
-    continuous = {name: means[name] for name in local if means[name].is_floating_point() and means[name].dim() == 2}
+    sites: dict[str, Any] = {}
+    with suppress(ValueError, NotImplementedError):  # nothing to encode into
+        sites = guide_sites(pair, rows[:2], seed=0)
+    local = {name: site["value"] for name, site in sites.items() if is_local(site)}
+    continuous = {name: z for name, z in local.items() if z.is_floating_point() and z.dim() == 2}
     if continuous:
         found["reconstructions"] = Picture(
             partial(plots.plot_reconstructions, pair, rows, image_shape=shape),
@@ -72,7 +70,7 @@ def pictures_of_run(
                 partial(plots.plot_latents, pair, rows, name, labels=labels),
                 f"The data's posterior means in the two dimensions of {name}{colours}",
             )
-            if shape is not None and len(means) == 1:
+            if shape is not None and len(sites) == 1:
                 found["manifold"] = Picture(
                     partial(plots.plot_manifold, pair, name, shape, data_dim=rows.shape[1]),
                     f"A grid of images decoded over the two dimensions of {name}.",
@@ -94,7 +92,7 @@ def pictures_of_scores(pair: Pair, data: DataSet, rows: Tensor, scores: Scores) 
             "Dimensions in grey carry nothing about the data." if unused else "",
         )
         name = max(kl, key=lambda name: sum(kl[name]))
-        if shape is not None and len(kl[name]) > 2 and plots.can_traverse(pair, rows, name):
+        if shape is not None and len(kl[name]) > 2 and can_traverse(pair, rows, name):
             top = sorted(range(len(kl[name])), key=lambda d: -kl[name][d])[:MAX_TRAVERSED]
             found["traversal"] = Picture(
                 partial(plots.plot_traversal, pair, rows, name, shape, dimensions=top),

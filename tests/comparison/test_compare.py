@@ -20,9 +20,10 @@ from command_line import call, refusal
 import pyrovae as pv
 from pyrovae.comparison import Cell, Comparison, cells, compare
 from pyrovae.comparison.methods import find_methods, parse_method, split_methods
+from pyrovae.evaluation import responsibilities
 from pyrovae.infer import LOSSES
 from pyrovae.models import GMM, PPCA, VAE
-from pyrovae.plots import plot_method_gaps, plot_method_training, plot_responsibilities, responsibilities
+from pyrovae.plots import plot_method_gaps, plot_method_training, plot_responsibilities
 from pyrovae.training.loop import _Run
 
 FAITHFUL = -1130.26396  # full covariances, two components

@@ -389,7 +389,7 @@ def test_all_chunks_have_one_size_and_no_row_counts_twice(monkeypatch):
         sizes.add((u.shape, x.shape))
         return own(self, u, x, beta)
 
-    monkeypatch.setattr(ais, "runs_at_a_time", lambda device, width: 5 * 32)
+    monkeypatch.setattr(ais.measurement, "runs_at_a_time", lambda device, width: 5 * 32)
     monkeypatch.setattr(ais.Density, "gradient", gradient)
     monkeypatch.setattr(ais, "CALLS_WORTH_RECORDING", math.inf)
     found = annealed_evidence(pair, x, num_temperatures=40, num_chains=32, num_leapfrog=3)
@@ -401,7 +401,7 @@ def test_packing_inverts_the_unpacking_of_latents():
     """``pack`` inverts what the model is given, with plates inside a datum, event dims and the data axis."""
     pair, x = Parts(), torch.randn(4, 2)
     latents = ais.Latents(pair, poutine.trace(pair.model).get_trace(x))
-    density = ais.Density(pair, latents)
+    density = ais.Density(latents)
     u = density.draw(x, 3)
     assert (u.shape, latents.dim) == ((3, 4, 3), 3)
     _, given = density.terms(pair.model, u, x)

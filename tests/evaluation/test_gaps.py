@@ -15,9 +15,8 @@ from torch.distributions import kl_divergence
 
 import pyrovae as pv
 from pyrovae.evaluation import sample
-from pyrovae.evaluation.gaps import inference_gaps
+from pyrovae.evaluation.gaps import FAMILIES, inference_gaps
 from pyrovae.evaluation.measurement import FLOATS_PER_CHUNK, NotApplicable
-from pyrovae.evaluation.per_datum_guide import FAMILIES
 
 NUM_SE = 5  # standard errors allowed in statistical tests
 SEARCH = 5e-3  # nats a datum that the search for the best guide may leave behind

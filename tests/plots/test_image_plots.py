@@ -10,7 +10,8 @@ from torch import nn
 
 import pyrovae as pv
 from pyrovae.evaluation import decode, latents
-from pyrovae.plots.image_plots import can_traverse, plot_images, plot_manifold, plot_traversal
+from pyrovae.evaluation.generation import can_traverse
+from pyrovae.plots.pair_plots import plot_images, plot_manifold, plot_traversal
 
 SHAPE = (3, 2)  # unequal, so that a transposed image would show
 VALUES = torch.linspace(-2.5, 2.5, 11)

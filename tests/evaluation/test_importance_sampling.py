@@ -13,7 +13,7 @@ import torch
 from evaluation_pairs import GlobalMean
 
 import pyrovae as pv
-from pyrovae.evaluation.guide_reliability import (
+from pyrovae.evaluation.importance_sampling import (
     EQUAL,
     WeightQuality,
     guide_quality,
