@@ -116,9 +116,8 @@ print(pv.fit(careful, loader, epochs=100, validation=x_test))
 # $$-\sum_{n \in B} \mathbb E_{q(z \mid x_n)}\left[\log p(x_n, z) - \log q(z \mid x_n)\right] .$$
 #
 # Most of an eager step of a small network is Python: Pyro's handlers, torch's dispatch. With `backend="compiled"`,
-# the step is recorded once below Pyro and compiled, loss, gradient and all; only the optimizer's fused update is
-# called beside it. On CUDA, `backend="cudagraph"` captures that too. `auto`, the default, compiles where a run is
-# long enough to pay for it.
+# the step is recorded once below Pyro and compiled: loss, gradient and Adam are one program. On CUDA,
+# `backend="cudagraph"` captures it too. `auto`, the default, compiles where a run is long enough to pay for it.
 
 # %%
 device = "cuda" if torch.cuda.is_available() else "cpu"  # in a loop of your own, you say it

@@ -35,6 +35,7 @@ from pyrovae.data import describe
 from pyrovae.evaluation import ALSO
 from pyrovae.evaluation import sample as draw_data
 from pyrovae.infer import LOSSES
+from pyrovae.machine import limit_threads
 from pyrovae.models import DEFAULT_DATA, DEFAULT_OPTIONS, REGISTRY
 from pyrovae.training.loop import default_epochs
 
@@ -128,6 +129,9 @@ DataOption = Annotated[
     str | None, Option("--data", "-d", help="Data set: a name from `pyrovae list`, or a .csv or .npy file of rows.")
 ]
 DeviceOption = Annotated[str, Option(help="Device: auto (CUDA where there is one), cpu or cuda.")]
+ThreadsOption = Annotated[
+    int | None, Option(help="Number of threads. By default one for small steps, otherwise as many as allowed.")
+]
 EpochsOption = Annotated[
     int | None, Option(help="Passes over the data by SVI. By default 50, or as many as make 2,000 steps.")
 ]
@@ -209,9 +213,7 @@ def fit(
     binarize: BinarizeOption = "auto",
     num_samples: SamplesOption = 5000,
     device: DeviceOption = "auto",
-    threads: Annotated[
-        int | None, Option(help="Number of threads. By default one for small steps, otherwise as many as allowed.")
-    ] = None,
+    threads: ThreadsOption = None,
     seed: SeedOption = 0,
     out: Annotated[Path | None, Option("--out", "-o", help="Run folder. By default runs/PAIR-DATA, numbered.")] = None,
     overwrite: OverwriteOption = False,
@@ -314,6 +316,7 @@ def evaluate(
     also: AlsoOption = None,
     everything: EverythingOption = False,
     device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
 ) -> None:
     """Score a run again, and write its scores.json.
 
@@ -323,7 +326,9 @@ def evaluate(
     check_positive("num_samples", num_samples, integer=True, optional=True)
     measurements = _choose_measurements(also, everything, default=())
     folder = RunFolder(run)
-    print(score_run(folder, folder.load(), device, folder.read_scores(), num_samples, measurements))
+    check_positive("threads", threads, integer=True, optional=True)
+    with limit_threads(threads):
+        print(score_run(folder, folder.load(), device, folder.read_scores(), num_samples, measurements))
 
 
 def _choose_measurements(also: list[str] | None, everything: bool, default: Iterable[str]) -> list[str]:

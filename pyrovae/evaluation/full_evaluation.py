@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrovae.checks import check_choice, check_data
+from pyrovae.checks import check_choice, check_data, check_positive
 from pyrovae.evaluation.ais import annealed_evidence, bidirectional_evidence
 from pyrovae.evaluation.calibration import simulation_based_calibration
 from pyrovae.evaluation.decomposition import kl_decomposition
@@ -19,6 +19,7 @@ from pyrovae.evaluation.mixtures import check_labels, mixture_scores
 from pyrovae.evaluation.posterior_collapse import collapse
 from pyrovae.evaluation.predictive_check import posterior_predictive_check
 from pyrovae.evaluation.scores import Scores, importance_scores
+from pyrovae.machine import limit_threads
 from pyrovae.pair import Pair
 
 __all__ = ["ALSO", "evaluate"]
@@ -48,6 +49,7 @@ def evaluate(
     binarize: bool = False,
     device: str | torch.device = "auto",
     seed: int = 0,
+    threads: int | None = None,
     progress: bool | None = None,
 ) -> Scores:
     """Score a pair on data by importance sampling from its guide, and measure other quantities on demand.
@@ -65,6 +67,7 @@ def evaluate(
         binarize: draw pixels in [0, 1] as 0 or 1 first, once.
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``.
         seed: seed of everything that is drawn. The caller's random state is left as it was.
+        threads: number of torch's threads. None: as many as the machine allows, or the number that you have set.
         progress: show a bar; None shows it on a terminal.
 
     Raises:
@@ -80,30 +83,32 @@ def evaluate(
         names = list(ALSO)
     if labels is not None:
         check_labels(labels, len(x))
-    scores = importance_scores(
-        pair, x, num_samples=num_samples, binarize=binarize, device=device, seed=seed, progress=progress
-    )
-    if binarize and names:  # all that follows is measured on the same data
-        with prepared(pair, x, binarize=True, device=device, seed=seed) as rows:
-            x = rows.to(x.device)
-    for name in names:
-        if name in OF_TWO_DATA and len(x) < 2:
-            scores.left_out[name] = f"{name} needs two data or more to tell apart; {type(pair).__name__} was given one."
-            continue
-        function, most = ALSO[name]
-        settings: dict[str, Any] = {"device": device, "seed": seed}
-        settings |= {"labels": labels} if name == "mixture_scores" else {"progress": progress}
-        try:
-            if name in OF_THE_MODEL:
-                scores.also[name] = function(pair, data_dim=x.shape[1], **settings)
+    check_positive("threads", threads, integer=True, optional=True)
+    with limit_threads(threads):
+        scores = importance_scores(
+            pair, x, num_samples=num_samples, binarize=binarize, device=device, seed=seed, progress=progress
+        )
+        if binarize and names:  # all that follows is measured on the same data
+            with prepared(pair, x, binarize=True, device=device, seed=seed) as rows:
+                x = rows.to(x.device)
+        for name in names:
+            if name in OF_TWO_DATA and len(x) < 2:
+                scores.left_out[name] = f"{name} needs two data to tell apart; {type(pair).__name__} was given one."
                 continue
-            chosen = torch.arange(len(x))
-            if most is not None and len(x) > most:
-                chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:most]
-            found = function(pair, x[chosen], **settings)
-            if name == "annealed_evidence" and scores.log_evidence_per_datum is not None:
-                found = replace(found, by_importance=float(scores.log_evidence_per_datum[chosen].mean()))
-            scores.also[name] = found
-        except NotApplicable as reason:
-            scores.left_out[name] = str(reason)
-    return scores
+            function, most = ALSO[name]
+            settings: dict[str, Any] = {"device": device, "seed": seed}
+            settings |= {"labels": labels} if name == "mixture_scores" else {"progress": progress}
+            try:
+                if name in OF_THE_MODEL:
+                    scores.also[name] = function(pair, data_dim=x.shape[1], **settings)
+                    continue
+                chosen = torch.arange(len(x))
+                if most is not None and len(x) > most:
+                    chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:most]
+                found = function(pair, x[chosen], **settings)
+                if name == "annealed_evidence" and scores.log_evidence_per_datum is not None:
+                    found = replace(found, by_importance=float(scores.log_evidence_per_datum[chosen].mean()))
+                scores.also[name] = found
+            except NotApplicable as reason:
+                scores.left_out[name] = str(reason)
+        return scores

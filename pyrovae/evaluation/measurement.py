@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from pyrovae.checks import check_data, not_a_pair, pick_device
 from pyrovae.infer.weights import sample_sites
-from pyrovae.machine import keep_memory
+from pyrovae.machine import keep_memory, limit_threads
 from pyrovae.pair import Pair
 from pyrovae.training.pair_checks import check_pair
 
@@ -59,7 +59,8 @@ def prepared(
     keep_memory()
     try:
         pair.to(device)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), pyro.validation_enabled(False):
+        devices = [device] if device.type == "cuda" else []
+        with limit_threads(None), torch.random.fork_rng(devices), pyro.validation_enabled(False):
             torch.manual_seed(seed)
             x = x.to(device, parameter.dtype)
             yield torch.bernoulli(x) if binarize else x

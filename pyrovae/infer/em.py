@@ -124,6 +124,7 @@ def fit_em(
         RuntimeError: the log likelihood went down, or is not finite.
     """
     _check_arguments(pair, max_iter, tol, restarts, initialize, dtype, chunk_size)
+    check_positive("threads", threads, integer=True, optional=True)
     device = pick_device(device)
     check_data(x, data_dim=getattr(pair, "data_dim", None))
     num_components = getattr(pair, "num_components", 1)
