@@ -15,19 +15,19 @@ from torch.utils.flop_counter import FlopCounterMode
 __all__ = ["allowed_threads", "count_products", "keep_memory", "limit_threads"]
 
 WORTH_THREADS = 50e6
-"""Floating-point operations in the matrix products of a loss, above which a second thread saves more than a tenth."""
+"""Operations in the matrix products of a loss, above which a second thread saves more than a tenth of the time."""
 
 _at_import = torch.get_num_threads()
 
 
 def allowed_threads() -> int:
-    """The threads that this process may keep busy: its cores, or the share of them that its control group has."""
+    """Count the threads that this process may keep busy: its cores, or its control group's share of them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.floor(min(cores, _quota())))
 
 
 def _quota(root: Path = Path("/sys/fs/cgroup")) -> float:
-    """The cores' worth of time that a container may use; infinite where nothing limits it."""
+    """Read the cores' worth of time that a container may use; infinite where nothing limits it."""
     try:
         if (root / "cpu.max").is_file():  # version 2
             quota, period = (root / "cpu.max").read_text().split()
@@ -73,7 +73,7 @@ def limit_threads(threads: int | None, work: Callable[[], float] | float = math.
 
 
 def _is_users(threads: int) -> bool:
-    """Whether somebody has chosen this number: it is neither torch's own choice nor that of :func:`limit_threads`."""
+    """Return whether somebody has chosen this number, and not torch itself."""
     if any(os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")):
         return True
     cores = {len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0, os.cpu_count() or 1}

@@ -6,7 +6,7 @@ from pyrovae.infer.svi import SVI
 from pyrovae.infer.weights import DatasetSize, LogWeightTerms, log_weight_terms, log_weights
 
 LOSSES = {loss.__name__: loss for loss in (Trace_ELBO, TraceMeanField_ELBO, TraceEnum_ELBO, RenyiELBO)}
-"""The losses by name."""
+"""Losses by name."""
 
 __all__ = [
     "LOSSES",

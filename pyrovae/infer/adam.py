@@ -15,7 +15,7 @@ __all__ = ["AdamOperations", "steps_by_itself"]
 
 
 class AdamOperations:
-    """The update of a ``torch.optim.Adam`` or ``AdamW`` (Kingma and Ba 2015; Loshchilov and Hutter 2019).
+    """Update of a ``torch.optim.Adam`` or ``AdamW`` (Kingma and Ba 2015; Loshchilov and Hutter 2019).
 
     It works on the optimizer's own state tensors, so that ``state_dict`` and checkpoints stay as they are. Betas, ε,
     weight decay and the like are fixed in a record; learning rates are tensors, which follow the optimizer's.
@@ -38,13 +38,13 @@ class AdamOperations:
 
     @staticmethod
     def can_replace(optimizer: Optimizer) -> bool:
-        """Whether the operations do all that the optimizer's own step would."""
+        """Return whether the operations do all that the optimizer's own step would."""
         if type(optimizer) not in (Adam, AdamW) or steps_by_itself(optimizer):
             return False
         return not any(group["amsgrad"] or group["differentiable"] for group in optimizer.param_groups)
 
     def tensors(self) -> list[Tensor]:
-        """Learning rates and constants of each group; (mean, mean of squares, step) of each parameter, as of now."""
+        """List the groups' learning rates and constants, then (mean, mean of squares, step) of each parameter."""
         state, groups = self._optimizer.state, self._optimizer.param_groups  # others after ``load_state_dict``
         for index, group in enumerate(groups):
             rate = group["lr"]
@@ -83,13 +83,13 @@ class AdamOperations:
 
 
 def steps_by_itself(optimizer: Optimizer) -> bool:
-    """Whether the optimizer has hooks, or a step that is not its class's: a scheduler of torch's puts one there."""
+    """Return whether the optimizer has hooks, or a step of its own, as a scheduler gives it one."""
     hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
     return bool(hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks or "step" in vars(optimizer))
 
 
 def _new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-    """What torch's first step makes, laid out as it does."""
+    """Make the state of a parameter as torch's first step does."""
     device = param.device if group["fused"] or group["capturable"] else None
     kind = torch.float64 if torch.get_default_dtype() is torch.float64 and not group["fused"] else torch.float32
     moments = {name: torch.zeros_like(param, memory_format=torch.preserve_format) for name in ("exp_avg", "exp_avg_sq")}

@@ -15,7 +15,7 @@ WARM_UP = 3
 
 
 class Captured:
-    """``run``, captured once and replayed: arguments are copied in, the result is copied out, and nothing waits.
+    """CUDA graph of ``run``: arguments are copied in, the result is copied out, and nothing waits.
 
     The first three calls run as they are, on the stream that is captured then: libraries set themselves up there. A
     graph reads and writes fixed addresses, so it is captured again when a tensor that it holds lies elsewhere. Random
@@ -34,7 +34,7 @@ class Captured:
         self._result = torch.empty(())
 
     def __call__(self, held: Sequence[Tensor], args: Sequence[Tensor]) -> Tensor:
-        """``run(*held, *args)``; ``held`` are read where they lie, and ``args`` are copied."""
+        """Return ``run(*held, *args)``. ``held`` are read where they lie, and ``args`` are copied."""
         self._calls += 1
         if self._failed is not None or self._calls <= WARM_UP:
             return self._call(held, args)

@@ -20,17 +20,17 @@ from pyrovae.pair import Pair
 __all__ = ["CovarianceFloor", "EMResult", "fit_em"]
 
 CPU_CHUNK = 2**20
-"""Rows · components · features, over all restarts, at a time: above it a CPU's caches and allocator are slower."""
+"""Product of rows, components, features and restarts in a chunk, above which a CPU's caches are too small."""
 
 
 class CovarianceFloor(NamedTuple):
-    """Some components collapsed, and are held at a smallest variance."""
+    """Components that collapsed, and the smallest variance that holds them."""
 
     fraction: float
     """The smallest variance, as a fraction of the data's."""
 
     components: tuple[int, ...]
-    """Which components of the fitted pair."""
+    """Numbers of the components that are held there."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -38,15 +38,15 @@ class EMResult:
     """Result of :func:`fit_em`. Log likelihoods are totals over the data, in nats."""
 
     log_likelihood: float
-    """Of the fitted pair."""
+    """Total log likelihood of the fitted pair."""
 
     trace: list[float]
-    """At the start of the best restart and after each of its iterations."""
+    """Log likelihood at the start of the best restart, and after each of its iterations."""
 
     converged: bool
     iterations: int
     seconds: float
-    """All restarts together."""
+    """Time of all restarts together."""
 
     restart_log_likelihoods: list[float]
     covariance_floor: CovarianceFloor | None
@@ -180,12 +180,12 @@ def fit_em(
 
 
 OVERHEAD = 20
-"""What exponentials and sums over data and components cost beside a product, in multiplications a feature."""
+"""Cost of exponentials and sums beside a product, in multiplications a feature."""
 
 
 @dataclass
 class _Run:
-    """One restart: its log likelihoods and, once it has ended, its parameters and buffers."""
+    """Log likelihoods of one restart and, once it has ended, its parameters and buffers."""
 
     trace: list[float] = field(default_factory=list)
     converged: bool = False
@@ -205,7 +205,7 @@ def _climb(
     tol: float,
     bar: tqdm,
 ) -> list[_Run]:
-    """EM from each start. Several starts are stacked along a leading dimension, which a run leaves as it ends."""
+    """Run EM from each start. Several starts are stacked along a leading dimension, which a run leaves as it ends."""
     stacked = len(starts) > 1
     _assign(work, {name: torch.stack([s[name] for s in starts]) for name in starts[0]} if stacked else starts[0])
     runs = [_Run() for _ in starts]

@@ -41,11 +41,11 @@ __all__ = ["RenyiELBO", "TraceEnum_ELBO", "TraceMeanField_ELBO", "Trace_ELBO", "
 
 
 MOST_CALLS = 8
-"""Of different kinds, whose structure an objective remembers."""
+"""Number of kinds of calls whose structure an objective remembers."""
 
 
 class _Objective(ELBO):
-    """Common to all: particles, the structure of the pair last seen, and Pyro's three entry points."""
+    """Base of all objectives: particles, the structure of the pair last seen, and Pyro's three entry points."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class _Objective(ELBO):
         return vars(self) | {"_pair": None, "_seen": {}}  # copies look anew
 
     def _structure(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Structure:
-        """Looked at once for each pair and kind of call: a second one, without labels say, gets a look of its own."""
+        """Return what one run shows of the pair. It runs once for each kind of call: with labels, say, and without."""
         if self._pair != (model, guide):
             self._pair = (model, guide)
             self._seen.clear()
@@ -79,7 +79,7 @@ class _Objective(ELBO):
         return self._seen[call]
 
     def _get_traces(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Iterator[tuple[Trace, Trace]]:
-        """One vectorised pair of traces, or one for each particle."""
+        """Yield one pair of vectorised traces, or one pair for each particle."""
         structure = self._structure(model, guide, args, kwargs)
         runs, particles = (1, self.num_particles) if self.vectorize_particles else (self.num_particles, 1)
         for _ in range(runs):
@@ -90,13 +90,13 @@ class _Objective(ELBO):
         return trace_pair(model, guide, args, kwargs, num_particles=1, structure=structure)
 
     def _bound(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor | None]:
-        """The bound, with its pathwise gradient; and a term whose *gradient* alone is wanted, or None."""
+        """Return the bound, with its pathwise gradient, and a term of which only the *gradient* counts, or None."""
         raise NotImplementedError
 
     def _explained_bound(
         self, model: Callable, guide: Callable, args: tuple, kwargs: dict
     ) -> tuple[Tensor, Tensor | None]:
-        """The same; an error that one particle does not have says what may be its cause."""
+        """Return :meth:`_bound`. An error that one particle does not have says what may be its cause."""
         try:
             return self._bound(model, guide, args, kwargs)
         except (RuntimeError, ValueError, IndexError) as error:
@@ -108,19 +108,19 @@ class _Objective(ELBO):
             raise
 
     def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss as a scalar tensor whose gradient is an unbiased estimate of the bound's."""
+        """Return the loss as a scalar tensor whose gradient is an unbiased estimate of the bound's."""
         bound, surrogate = self._explained_bound(model, guide, args, kwargs)
         if surrogate is not None:
             bound = bound + (surrogate - surrogate.detach())
         return -bound
 
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss as a scalar tensor, without gradient."""
+        """Return the loss as a scalar tensor, without gradient."""
         with torch.no_grad():
             return -self._explained_bound(model, guide, args, kwargs)[0]
 
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss as a scalar tensor; gradients are added to the parameters."""
+        """Return the loss as a scalar tensor, and add its gradients to the parameters."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.backward(retain_graph=self.retain_graph)
@@ -136,7 +136,7 @@ class _Objective(ELBO):
 
 
 def _kind_of_call(args: tuple, kwargs: dict) -> Any:
-    """Which arguments are tensors or numbers, one standing for the other, which are None, and what switches say."""
+    """Return a key that is equal for calls that differ in values of tensors and numbers alone."""
     leaves, spec = tree_flatten((args, kwargs))
     return spec, tuple(
         [x if isinstance(x, bool) else Tensor if isinstance(x, Tensor | int | float) else type(x) for x in leaves]
@@ -144,7 +144,7 @@ def _kind_of_call(args: tuple, kwargs: dict) -> Any:
 
 
 def _runs(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> bool:
-    """With one particle."""
+    """Return whether the pair runs with one particle."""
     try:
         Structure.of(model, guide, args, kwargs)
     except Exception:
@@ -282,9 +282,7 @@ class TraceEnum_ELBO(_Objective, PyroTraceEnum_ELBO):
 
 
 class _ImpossibleAtNoCost(TorchFunctionMode):
-    """Pyro's expectation reads whether an outcome has probability 0, and leaves such out by a boolean index. Neither
-    can be recorded; here they stay, at cost 0.
-    """
+    """Gives impossible outcomes the cost 0. Pyro leaves them out by a boolean index, which cannot be recorded."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.all:
@@ -366,7 +364,7 @@ class _SameSubsample(Messenger):
 
 
 def renyi_bound(log_weights: Tensor, alpha: float) -> Tensor:
-    """1/(1−α) · log mean_k w^(1−α) over the first dimension: (K, ...) → (...). α = −∞: max; α = +∞: min."""
+    """Return 1/(1−α) · log mean_k w^(1−α) over the first dimension: (K, ...) → (...). α = −∞: max; α = +∞: min."""
     if alpha == -math.inf:
         return log_weights.amax(0)
     if alpha == math.inf:
@@ -379,7 +377,7 @@ def renyi_bound(log_weights: Tensor, alpha: float) -> Tensor:
 
 
 def _leave_one_out(log_weights: Tensor, alpha: float) -> Tensor:
-    """The bound with particle k's log-weight replaced by the mean of the others', for each k: (K, N) → (K, N).
+    """Return the bound with particle k's log-weight replaced by the mean of the others', for each k: (K, N) → (K, N).
 
     It does not depend on z_k, so subtracting it leaves the score-function gradient unbiased. With one particle
     there are no others, and the baseline is zero.

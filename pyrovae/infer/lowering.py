@@ -73,7 +73,7 @@ def lower(graph: Callable[..., Any], inputs: Sequence[Tensor]) -> GraphModule:
 
 
 def torch_context() -> AbstractContextManager:
-    """The context in which torch finds what it has compiled before, and records in half the time."""
+    """Return the context in which torch finds what it has compiled before, and records in half the time."""
     try:
         from torch._guards import TracingContext, tracing
         from torch._subclasses.fake_tensor import FakeTensorMode
@@ -144,7 +144,7 @@ def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
 
 
 def _tanh(x: Tensor) -> Any:
-    """Arithmetic that the compiler fuses, in place of the vector library's function."""
+    """Compute tanh by arithmetic that the compiler fuses."""
     if x.dtype != torch.float32:
         return NotImplemented
     x = x.clamp(-8.5, 8.5)
@@ -154,7 +154,7 @@ def _tanh(x: Tensor) -> Any:
 def _cross_entropy(
     x: Tensor, target: Tensor, weight: Tensor | None = None, pos_weight: Tensor | None = None, reduction: int = 1
 ) -> Any:
-    """(1 − target) · x − log sigmoid x, without the vector library's log1p, which takes thirty multiplications."""
+    """Compute (1 − target) · x − log sigmoid x by arithmetic: a library's log1p takes thirty multiplications."""
     plain = weight is None and pos_weight is None and reduction == 0
     if not plain or not x.dtype == target.dtype == torch.float32:
         return NotImplemented
@@ -164,7 +164,7 @@ def _cross_entropy(
 
 
 def _linear(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
-    """A product, and a bias that the compiler fuses with what follows; ``addmm`` copies it into every row first."""
+    """Add the bias after the product, where the compiler fuses it; ``addmm`` copies it into every row first."""
     if bias.ndim != 1 or beta != 1 or alpha != 1:
         return NotImplemented
     return torch.mm(left, right) + bias
@@ -173,8 +173,9 @@ def _linear(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha
 def _solve_triangular(
     matrix: Tensor, right: Tensor, *, upper: bool, left: bool = True, unitriangular: bool = False
 ) -> Any:
-    """With many more columns than rows, one product by the inverse: such are the densities of many data under one
-    ``MultivariateNormal``. Rounding errors are those of the solve, or, in ill-conditioned matrices, three times those.
+    """Multiply by the inverse where columns are many more than rows, as in the densities of many data.
+
+    Rounding errors are those of the solve; in ill-conditioned matrices, three times those.
     """
     size = matrix.shape[-1]
     if not left or size < 16 or right.shape[-1] < 4 * size:
@@ -237,7 +238,7 @@ def _reorder_products(graph: GraphModule) -> None:
 
 
 def _sum_first(graph: GraphModule, product: Node) -> None:
-    """Never compute a product A B that is only multiplied from the right, (A B) C, or summed over columns, if that
+    """Do not compute a product A B that is only multiplied from the right, (A B) C, or summed over columns, if that
     costs more.
     """
     args: Any = product.args
@@ -265,7 +266,7 @@ def _sum_first(graph: GraphModule, product: Node) -> None:
 
 
 def _is_summed(use: Any, probe: Tensor, columns: int) -> bool:
-    """Whether ``use``, of a tensor laid out as ``probe``, sums over columns, after views and changes of sign."""
+    """Return whether ``use``, of a tensor laid out as ``probe``, sums over columns, after views and changes of sign."""
     if use.target in (aten.sum.dim_IntList, aten.sum.default):
         axes = use.args[1] if len(use.args) > 1 and use.args[1] else range(probe.ndim)
         return any(probe.stride(axis) == 1 and probe.shape[axis] == columns for axis in axes)
@@ -282,7 +283,7 @@ def _is_summed(use: Any, probe: Tensor, columns: int) -> bool:
 # The library of each product ----------------------------------------------------------------------------------------
 
 MARGIN = 0.9
-"""oneDNN is chosen where it takes at most this part of the time of torch's BLAS (MKL, mostly)."""
+"""Part of the time of torch's BLAS (MKL, mostly) that oneDNN may take at most, to be chosen."""
 REPEATS = 20
 _choices: dict[str, bool] = {}
 
@@ -305,7 +306,7 @@ onednn_mm = torch.ops.pyrovae.onednn_mm.default
 
 
 def product_choices() -> dict[str, bool]:
-    """The products that this process has measured, and whether oneDNN computes them: part of a run's checkpoint."""
+    """Return the measured products and whether oneDNN computes them: part of a run's checkpoint."""
     return dict(_choices)
 
 
@@ -330,7 +331,7 @@ def _choose_libraries(graph: GraphModule) -> None:
 
 
 def is_faster_in_onednn(left: tuple, right: tuple) -> bool:
-    """Whether oneDNN multiplies two float32 matrices of these shapes and strides faster; measured once a process."""
+    """Return whether oneDNN multiplies two float32 matrices of these shapes and strides faster. Measured once."""
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return False
     if 0 in (*left[0], *right[0]):
@@ -343,7 +344,7 @@ def is_faster_in_onednn(left: tuple, right: tuple) -> bool:
 
 
 def _seconds_of_products(left: tuple, right: tuple) -> tuple[float, float]:
-    """Seconds a product takes in BLAS and in oneDNN: the least of repeats in turn, which other work delays least."""
+    """Time a product in BLAS and in oneDNN, in turn. The least of many repeats is what other work delays least."""
     with torch.no_grad():
         a, b = (torch.empty_strided(*x, dtype=torch.float32, device="cpu").fill_(0.5) for x in (left, right))
         out = a.new_empty(a.shape[0], b.shape[1])

@@ -43,15 +43,15 @@ __all__ = [
 ]
 
 PLAIN = (bool, int, float, complex, str, type(None))
-"""Types of the Python values that a record holds fixed and that are watched where they are attributes."""
+"""Types of Python values that a record holds fixed. Attributes of these types are watched."""
 
 
 class CannotRecord(RuntimeError):
-    """The computation is no fixed graph of tensor operations, or no longer the recorded one. The message says why."""
+    """Error of a computation that is no fixed graph of tensor operations, or no longer the recorded one."""
 
 
 class Recorded:
-    """The tensor operations of ``function``, for arguments of the shapes, strides, dtypes and devices of ``args``.
+    """Record of the tensor operations of ``function``, for arguments that differ from ``args`` in values alone.
 
     Every other tensor that the function meets is read anew at each call, and random numbers are drawn anew in their
     order. Making a record runs the function three times: to let it set itself up, to record it, and to compare. Tensors
@@ -100,11 +100,11 @@ class Recorded:
         return self._run is not None
 
     def compile(self, args: Sequence[Tensor]) -> None:
-        """Compile the record; where that fails, warn once and go on replaying it uncompiled."""
+        """Compile the record. Where that fails, warn once and replay it uncompiled."""
         self._run = compile_or_warn(self.graph, [*self.inputs, *args])
 
     def holds(self, args: Sequence[Tensor], tolerance: float = 1e-3) -> bool:
-        """Whether the function still computes what the record does, to far more than rounding and at equal noise."""
+        """Return whether the function still computes what the record does, at equal noise, up to rounding."""
         with self._trial():
             expected = tree_leaves(self._reference(*map(copy_of, args)))
         with self._trial():
@@ -123,7 +123,7 @@ class Recorded:
 
     @contextmanager
     def _trial(self) -> Iterator[None]:
-        """Run without lasting effect on the modules, without validation, which reads values, and without warnings."""
+        """Leave the modules as they were; switch off warnings, and validation, which reads values."""
         spaces = [vars(owner) for owner in self._owners]
         before = [{name: value for name, value in space.items() if isinstance(value, PLAIN)} for space in spaces]
         held = [(tensor, tensor.detach().clone()) for tensor in self._tensors()]
@@ -150,7 +150,7 @@ class Recorded:
 def recorded_or_itself(
     function: Callable[..., Any], args: Sequence[Tensor], modules: Sequence[nn.Module], what: str, *, compiled: bool
 ) -> Callable[..., Any]:
-    """``function`` as a record for arguments like ``args``; where there is none, itself, and a warning about ``what``.
+    """Return a record of ``function``; where it cannot be recorded, itself, with a warning about ``what``.
 
     An error of the record is left to the function, which says how it comes about.
     """
@@ -172,7 +172,7 @@ def recorded_or_itself(
 
 
 def compile_or_warn(graph: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[..., Any] | None:
-    """The compiled graph; None, with a warning, where it cannot be compiled."""
+    """Return the compiled graph; None, with a warning, where it cannot be compiled."""
     try:
         with torch.no_grad(), same_random_state(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, about itself
@@ -205,7 +205,7 @@ _one_at_a_time = threading.RLock()
 
 @contextmanager
 def _unvalidated() -> Iterator[None]:
-    """Keep distributions from checking values, those too that were made while validation was on."""
+    """Switch validation off, also in distributions that were made while it was on."""
     with _one_at_a_time, pyro.validation_enabled(False):
         validate = Distribution._validate_sample
         Distribution._validate_sample = lambda self, value: None  # type: ignore[method-assign]
@@ -216,7 +216,7 @@ def _unvalidated() -> Iterator[None]:
 
 
 def replay(run: Callable[..., Any], *tensors: Any) -> Any:
-    """``run(*tensors)`` without gradients, and without autocast: a record holds its casts."""
+    """Call ``run`` without gradients, and without autocast: a record holds its casts."""
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return replay(run, *tensors)
@@ -262,7 +262,7 @@ class _RefuseConversions(TorchFunctionMode):
 
 
 def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
-    """What ``one_hot`` returns, with the check of the classes left to an embedding, which fails for a wrong one."""
+    """Compute ``one_hot`` without reading the classes. An embedding checks them: it fails for a wrong one."""
     if num_classes < 1 or tensor.numel() == 0:
         return nn.functional.one_hot(tensor, num_classes)
     classes = torch.arange(num_classes, device=tensor.device)
@@ -270,7 +270,7 @@ def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
 
 
 def memory(tensor: Tensor) -> int:
-    """The storage that a tensor shares with its views."""
+    """Return the storage that a tensor shares with its views."""
     return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
 
 
@@ -289,12 +289,12 @@ _LIBRARIES = (*(str(Path(module.__file__).parent) for module in (torch, pyro) if
 
 
 def _is_users(file: str) -> bool:
-    """Whether a line is the user's own; a pair's is, a shipped one's too."""
+    """Return whether a file is the user's own. The shipped pairs count as such."""
     return not file.startswith(_LIBRARIES) or file.startswith((f"{_PACKAGE}/models", "<ipython", "<stdin>"))
 
 
 def where(trace: TracebackType | None) -> str:
-    """The user's last line in a traceback, in words; empty where there is none."""
+    """Name the user's last line in a traceback; empty where there is none."""
     for frame, number in reversed(list(traceback.walk_tb(trace))):
         file = frame.f_code.co_filename
         if _is_users(file):
@@ -307,14 +307,14 @@ _warned: set[str] = set()
 
 
 def warn_once(message: str) -> None:
-    """Warn at the user's line, the first time in this process that there is this to say."""
+    """Warn at the user's line, once a process for each message."""
     if message not in _warned:
         _warned.add(message)
         warn(message)
 
 
 def warn(message: str) -> None:
-    """Warn at the line of the user that asked for it all."""
+    """Warn at the user's line."""
     files = [frame.f_code.co_filename for frame, _ in traceback.walk_stack(sys._getframe(1))]
     depth = next((depth for depth, file in enumerate(files) if _is_users(file)), 0)
     warnings.warn(message, RuntimeWarning, stacklevel=2 + depth)

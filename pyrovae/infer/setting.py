@@ -39,7 +39,7 @@ class Setting:
         self._find()
 
     def key(self) -> int:
-        """A number for each setting met. Nearly always every object is the one seen last, which takes microseconds."""
+        """Number the present setting. Nearly always every object is the one seen last, which takes microseconds."""
         try:
             values, layouts = self._values(), self._layouts()
         except KeyError:  # an attribute is gone
@@ -55,7 +55,7 @@ class Setting:
         return self._key
 
     def difference(self, one: int, other: int) -> str:
-        """The first thing that differs between two settings, in words; empty where they are one."""
+        """Name the first thing that differs between two settings; empty where they are one."""
         names, values, _ = self._described[one]
         others, other_values, _ = self._described[other]
         if names != others:
@@ -100,7 +100,7 @@ class Setting:
         return [(x.shape, x.stride(), x.dtype, x.device) for x in self._tensors]
 
     def _names(self) -> list[str]:
-        """Names of what is described; past the plain values it is tensors and their layouts."""
+        """Name the values. Past the plain ones come tensors and their layouts."""
         switches = ["torch's default dtype", "torch.no_grad()", "autocast", "autocast", "a hook of the optimizer"]
         names = [*self._labels, *switches]
         return names + ["a parameter or buffer"] * (len(self._seen) + len(self._tensors) - len(names))

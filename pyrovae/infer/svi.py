@@ -28,14 +28,14 @@ __all__ = ["BACKENDS", "SVI"]
 
 BACKENDS = ("auto", "eager", "compiled", "cudagraph")
 WORTH_COMPILING = 5000
-"""Steps after which ``auto`` compiles: compiling takes about as long as they save in a small pair."""
+"""Number of steps after which ``auto`` compiles: it takes about as long as they save in a small pair."""
 MAX_RECORDS = 8
 FIRST_COMPARISONS = (2, 8, 32, 128, 512)
 BETWEEN_COMPARISONS = 1000
 
 
 class SVI:
-    """A drop-in for ``pyro.infer.SVI`` that also takes the optimizers of ``torch.optim``, and compiles.
+    """Drop-in for ``pyro.infer.SVI`` that also takes the optimizers of ``torch.optim``, and compiles.
 
     Args:
         model, guide: a pair's two functions, or any two Pyro functions.
@@ -125,7 +125,7 @@ class SVI:
     # Steps ----------------------------------------------------------------------------------------------------------
 
     def step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """One update on one batch. Returns the loss before it, nats, a scalar tensor without gradient."""
+        """Take one update on one batch. Return the loss before it, nats, a scalar tensor without gradient."""
         self._steps += 1
         if self._steps == 1 and self.backend != "eager" and not self._checked:
             with pyro.validation_enabled(True):
@@ -148,7 +148,7 @@ class SVI:
         return loss
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss on one batch, without an update."""
+        """Return the loss on one batch, without an update."""
         with torch.no_grad(), self._handlers():
             return torch.as_tensor(self.loss.loss(self.model, self.guide, *self._prepared(args), **kwargs))
 
@@ -236,7 +236,7 @@ class SVI:
     # Records --------------------------------------------------------------------------------------------------------
 
     def _recorded(self, args: tuple, kwargs: dict) -> tuple[_RecordedStep | str | None, Sequence[Tensor]]:
-        """The recorded step for these arguments, or why it runs eagerly, and the tensors that it takes."""
+        """Return the recorded step for these arguments, or why it runs eagerly, and the tensors that it takes."""
         self._setting = setting = self._setting or Setting((self.model, self.guide, self.loss), self.optim)
         plain = not kwargs and all(type(x) is Tensor and not x.requires_grad for x in args)
         tensors, form = (args, None) if plain else _take_apart(args, kwargs, self._float_dtype)
@@ -266,7 +266,7 @@ class SVI:
 
     @property
     def _float_dtype(self) -> torch.dtype:
-        """Of a tensor that promotes others as little as the float in whose place it stands."""
+        """Type of a tensor that promotes others as little as the float in whose place it stands."""
         params = [p for group in self.optim.param_groups for p in group["params"]]
         kind = next((p.dtype for p in params if p.is_floating_point()), torch.float32)
         return torch.promote_types(kind, torch.get_default_dtype())
@@ -298,7 +298,7 @@ class SVI:
 
 
 class _RecordedStep:
-    """Loss and gradient as a record, and the update: part of the compiled program where it is Adam's."""
+    """Record of loss and gradient, and the update: part of the compiled program where it is Adam's."""
 
     def __init__(
         self, record: Recorded, params: list[Tensor], optimizer: Optimizer, args: Sequence[Tensor], *, compiled: bool
@@ -371,7 +371,7 @@ class _RecordedStep:
 
 
 def _owned(gradients: list[Tensor], params: list[Tensor]) -> list[Tensor]:
-    """Gradients as ``backward`` leaves them: with the strides of the parameters, in memory of their own."""
+    """Lay gradients out as ``backward`` does: with the strides of the parameters, in memory of their own."""
     owned: list[Tensor] = []
     for gradient, param in zip(gradients, params, strict=True):
         if gradient.stride() != param.stride() or memory(gradient) in map(memory, owned):
@@ -384,7 +384,7 @@ def _owned(gradients: list[Tensor], params: list[Tensor]) -> list[Tensor]:
 
 
 def _take_apart(args: tuple, kwargs: dict, float_dtype: torch.dtype) -> tuple[list[Tensor], tuple]:
-    """The tensors among arguments, floats as such; and everything else, which a record holds fixed."""
+    """Return the tensors among arguments, floats among them, and the rest, which a record holds fixed."""
     leaves, spec = tree_flatten((args, kwargs))
     fixed = tuple([float if isinstance(x, float) else ... if isinstance(x, Tensor) else x for x in leaves])
     for x in fixed:
@@ -402,7 +402,7 @@ def _take_apart(args: tuple, kwargs: dict, float_dtype: torch.dtype) -> tuple[li
 
 
 def _put_together(tensors: Sequence[Tensor], form: tuple, *, as_floats: bool) -> tuple[Sequence[Any], dict[str, Any]]:
-    """The arguments again, with ``tensors`` in their places."""
+    """Return the arguments again, with ``tensors`` in their places."""
     spec, fixed, _ = form
     rest = iter(tensors)
     leaves = [

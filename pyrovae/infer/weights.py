@@ -41,7 +41,7 @@ PARTICLES = "num_particles_vectorized"  # Pyro's own name for the outermost plat
 
 @dataclass(frozen=True)
 class Structure:
-    """What one run of a pair shows of it: how deep its plates nest, and what its guide leaves out."""
+    """Structure of a pair, as one run shows it: how deep its plates nest, and what its guide leaves out."""
 
     max_plate_nesting: int
     enumerated: tuple[str, ...]  # model sites that the guide misses and that are marked for enumeration
@@ -76,7 +76,7 @@ def same_random_state() -> Iterator[None]:
 
 
 def sample_sites(trace: Trace) -> dict[str, Any]:
-    """The sites with a density, by name: neither a plate's subsample nor a ``pyro.deterministic`` is one."""
+    """Return the sites with a density, by name: neither a plate's subsample nor a ``pyro.deterministic`` is one."""
     nodes: Any = trace.nodes
     return {
         name: site
@@ -86,7 +86,7 @@ def sample_sites(trace: Trace) -> dict[str, Any]:
 
 
 def _check_sites_match(model_trace: Trace, guide_trace: Trace) -> tuple[str, ...]:
-    """Names of the model's latents that are left to enumeration; every other one must be in the guide."""
+    """Return the names of latents that are left to enumeration. Every other one must be in the guide."""
     enumerated = []
     for name, site in sample_sites(model_trace).items():
         if site["is_observed"] or name in guide_trace:
@@ -114,7 +114,7 @@ def _check_sites_match(model_trace: Trace, guide_trace: Trace) -> tuple[str, ...
 def trace_pair(
     model: Callable, guide: Callable, args: tuple, kwargs: dict, *, num_particles: int, structure: Structure
 ) -> tuple[Trace, Trace]:
-    """Traces (model, guide) of ``num_particles`` vectorised particles, log densities computed.
+    """Return traces (model, guide) of ``num_particles`` vectorised particles, log densities computed.
 
     The particle plate lies at dim −(max_plate_nesting + 1) (absent for one particle); dims of enumerated
     sites lie to its left.
@@ -159,18 +159,18 @@ class DatasetSize(Messenger):
 
 @dataclass(frozen=True)
 class LogWeightTerms:
-    """log w = Σ model − Σ guide, kept apart by site.
+    """Terms of log w = Σ model − Σ guide, by site.
 
     ``units`` are the independent parts that have a weight each: for latents inside the ``data`` plate, the N
     data; with a global latent, the whole joint, and then the terms have shape (K,).
     """
 
     model: dict[str, Tensor]
-    """log p of each model site, (K, N); enumerated latents are summed out of the sites that depend on them."""
+    """Log density of each model site, (K, N); enumerated latents are summed out of the sites that depend on them."""
     guide: dict[str, Tensor]
-    """log q of each guide site, (K, N)."""
+    """Log density of each guide site, (K, N)."""
     score: Tensor | None
-    """Σ log q over guide sites without a pathwise gradient, unscaled, (K, N); None where all have one."""
+    """Sum of log q over guide sites without a pathwise gradient, unscaled, (K, N); None where all have one."""
     scale: float | Tensor
     """Dataset size / batch size, or another common scale of all sites: it multiplies *outside* any log-mean-exp."""
     model_trace: Trace
@@ -184,7 +184,7 @@ class LogWeightTerms:
 
 
 class _Units:
-    """How the sites of two traces fall into units, and their log densities a unit.
+    """Units of two traces: which sites lie in them, and the log densities of each.
 
     A unit is an element of the plates that *every* site lies in: then latents of different units are independent
     given the parameters, and each has its own weight. A scale of plates that all share multiplies outside; the
@@ -203,9 +203,9 @@ class _Units:
         self._dims = sorted(f.dim for f in self.common.values())
         self._rest = {id(site): _without_plates(site["scale"], self._frames[id(site)].values()) for site in self.sites}
         self.uniform = _all_equal(list(self._rest.values()))
-        """Whether all sites carry one scale besides those of their plates."""
+        """True where all sites carry one scale besides those of their plates."""
         self.scale: float | Tensor = next(iter(self._rest.values())) if self.uniform else 1.0
-        """Of all sites: multiplies outside."""
+        """Common scale of all sites; it multiplies outside the logarithm."""
         for frame in self.common.values():
             self.scale = self.scale * _plate_scale(frame)
 
@@ -213,7 +213,7 @@ class _Units:
         return (num_particles, *(f.size for f in sorted(self.common.values(), key=lambda f: f.dim)))
 
     def rank(self) -> int:
-        """Of a term without enumeration dims: particles, then units."""
+        """Number of dims of a term without enumeration: particles, then units."""
         return 1 + len(self._dims)
 
     def plates_of(self, site: Any) -> set[str]:
@@ -223,18 +223,18 @@ class _Units:
         return float(self._rest[id(site)])
 
     def recycles_dims(self) -> bool:
-        """Whether latents share an enumeration dim, as along ``pyro.markov``: they cannot be summed out at once."""
+        """Return whether latents share an enumeration dim, as along ``pyro.markov``; they cannot be summed at once."""
         dims = {s["name"]: d for s in self.sites if (d := s["infer"].get("_enumerate_dim")) is not None}
         return len(set(dims.values())) < len(dims)
 
     def reduce(self, log_prob: Tensor) -> Tensor:
-        """(enumeration dims ..., K, units ...)"""
+        """Sum over plates that are no units: (..., plates ...) → (enumeration dims ..., K, units ...)."""
         log_prob = log_prob.reshape((1,) * (self._nesting + 1 - log_prob.dim()) + log_prob.shape)
         dims = [d for d in range(-self._nesting, 0) if d not in self._dims]
         return log_prob.sum(dims) if dims else log_prob
 
     def term(self, site: Any) -> Tensor:
-        """The log density of a site, scaled as it counts inside a unit."""
+        """Return the log density of a site, scaled as it counts inside a unit."""
         inside: float | Tensor = 1.0 if self.uniform else self._rest[id(site)]
         for name, frame in self._frames[id(site)].items():
             if name not in self.common:
@@ -242,7 +242,7 @@ class _Units:
         return self.reduce(scale_and_mask(site["unscaled_log_prob"], inside, site["mask"]))
 
     def model_terms(self, guide_trace: Trace) -> dict[str, Tensor]:
-        """By site; those that depend on latents enumerated in the model are joined, with these summed out."""
+        """Return the terms by site. Those that depend on enumerated latents become one, summed over them."""
         enumerated = {
             s["name"]: s["infer"]["_enumerate_dim"] for s in self.model_sites if _is_enumerated(s, guide_trace)
         }
@@ -304,7 +304,7 @@ def log_weights_of_traces(model_trace: Trace, guide_trace: Trace, num_particles:
 
 
 def enumerated_bound(model_trace: Trace, guide_trace: Trace, num_particles: int, nesting: int) -> Tensor | None:
-    """The ELBO with discrete latents summed out, where each is local to a datum; else None.
+    """Return the ELBO with discrete latents summed out, where each is local to a datum; else None.
 
         Σ_n scale · mean_k Σ_z q(z | x_n) (log Σ_y p(x_n, y, z) − log q(z | x_n))
 
@@ -361,14 +361,14 @@ def log_weight_terms(
     structure: Structure | None = None,
     **kwargs: Any,
 ) -> LogWeightTerms:
-    """The per-site terms of :func:`log_weights`, from one vectorised run. ``structure`` saves the look at the pair."""
+    """Return the terms of :func:`log_weights` by site, from one vectorised run. ``structure`` saves another run."""
     structure = structure or Structure.of(model, guide, args, kwargs)
     traces = trace_pair(model, guide, args, kwargs, num_particles=num_particles, structure=structure)
     return log_weights_of_traces(*traces, num_particles, structure.max_plate_nesting)
 
 
 def log_weights(model: Callable, guide: Callable, *args: Any, num_particles: int = 1, **kwargs: Any) -> Tensor:
-    """Importance log-weights of a model/guide pair.
+    """Estimate importance log-weights of a model/guide pair.
 
         log w[k, n] = log p(x_n, z_kn) − log q(z_kn | x_n),   z_kn ~ q(z | x_n)
 
