@@ -52,8 +52,7 @@ def load(name: str, *, binarize: bool | None = None, seed: int = 0, root: str | 
     _check_binarize(binarize, name)
     _check_seed(seed)
     raw = entry.read(int(seed), root)
-    train, test = raw.train, raw.test
-    treatment = raw.treatment
+    train, test, treatment = raw.train, raw.test, raw.treatment
     if entry.image_shape and binarize is not False:
         rng = np.random.default_rng(int(seed))
         train, test = _binarize(train, rng), None if test is None else _binarize(test, rng)

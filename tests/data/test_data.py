@@ -422,26 +422,6 @@ def test_a_damaged_file_of_the_users_is_named_and_kept(small_mnist, damage):
     assert path.exists()
 
 
-@pytest.mark.parametrize(
-    ("stem", "content", "match"),
-    [
-        ("train-images-idx3-ubyte", b"", "rank 3"),
-        ("train-images-idx3-ubyte", bytes([0, 0, 8, 3, 0, 0]), "rank 3"),
-        ("train-images-idx3-ubyte", struct.pack(">BBBBI", 0, 0, 8, 1, 2) + b"ab", "starts with 00000801"),
-        ("train-images-idx3-ubyte", struct.pack(">BBBB3I", 0, 0, 13, 3, 0, 28, 28), "starts with 00000d03"),
-        ("train-images-idx3-ubyte", struct.pack(">BBBB3I", 0, 0, 8, 3, 1, 8, 8) + b"a" * 64, r"\(28, 28\)"),
-        ("train-images-idx3-ubyte", struct.pack(">BBBB3I", 0, 0, 8, 3, 1, 28, 28) + b"a", "1 bytes follow"),
-        ("train-labels-idx1-ubyte", struct.pack(">BBBBI", 0, 0, 8, 1, 2) + b"ab", "30 train images, but 2"),
-    ],
-)
-def test_a_file_that_is_not_the_expected_idx(small_mnist, monkeypatch, stem, content, match):
-    folder, _, _ = small_mnist
-    (folder / f"{stem}.gz").write_bytes(gzip.compress(content))
-    monkeypatch.setitem(mnist.MD5, stem, hashlib.md5(content).hexdigest())
-    with pytest.raises(ValueError, match=match):
-        data.load("mnist", root=folder)
-
-
 # Bad input
 
 BAD_INPUT = [
