@@ -29,7 +29,6 @@ from pyrovae.checkpoint import load_state, save_state
 from pyrovae.checks import check_choice, check_positive, count, not_a_pair, pick_device
 from pyrovae.infer import LOSSES, SVI, default_loss
 from pyrovae.infer.lowering import product_choices, restore_product_choices
-from pyrovae.infer.svi import BACKENDS
 from pyrovae.infer.weights import same_random_state
 from pyrovae.machine import count_products, limit_threads
 from pyrovae.pair import Pair
@@ -177,14 +176,16 @@ def fit(
         TrainingDiverged: NaN or infinity in the loss or a weight; says at which step and site.
     """
     device = pick_device(device)
-    objective = _make_loss(pair, loss)
+    if not isinstance(pair, Pair):
+        raise TypeError(not_a_pair(pair))
+    if isinstance(loss, str):
+        check_choice("loss", loss, LOSSES)
+        loss = LOSSES[loss]()
     check_positive("batch_size", batch_size, integer=True)
-    check_positive("epochs", epochs, integer=True, optional=True)
     check_positive("lr", lr, optional=True)
-    check_positive("threads", threads, integer=True, optional=True)
-    check_positive("patience", patience, integer=True, optional=True)
+    for name, number in {"epochs": epochs, "threads": threads, "patience": patience}.items():
+        check_positive(name, number, integer=True, optional=True)
     check_choice("schedule", schedule, SCHEDULES)
-    check_choice("backend", backend, BACKENDS)
     if optimizer is not None and (isinstance(optimizer, Optimizer | PyroOptim) or not callable(optimizer)):
         raise TypeError(
             "optimizer: expected a function that makes a torch.optim optimizer of a list of parameters, such as "
@@ -197,68 +198,48 @@ def fit(
     if resume and checkpoint is None:
         raise ValueError("resume: expected checkpoint= to name the file to go on from; got None.")
     file = Path(checkpoint) if checkpoint is not None else None
-    if file is not None and on_start is None:
-        _check_checkpoint(file, resume)
+    state = load_state(file, "checkpoint") if resume and file is not None else None
+    if file is not None and state is None and on_start is None:
+        _check_new_file(file)
     batch_size = int(batch_size)
     home = next((p.device for p in pair.parameters()), torch.device("cpu"))
     with ExitStack() as stack, seeded(seed, device), pyro.validation_enabled(False):
         data = make_batches(pair, x, validation, batch_size, binarize, device, seed)
-        state = load_state(file, "checkpoint") if resume and file is not None else None
         start = copy.deepcopy(pair.state_dict())
+        stack.callback(pair.to, home)
+        pair.to(device)
         try:
-            pair.to(device)
-            try:
-                if initialize and state is None and pair.initialize is not None:
-                    pair.initialize(data.sample)
-                options = {
-                    "epochs": default_epochs(data.steps_per_epoch) if epochs is None else int(epochs),
-                    "schedule": schedule,
-                    "backend": backend,
-                    "batch size": batch_size,
-                    "patience": patience,
-                    "binarize": binarize,
-                    "seed": seed,
-                }
-                run = _Run(pair, objective, data, optimizer, lr, options)
-                if state is not None:
-                    run.restore(state)
-                    threads = threads or state["threads"]
-                work = (lambda: run.count_products(batch_size)) if device.type == "cpu" else math.inf
-                stack.enter_context(limit_threads(threads, work))
-                run.threads = torch.get_num_threads()
-                if on_start is not None:
-                    on_start(run.threads)
-                    if file is not None:  # only now: on_start may have made the folder, or cleared it of an older run
-                        _check_checkpoint(file, resume)
-            except BaseException:  # nothing has been trained: leave the pair as it came
-                pair.load_state_dict(start, strict=False)
-                raise
-            return run.train(progress, file, monitor)
-        finally:
-            pair.to(home)
+            if initialize and state is None and pair.initialize is not None:
+                pair.initialize(data.sample)
+            options = {
+                "epochs": default_epochs(data.steps_per_epoch) if epochs is None else int(epochs),
+                "schedule": schedule,
+                "backend": backend,
+                "batch size": batch_size,
+                "patience": patience,
+                "binarize": binarize,
+                "seed": seed,
+            }
+            run = _Run(pair, default_loss(pair) if loss is None else loss, data, optimizer, lr, options)
+            if state is not None:
+                run.restore(state)
+                threads = threads or state["threads"]
+            work = (lambda: run.count_products(batch_size)) if device.type == "cpu" else math.inf
+            stack.enter_context(limit_threads(threads, work))
+            run.threads = torch.get_num_threads()
+            if on_start is not None:
+                on_start(run.threads)
+                if file is not None and state is None:  # only now: on_start may have made or cleared the folder
+                    _check_new_file(file)
+        except BaseException:  # nothing has been trained: leave the pair as it came
+            pair.load_state_dict(start, strict=False)
+            raise
+        return run.train(progress, file, monitor)
 
 
-def _make_loss(pair: Pair, loss: ELBO | str | None) -> ELBO:
-    if not isinstance(pair, Pair):
-        raise TypeError(not_a_pair(pair))
-    if loss is None:
-        return default_loss(pair)
-    if isinstance(loss, str):
-        check_choice("loss", loss, LOSSES)
-        return LOSSES[loss]()
-    if isinstance(loss, type) or not hasattr(loss, "loss_and_grads"):
-        raise TypeError(f"loss: expected a loss such as Trace_ELBO(), or its name; got {loss!r}.")
-    return loss
-
-
-def _check_checkpoint(file: Path, resume: bool) -> None:
-    """Raise unless ``file`` is there to go on from, or can be made: a file that is there may hold hours of training."""
-    if resume and not file.is_file():
-        raise FileNotFoundError(
-            f"checkpoint: expected a file to go on from; found none at {file}. Correct the name, or start with "
-            "resume=False."
-        )
-    if not resume and file.exists():
+def _check_new_file(file: Path) -> None:
+    """Raise unless a checkpoint can be made at ``file``: one that is there may hold hours of training."""
+    if file.exists():
         raise FileExistsError(
             f"checkpoint: expected a new file; {file} exists. Go on from it with resume=True, or delete or rename it."
         )

@@ -9,11 +9,10 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyrovae.infer.weights import Structure
+from pyrovae.infer.weights import Structure, sample_sites
 from pyrovae.pair import Pair
 
 __all__ = ["check_pair", "observed_support"]
@@ -105,10 +104,9 @@ def _check_plates(pair: Pair, few: Tensor, argument: str, guide_trace: Any, mode
             raise ValueError(
                 f"model: expected site '{name}', which observes the batch, inside the plate 'data'. {PLATE}"
             )
-    for name, site in model_trace.nodes.items():
-        is_latent = site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
+    for name, site in sample_sites(model_trace).items():
         in_guide = guide_trace.nodes.get(name)
-        if is_latent and in_guide is not None and _is_per_datum(in_guide) != _is_per_datum(site):
+        if in_guide is not None and not site["is_observed"] and _is_per_datum(in_guide) != _is_per_datum(site):
             inside, outside = ("model", "guide") if _is_per_datum(site) else ("guide", "model")
             raise ValueError(
                 f"{outside}: expected site '{name}' inside the plate 'data', as in the {inside}; found it outside. "

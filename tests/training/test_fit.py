@@ -591,7 +591,7 @@ def test_a_checkpoint_is_not_replaced_unasked(tmp_path, x):
 
 def test_resume_from_a_file_that_is_no_training_state(tmp_path, x):
     file = tmp_path / "checkpoint"
-    with pytest.raises(FileNotFoundError, match=r"^checkpoint: expected a file to go on from; found none at .*checkp"):
+    with pytest.raises(FileNotFoundError, match=r"^checkpoint: expected a checkpoint, found none at .*checkpoint"):
         fit(Location(), x, checkpoint=file, resume=True)
     save_state(file, {"anything": 1})
     with pytest.raises(ValueError, match="no training state"):
