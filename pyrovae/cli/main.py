@@ -110,13 +110,7 @@ def _check_seed(seed: int) -> int:
     return seed
 
 
-AlsoOption = Annotated[
-    list[str] | None,
-    Option(
-        help="Further measurement, once for each: collapse, kl_decomposition, inference_gaps, annealed_evidence, "
-        "bidirectional_evidence, simulation_based_calibration, posterior_predictive_check, mixture_scores."
-    ),
-]
+AlsoOption = Annotated[list[str] | None, Option(help=f"Further measurement, once for each: {', '.join(ALSO)}.")]
 BatchSizeOption = Annotated[int, Option(help="Number of data in a step of SVI.")]
 BinarizeOption = Annotated[
     str,
@@ -247,13 +241,13 @@ def fit(
     loss_options = {k: v for k, v in {"num_particles": num_particles, "alpha": alpha}.items() if v is not None}
     check_positive("batch_size", batch_size, integer=True)
     num_data = len(dataset.train)
-    held_out = _check_share_or_count(min(num_data // 10, 400) if validation is None else validation)
+    held_out = min(num_data // 10, 400) if validation is None else validation
     if epochs is None:
-        num_held_out = held_out * num_data if held_out < 1 else held_out
+        num_held_out = min(num_data, held_out * num_data if held_out < 1 else held_out)
         epochs = default_epochs(math.ceil((num_data - num_held_out) / batch_size))
-    lr = built.default_lr if lr is None else lr
-    training: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "schedule": schedule}
-    training |= {"validation": held_out, "patience": patience, "threads": threads}
+    training: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "schedule": schedule}
+    training |= {"lr": built.default_lr if lr is None else lr, "patience": patience, "threads": threads}
+    training |= {"validation": held_out if held_out % 1 else int(held_out)}  # a share or a count
     config = Config(
         pair=names.absolute_name(pair),
         options=given,
@@ -281,32 +275,23 @@ def _check_resumed_alone(context: typer.Context) -> None:
             raise ValueError(f"resume: the run goes on with the options that it was started with; leave {shown} out.")
 
 
-def _check_share_or_count(validation: float) -> float | int:
-    if 0 < validation < 1:
-        return validation
-    if not validation >= 0 or validation % 1 != 0:
-        raise ValueError(
-            f"validation: expected a share between 0 and 1, or a whole number, 0 or more; got {validation:g}."
-        )
-    return int(validation)
-
-
 def _free_path(path: Path) -> Path:
     """Return ``path``, or the first of path-2, path-3, ... that is free."""
     numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
     return next(free for free in itertools.chain([path], numbered) if not free.exists())
 
 
-def _check_new_file(out: Path, kind: str, overwrite: bool) -> None:
-    """Raise unless ``out`` can be written as ``kind``, before work that takes its time and would be lost."""
-    if out.suffix not in kind.replace(",", "").split():
-        raise ValueError(f"out: expected {kind} file; got {out}.")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"out: expected a folder that exists; found none at {out.parent}. Make it first.")
-    if out.is_dir():
-        raise IsADirectoryError(f"out: expected {kind} file; {out} is a folder.")
-    if out.exists() and not overwrite:
-        raise FileExistsError(f"out: {out} exists. Pass overwrite=True to replace it, or another name.")
+def _check_new_file(argument: str, path: Path, kind: str, overwrite: bool | None = None) -> None:
+    """Raise unless ``path`` can be written as ``kind``, before work that takes its time and would be lost."""
+    if path.suffix not in kind.replace(",", "").split():
+        raise ValueError(f"{argument}: expected {kind} file; got {path}.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{argument}: expected a folder that exists; found none at {path.parent}. Make it.")
+    if path.is_dir():
+        raise IsADirectoryError(f"{argument}: expected {kind} file; {path} is a folder.")
+    if path.exists() and not overwrite:
+        advice = "Choose" if overwrite is None else "Pass overwrite=True to replace it, or"
+        raise FileExistsError(f"{argument}: {path} exists. {advice} another name.")
 
 
 @command()
@@ -366,13 +351,13 @@ def report(
     check_positive("num_samples", num_samples, integer=True, optional=True)
     measurements = _choose_measurements(also, everything, default=[name for name in ALSO if "evidence" not in name])
     if out is not None:
-        _check_new_file(out, "an .html", overwrite)
+        _check_new_file("out", out, "an .html", overwrite)
     folder = None if run is None else RunFolder(run)
     if folder is not None:
         folder.read_config()
     pages = [] if compare is None else [report_comparison(compare)]
     out = out or (run or compare or Path()) / "report.html"
-    _check_new_file(out, "an .html", overwrite)
+    _check_new_file("out", out, "an .html", overwrite)
     if folder is not None:
         pages.insert(0, report_run(folder, measurements, num_data=num_data, num_samples=num_samples, device=device))
     write_pages(pages, out)
@@ -395,7 +380,7 @@ def sample(
     """Draw new data from a run's model."""
     check_positive("num", num, integer=True)
     if out is not None:
-        _check_new_file(out, "a .csv, .npy or .png", overwrite)
+        _check_new_file("out", out, "a .csv, .npy or .png", overwrite)
     _, pair, dataset = RunFolder(run).load()
     rows = draw_data(pair, num, mean=mean, data_dim=dataset.data_dim, seed=seed)
     if out is None or out.suffix == ".csv":
@@ -506,10 +491,7 @@ def new(file: Annotated[Path, Argument(metavar="FILE", help="The Python file to 
     """Write a small working pair to start your own from."""
     if file.suffix != ".py" or not file.stem.isidentifier():
         raise ValueError(f"file: expected a Python file such as mypair.py; got {file}.")
-    if file.exists():
-        raise FileExistsError(f"file: {file} exists. Choose another name.")
-    if not file.parent.is_dir():
-        raise FileNotFoundError(f"file: expected a folder that exists; found none at {file.parent}. Make it first.")
+    _check_new_file("file", file, "a .py")
     file.write_bytes(Path(__file__).with_name("mypair.txt").read_bytes())
     print(f"Wrote {file}. Train it with: pyrovae fit {file}:MyPair --data digits")
 

@@ -196,17 +196,14 @@ def build_loss(pair: Pair, name: str | None, options: dict[str, Any]) -> ELBO:
 def load_data(name: str, binarize: str) -> DataSet:
     """Load a data set by name, or a user's file. ``static`` draws its pixels as 0 or 1 here, once."""
     check_choice("binarize", binarize, ("auto", "dynamic", "static", "none"))
-    files = " or ".join(DATA_FILES)
     if file_of(name) is not None:
         if binarize == "static":
             raise ValueError("binarize: expected dynamic or none for a file; static is for image sets by name.")
         return datasets.load_file(name)
-    if name not in datasets.names() and (Path(name).suffix or Path(name).exists()):
-        raise ValueError(f"data: expected a name from `pyrovae list`, or a {files} file; got {name!r}.")
     try:
         check_choice("data", name, datasets.names())
     except ValueError as error:
-        error.add_note(f"A {files} file of rows will do too.")
+        error.add_note(f"A {' or '.join(DATA_FILES)} file of rows will do too.")
         raise
     return datasets.load(name, binarize=binarize == "static")
 

@@ -109,10 +109,7 @@ def _make_pair(pair_class: type[Pair], given: dict[str, Any], data_dim: int, **m
 
 def _options_of(pair_class: type[Pair], settings: list[str], classes: list[type[Pair]]) -> dict[str, Any]:
     """Read those settings that this pair has. A setting that no pair has raises an error that names this pair's."""
-
-    def has(other: type[Pair], setting: str) -> bool:
-        return setting.partition("=")[0].strip().replace("-", "_") in names.constructor_options(other)
-
-    return names.parse_options(
-        pair_class, [s for s in settings if has(pair_class, s) or not any(has(other, s) for other in classes)]
-    )
+    of_others = {option for other in classes for option in names.constructor_options(other)}
+    of_others -= names.constructor_options(pair_class).keys()
+    own = [s for s in settings if s.partition("=")[0].strip().replace("-", "_") not in of_others]
+    return names.parse_options(pair_class, own)

@@ -132,28 +132,22 @@ class RunFolder:
         check_unchanged(config.data, config.data_sha256, self.path)
         data = names.load_data(config.data, config.binarize)
         pair_class = names.find_pair(config.pair)
-        known = names.constructor_options(pair_class)
-        for name in config.options:
-            if name not in known:
-                raise ValueError(
-                    f"path: options in {self.config}: {pair_class.__name__} has no option {name!r}; it has "
-                    f"{', '.join(known) or 'none'}. Put the run's own config.json back, or fit again."
-                )
         try:
             pair = names.build_pair(pair_class, config.options, data.data_dim, config.seed)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"path: options in {self.config} make no {pair_class.__name__} ({error}).") from error
-        if not with_weights:
-            return config, pair, data
-        if self.weights.is_file():
+            raise ValueError(
+                f"path: options in {self.config} make no {pair_class.__name__} ({error}). Put the run's own "
+                "config.json back, or fit again."
+            ) from error
+        if with_weights and self.weights.is_file():
             pair.load(self.weights)
-            return config, pair, data
-        if not self.checkpoint.is_file():
+        elif with_weights and not self.checkpoint.is_file():
             raise FileNotFoundError(f"path: {self.path} has no weights: its run ended before the first checkpoint.")
-        try:  # the last good weights of a run that was killed
-            pair.load_state_dict(load_state(self.checkpoint)["pair"])
-        except (KeyError, RuntimeError) as error:
-            raise ValueError(f"path: {self.checkpoint} does not hold the weights of this pair ({error}).") from error
+        elif with_weights:
+            try:  # the last good weights of a run that was killed
+                pair.load_state_dict(load_state(self.checkpoint)["pair"])
+            except (KeyError, RuntimeError) as error:
+                raise ValueError(f"path: {self.checkpoint} does not hold this pair's weights ({error}).") from error
         return config, pair, data
 
     def progress(self) -> Progress | None:
@@ -236,11 +230,6 @@ def train_run(folder: RunFolder, run: LoadedRun, device: str, *, resume: bool) -
         print(f"  {data.convention}{drawn}")
         print(f"Going on in {folder.path}, {before}" if resume else f"Writing to {folder.path}", flush=True)
 
-    def save_stopped() -> None:
-        pair.save(folder.weights)
-        if (reached := folder.progress()) is not None:
-            folder.write_history(reached.history)
-
     try:
         result = fit(
             pair,
@@ -252,14 +241,14 @@ def train_run(folder: RunFolder, run: LoadedRun, device: str, *, resume: bool) -
             resume=resume,
             on_start=start,
         )
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, TrainingDiverged) as stop:
         if has_begun and (reached := folder.progress()) is not None:  # what the folder holds belongs to this run
-            save_stopped()
-            print(f"\nStopped {reached}. Go on with: pyrovae fit --resume {folder.path}", file=sys.stderr)
-        raise
-    except TrainingDiverged:
-        save_stopped()
-        print(f"The last good weights are in {folder.weights}", file=sys.stderr)
+            pair.save(folder.weights)
+            folder.write_history(reached.history)
+            notice = f"\nStopped {reached}. Go on with: pyrovae fit --resume {folder.path}"
+            if isinstance(stop, TrainingDiverged):
+                notice = f"The last good weights are in {folder.weights}"
+            print(notice, file=sys.stderr)
         raise
     print(result)
     pair.save(folder.weights)
@@ -291,15 +280,10 @@ def score_run(
     num_samples: int | None = None,
     also: Sequence = (),
 ) -> str:
-    """Score a pair on the test rows, or on the training rows where there are no others, and write scores.json.
+    """Score a pair on the test rows, or on the training rows where there are no others; write scores.json.
 
-    Args:
-        earlier: scores of the same weights, of which ``training_seconds`` and the further measurements are kept.
-        num_samples: importance samples for each datum. None: as many as the run took.
-        also: further measurements, see :func:`pyrovae.evaluate`.
-
-    Returns:
-        The scores as a table.
+    ``training_seconds`` and the further measurements in ``earlier``, scores of the same weights, are kept. Without
+    ``num_samples``, each datum has as many as the run took. Returns the scores as a table.
     """
     start = time.perf_counter()
     config, pair, data = run

@@ -60,17 +60,13 @@ class ComparisonFolder:
                     f"{now[name]}. Go on with everything as it was."
                 )
 
-    def checkpoint(self, job: Job) -> Path:
-        """Return the file that keeps the state of this cell's training until it is done."""
-        return self.file(job, "checkpoint.safetensors")
-
     def write_cell(self, job: Job, cell: Cell, pair: Pair) -> None:
         """Write a cell that is done: its weights, then its numbers."""
         temporary = self.file(job, "safetensors.tmp")
         pair.save(temporary)
         os.replace(temporary, self.file(job, "safetensors"))
         write_text(self.file(job, "json"), json.dumps(asdict(cell)) + "\n")  # last, as it marks the cell as done
-        self.checkpoint(job).unlink(missing_ok=True)
+        self.file(job, "checkpoint.safetensors").unlink(missing_ok=True)
 
     def read_cell(self, job: Job) -> Cell | None:
         """Read the numbers of a cell; None where the cell is not done."""
@@ -105,7 +101,8 @@ class ComparisonFolder:
         plots.save_figures(figures, self.path)
 
     def file(self, job: Job, ending: str) -> Path:
-        """Return a file of this cell: its weights, ``safetensors``, or its numbers, ``json``."""
+        """Return a file of this cell: ``safetensors`` (weights), ``json`` (numbers), or ``checkpoint.safetensors``, the
+        state of its training until it is done."""
         return self.cells / f"{self.names[id(job)]}.{ending}"
 
     def _write_record(self, settings: dict[str, Any], config: dict[str, Any] | None, found: dict[str, Any]) -> None:

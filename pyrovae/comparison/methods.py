@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,16 +19,7 @@ from pyrovae.infer import LOSSES, default_loss
 from pyrovae.infer.weights import Structure, same_random_state, sample_sites
 from pyrovae.pair import Pair
 
-__all__ = [
-    "CLOSED_FORM",
-    "EM",
-    "Method",
-    "find_latents",
-    "find_methods",
-    "parse_method",
-    "split_methods",
-    "takes_amortized",
-]
+__all__ = ["CLOSED_FORM", "EM", "Method", "find_latents", "find_methods", "parse_method", "split_methods"]
 
 CLOSED_FORM, EM, OWN = "closed-form", "EM", "default-loss"
 EXACT = {CLOSED_FORM: "closed form", EM: "EM"}
@@ -41,10 +32,8 @@ class Method:
 
     name: str
     """Name in tables: ``SVI, amortized: VIMCO, K=5``."""
-
     spec: str
     """Name in a request: ``closed-form``, ``EM``, ``default-loss``, or a loss such as ``RenyiELBO:K=5,alpha=0.5``."""
-
     pair_options: dict[str, Any] = field(default_factory=dict)
     """Options that the pair is built with for this method: ``{"amortized": True}``."""
 
@@ -170,13 +159,6 @@ def _reason_against(spec: str, pair: Pair, few: Tensor) -> str | None:
     except (ValueError, NotImplementedError) as error:
         return str(error).rstrip(".")
     return None
-
-
-def takes_amortized(make: Callable[..., Pair], pair: Pair) -> bool:
-    """Return whether ``make(amortized=...)`` chooses between two guides of ``pair``."""
-    parameters = inspect.signature(make).parameters
-    passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return "amortized" in {*parameters, *(inspect.signature(type(pair)).parameters if passes_on else ())}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from pyrovae.checks import check_data, check_positive, count, pick_device
 from pyrovae.comparison.cells import ROWS_OF_GAPS, Job, Maker, Settings, make_start, run_cell
 from pyrovae.comparison.folder import ComparisonFolder
-from pyrovae.comparison.methods import CLOSED_FORM, Method, find_methods, parse_method, takes_amortized
+from pyrovae.comparison.methods import CLOSED_FORM, Method, find_methods, parse_method
 from pyrovae.comparison.result import Cell, Comparison
 from pyrovae.comparison.tables import describe_cell
 from pyrovae.data import DataSet
@@ -164,7 +165,7 @@ def _plan_jobs(pairs: Maker | Mapping[str, Maker], settings: Settings, specs: li
                 f"{type(make).__name__}. Write lambda: GMM(num_components=2, data_dim=2), say."
             )
         first = make_start(make, {}, settings, seeds[0])
-        options = [{"amortized": False}, {"amortized": True}] if takes_amortized(make, first) else [{}]
+        options = [{"amortized": False}, {"amortized": True}] if _takes_amortized(make, first) else [{}]
         variants = [(o, make_start(make, o, settings, seeds[0]) if o else first) for o in options]
         methods, refused = find_methods(variants, settings.few, specs)
         plans.append((name or type(first).__name__.lower(), make, options[0], methods))
@@ -185,6 +186,13 @@ def _plan_jobs(pairs: Maker | Mapping[str, Maker], settings: Settings, specs: li
     ]
 
 
+def _takes_amortized(make: Maker, pair: Pair) -> bool:
+    """Return whether ``make(amortized=...)`` chooses between two guides of ``pair``."""
+    parameters = inspect.signature(make).parameters
+    passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return "amortized" in {*parameters, *(inspect.signature(type(pair)).parameters if passes_on else ())}
+
+
 def _run_jobs(
     jobs: list[Job], settings: Settings, store: ComparisonFolder | None, progress: bool | None, report: Any
 ) -> tuple[list[Cell], list[Pair]]:
@@ -197,7 +205,8 @@ def _run_jobs(
             cell = store.read_cell(job) if store is not None else None
             first = job.seed == jobs[0].seed
             if cell is None or store is None:
-                cell, pair = run_cell(job, settings, store.checkpoint(job) if store is not None else None)
+                checkpoint = None if store is None else store.file(job, "checkpoint.safetensors")
+                cell, pair = run_cell(job, settings, checkpoint)
                 if store is not None:
                     store.write_cell(job, cell, pair)
                 report(f"{number}/{len(jobs)}  {describe_cell(cell)}")

@@ -63,7 +63,8 @@ def make_batches(
     else:
         rows = check_data(x, data_dim=data_dim, at_least=2)
         if validation:
-            count = round(validation * len(rows)) if isinstance(validation, float) else validation
+            wanted = validation * len(rows) if isinstance(validation, float) else validation
+            count = round(max(0, min(len(rows), wanted)))  # infinite and NaN are refused like all that is out of range
             if not 0 < count < len(rows):
                 raise ValueError(
                     f"validation: expected a share between 0 and 1, or a count below the {len(rows)} data; got "

@@ -119,7 +119,7 @@ TABLE = {
     "no pair": (["fit"], r"PAIR: expected a name.*--resume RUN; got none"),
     "data": (["fit", "vae", "--data", "digit"], r"--data: .*got 'digit'. Did you mean 'digits'"),
     "no data": (["fit", "vae", "--data", "nope"], r"--data: .*got 'nope'.*A \.csv or \.npy file of rows will do too"),
-    "data file type": (["fit", "vae", "--data", "my.txt"], r"--data: .*\.csv or \.npy file; got 'my.txt'"),
+    "data file type": (["fit", "vae", "--data", "my.txt"], r"--data: .*got 'my.txt'.*A \.csv or \.npy file of rows"),
     "data file missing": (["fit", "vae", "--data", "no.csv"], r"--data: .*none at no.csv"),
     "loss": (["fit", "vae", "--loss", "Trace_ELB"], r"--loss: .*got 'Trace_ELB'. Did you mean 'Trace_ELBO'"),
     "loss option without loss": (["fit", "vae", "--alpha", "0"], r"--alpha: .*--loss"),
