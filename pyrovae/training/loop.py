@@ -211,15 +211,9 @@ def fit(
         try:
             if initialize and state is None and pair.initialize is not None:
                 pair.initialize(data.sample)
-            options = {
-                "epochs": default_epochs(data.steps_per_epoch) if epochs is None else int(epochs),
-                "schedule": schedule,
-                "backend": backend,
-                "batch size": batch_size,
-                "patience": patience,
-                "binarize": binarize,
-                "seed": seed,
-            }
+            num_epochs = default_epochs(data.steps_per_epoch) if epochs is None else int(epochs)
+            options: dict[str, Any] = {"epochs": num_epochs, "schedule": schedule, "backend": backend}
+            options |= {"batch size": batch_size, "patience": patience, "binarize": binarize, "seed": seed}
             run = _Run(pair, default_loss(pair) if loss is None else loss, data, optimizer, lr, options)
             if state is not None:
                 run.restore(state)
@@ -401,7 +395,9 @@ class _Run:
             self._raise_divergence(good)
         row = {"epoch": self.epoch, "step": self.step, "train_bound": train_bound}
         if self.data.validation:
-            row["validation_bound"] = bound_now = self.validation_bound()
+            with seeded(0, self.device):  # the same noise in every epoch
+                parts = [self.scorer.evaluate_loss(b) * (len(b) / self.num_held_out) for b in self.data.validation]
+            row["validation_bound"] = bound_now = -float(sum(parts))
             if self.best is None or bound_now > self.best["bound"]:
                 weights = copy.deepcopy(self.pair.state_dict())
                 self.best = {"bound": bound_now, "epoch": self.epoch, "pair": weights}
@@ -419,12 +415,6 @@ class _Run:
         bound = -self.svi.step(argument)
         self.step += 1
         return bound
-
-    def validation_bound(self) -> float:
-        """Bound on the held-out data, nats per datum, with the same noise at every call."""
-        with seeded(0, self.device):
-            parts = [self.scorer.evaluate_loss(b) * (len(b) / self.num_held_out) for b in self.data.validation]
-        return -float(sum(parts))
 
     def weights_are_good(self, argument: Tensor) -> bool:
         """Return whether the weights are finite, and so is the loss that they give."""
