@@ -74,12 +74,7 @@ def versions() -> dict[str, str]:
 
 
 def find_pair(name: str) -> type[Pair]:
-    """Return the class of a pair: a registered name, or ``path/to/file.py:ClassName``.
-
-    Raises:
-        ValueError: the name is unknown; the file cannot be imported, or has no such class.
-        FileNotFoundError: there is no such file.
-    """
+    """Return the class of a pair by its registered name, or import it by ``path/to/file.py:ClassName``."""
     file = file_of(name)
     if file is None or file.suffix != ".py":
         if name.endswith(".py"):
@@ -114,11 +109,7 @@ def constructor_options(pair_class: type[Pair]) -> dict[str, inspect.Parameter]:
 
 
 def parse_options(pair_class: type[Pair], settings: list[str]) -> dict[str, Any]:
-    """Read ``["latent_dim=2", "hidden_dims=200,200"]`` as arguments of the constructor.
-
-    Raises:
-        ValueError: a setting has no value, or the pair has no such option.
-    """
+    """Read ``["latent_dim=2", "hidden_dims=200,200"]`` as arguments of the constructor, or refuse what it lacks."""
     known = constructor_options(pair_class)
     options: dict[str, Any] = {}
     for setting in settings:
@@ -150,9 +141,8 @@ def _nest_like(default: Any, value: Any) -> Any:
 
 def _holds_integers(value: Any) -> bool:
     """Return whether ``value`` is a sequence, nested or not, of whole numbers alone."""
-    if not isinstance(value, tuple | list):
-        return False
-    return bool(value) and all(isinstance(v, int) or _holds_integers(v) for v in value)
+    is_filled = isinstance(value, tuple | list) and len(value) > 0
+    return is_filled and all(isinstance(v, int) or _holds_integers(v) for v in value)
 
 
 def build_pair(pair_class: type[Pair], options: dict[str, Any], data_dim: int, seed: int) -> Pair:
@@ -173,11 +163,7 @@ def build_pair(pair_class: type[Pair], options: dict[str, Any], data_dim: int, s
 
 
 def build_loss(pair: Pair, name: str | None, options: dict[str, Any]) -> ELBO:
-    """Make the loss of this name, or the pair's own.
-
-    Raises:
-        ValueError: the name is unknown; the loss does not take an option; or an option comes without a name.
-    """
+    """Make the loss of this name with options that it takes, or, without a name and options, the pair's own."""
     if name is None:
         for option, value in options.items():
             own = f" For {type(pair).__name__}'s own loss: --set {option}={value}."
@@ -211,8 +197,7 @@ def load_data(name: str, binarize: str) -> DataSet:
 def resolve_binarize(binarize: str, pair: Pair, data: DataSet) -> str:
     """Resolve ``auto``: ``dynamic`` where the likelihood is over {0, 1} and the data are grey images, else ``none``.
 
-    Raises:
-        ValueError: the likelihood is over {0, 1} and the data are real features.
+    A likelihood over {0, 1} is refused for data outside [0, 1].
     """
     x = data.train
     if observed_support(pair, x[:2]) is not constraints.boolean:

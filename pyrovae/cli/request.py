@@ -42,11 +42,7 @@ class Request:
     def make(
         cls, pairs: list[str], data: str, set_options: list[str], binarize: str, settings: dict[str, Any]
     ) -> tuple[Request, DataSet]:
-        """Check the options of a user, load the data, and return the request with them.
-
-        Raises:
-            ValueError, FileNotFoundError: a pair, data set or option is unknown, or the likelihoods do not compare.
-        """
+        """Check the options of a user and that the likelihoods compare. Returns the request and its data."""
         classes = {names.short_name(name): names.find_pair(name) for name in pairs}
         if len(classes) < len(pairs):
             raise ValueError(f"pair: expected pairs of different names; got {', '.join(pairs)}.")
@@ -80,12 +76,7 @@ class Request:
 
     @classmethod
     def read(cls, folder: Path) -> tuple[Request, DataSet]:
-        """Read the request of a comparison that was started. A user's files must not have changed since.
-
-        Raises:
-            FileNotFoundError: something is missing.
-            ValueError: something is damaged, foreign or has changed.
-        """
+        """Read the request of a comparison that was started, with its data. No user's file may have changed since."""
         config = read_record(folder)["config"]
         try:
             request = cls(**config)

@@ -108,11 +108,7 @@ class RunFolder:
         write_text(self.config, text)
 
     def read_config(self) -> Config:
-        """Read how the run was made.
-
-        Raises:
-            FileNotFoundError, ValueError: the folder is missing, damaged or foreign.
-        """
+        """Read how the run was made, or raise where the folder is missing, damaged or foreign."""
         if not self.config.is_file():
             raise FileNotFoundError(
                 f"path: expected a folder that `pyrovae fit` wrote; {self.path} has no config.json."
@@ -210,7 +206,6 @@ def train_run(folder: RunFolder, run: LoadedRun, device: str, *, resume: bool) -
     config, pair, data = run
     check_positive("num_samples", config.num_samples, integer=True)
     before = folder.progress() if resume else None
-    epochs_before, also_before = len(folder.read_history()), folder.read_scores().get("also", {})
     has_begun = False
     place, parameters = pick_device(device), sum(p.numel() for p in pair.parameters())
 
@@ -225,9 +220,8 @@ def train_run(folder: RunFolder, run: LoadedRun, device: str, *, resume: bool) -
         else:
             folder.create(config)
         print(f"{names.short_name(config.pair)}: {parameters:,} parameters, on {place}")
-        print(f"{data!r}")
         drawn = " Pixels are drawn as 0 or 1 anew at every use." if config.draws_pixels else ""
-        print(f"  {data.convention}{drawn}")
+        print(f"{data!r}\n  {data.convention}{drawn}")
         print(f"Going on in {folder.path}, {before}" if resume else f"Writing to {folder.path}", flush=True)
 
     try:
@@ -254,9 +248,9 @@ def train_run(folder: RunFolder, run: LoadedRun, device: str, *, resume: bool) -
     pair.save(folder.weights)
     folder.write_history(result.history)
     earlier: dict[str, Any] = {"training_seconds": result.seconds}
-    if resume and len(result.history) == epochs_before:
+    if before is not None and before.finished:
         print("The run was finished already: nothing was trained.")
-        earlier["also"] = also_before
+        earlier["also"] = folder.read_scores().get("also", {})
     scores = score_run(folder, run, device, earlier)
     print(f"\n{scores}\n", flush=True)  # before the pictures, as one of them may fail
     from pyrovae.plots import save_figures  # matplotlib is loaded when it is first needed

@@ -113,11 +113,7 @@ class ComparisonFolder:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Read comparison.json in a folder.
-
-    Raises:
-        FileNotFoundError, ValueError: there is none, or it is damaged or foreign.
-    """
+    """Read comparison.json in a folder, or raise where it is missing, damaged or foreign."""
     file = path / "comparison.json"
     if not file.is_file():
         raise FileNotFoundError(
@@ -133,11 +129,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def read_comparison(path: Path) -> Comparison:
-    """Read the comparison in a folder, without its trained pairs.
-
-    Raises:
-        FileNotFoundError, ValueError: there is none, or it is damaged, foreign or not finished.
-    """
+    """Read the finished comparison in a folder, without its trained pairs. Errors as in :func:`read_record`."""
     record = read_record(path)
     if not record.get("finished"):
         raise ValueError(

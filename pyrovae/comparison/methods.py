@@ -48,11 +48,7 @@ class Method:
 
 
 def parse_method(spec: str) -> str:
-    """Return ``spec`` in its one normal form: ``RenyiELBO:num_particles=5,alpha=0`` is ``RenyiELBO:K=5``.
-
-    Raises:
-        TypeError, ValueError: there is no such method or loss, or it does not take an option.
-    """
+    """Check ``spec``, and return its one normal form: ``RenyiELBO:num_particles=5,alpha=0`` is ``RenyiELBO:K=5``."""
     name, options = _read_spec(spec)
     if options:
         try:

@@ -151,11 +151,7 @@ def compare(
 
 
 def _plan_jobs(pairs: Maker | Mapping[str, Maker], settings: Settings, specs: list[str], seeds: range) -> list[Job]:
-    """Plan the cells, seed by seed.
-
-    Raises:
-        TypeError, ValueError: a function makes no pair, a method trains no pair, or no method trains a pair.
-    """
+    """Plan the cells, seed by seed. Every method must train some pair, and every pair needs some method."""
     plans: list[tuple[str, Maker, dict[str, Any], list[Method]]] = []
     refusals: list[dict[str, str]] = []
     for name, make in (pairs if isinstance(pairs, Mapping) else {"": pairs}).items():

@@ -5,8 +5,7 @@
 DataSet 'faithful': 272 rows of 2 features, no test rows
 """
 
-from pyrovae.data.dataset import DataSet
 from pyrovae.data.files import load_file
-from pyrovae.data.registry import describe, load, names
+from pyrovae.data.registry import DataSet, describe, load, names
 
 __all__ = ["DataSet", "describe", "load", "load_file", "names"]

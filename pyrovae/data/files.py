@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from pyrovae.checks import check_data
-from pyrovae.data.dataset import DataSet
+from pyrovae.data.registry import DataSet
 
 __all__ = ["load_file"]
 

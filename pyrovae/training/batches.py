@@ -38,11 +38,7 @@ class Batches:
 def make_batches(
     pair: Pair, x: Any, validation: Any, batch_size: int, binarize: bool, device: torch.device, seed: int
 ) -> Batches:
-    """Check the data of :func:`pyrovae.fit`, hold rows out, and place them on ``device`` in the pair's precision.
-
-    Raises:
-        TypeError, ValueError: the data do not fit the pair, or ``validation`` does not fit the data.
-    """
+    """Check the data of :func:`pyrovae.fit`, hold rows out, and place them on ``device`` in the pair's precision."""
     dtype = next((p.dtype for p in pair.parameters()), torch.get_default_dtype())
 
     def place(rows: Tensor) -> Tensor:

@@ -218,8 +218,10 @@ def fit(
             if state is not None:
                 run.restore(state)
                 threads = threads or state["threads"]
-            work = (lambda: run.count_products(batch_size)) if device.type == "cpu" else math.inf
-            stack.enter_context(limit_threads(threads, work))
+            with seeded(0, device):  # counting the products of a loss draws noise
+                loss_of_batch = partial(run.scorer.evaluate_loss, data.sample[:batch_size])
+                work: Any = partial(count_products, loss_of_batch) if device.type == "cpu" else math.inf
+                stack.enter_context(limit_threads(threads, work))
             run.threads = torch.get_num_threads()
             if on_start is not None:
                 on_start(run.threads)
@@ -282,11 +284,9 @@ class _Run:
             "optimizer": type(self.optimizer).__name__,
             "device": self.device.type,
         }
-        self.generators: dict[str, torch.Generator] = {"cpu": torch.default_generator}
-        if on_gpu:
-            self.generators["cuda"] = torch.cuda.default_generators[self.device.index]
-        if data.generator is not None:
-            self.generators["loader"] = data.generator
+        cuda = {"cuda": torch.cuda.default_generators[self.device.index]} if on_gpu else {}
+        loader = {} if data.generator is None else {"loader": data.generator}
+        self.generators: dict[str, torch.Generator] = {"cpu": torch.default_generator} | cuda | loader
         self.epoch = self.step = self.threads = 0
         self.seconds = 0.0
         self.history: list[dict[str, float]] = []
@@ -336,11 +336,6 @@ class _Run:
     def set_random_state(self, random: dict[str, Tensor]) -> None:
         for name in self.generators.keys() & random:
             self.generators[name].set_state(random[name])
-
-    def count_products(self, batch_size: int) -> float:
-        """Count the floating-point operations in the matrix products of a loss on one batch."""
-        with seeded(0, self.device):
-            return count_products(lambda: self.scorer.evaluate_loss(self.data.sample[:batch_size]))
 
     def train(
         self, progress: bool | None, checkpoint: Path | None, monitor: Callable[[int], Mapping[str, float]] | None
@@ -469,11 +464,7 @@ class _Run:
 
 @contextmanager
 def _watch_for_interrupt() -> Iterator[Callable[[], bool]]:
-    """Give a function that returns whether Ctrl-C has been pressed inside the block.
-
-    Python drops the exception itself where it arrives in ``__del__`` or in the callback of a weak reference. Outside
-    the main thread, and where the caller handles SIGINT, nothing is watched.
-    """
+    """Give a function that returns whether Ctrl-C has been pressed: Python drops its exception inside a ``__del__``."""
     was_pressed = False
 
     def press(number: int, frame: Any) -> None:

@@ -21,13 +21,10 @@ PLATE = "Write `with pyro.plate('data', len(x)):` around what is per datum, in t
 
 
 def check_pair(pair: Pair, x: Tensor, argument: str = "x", *, binarize: bool = False) -> None:
-    """Run the pair once on a few data, with Pyro's validation on.
+    """Run the pair once on a few data, with Pyro's validation on, and raise ValueError where something is wrong.
 
-    Raises:
-        ValueError: the guide misses a site; a site that follows the batch lies outside the plate ``data``; a parameter
-            lives in Pyro's global store; ``x`` lies outside the support of its likelihood; or Pyro's own validation
-            finds a mistake.
-        Exception: the guide or the model raises it; a note says on which rows it ran.
+    The guide must have every site, sites that follow the batch lie inside the plate ``data``, parameters outside Pyro's
+    global store, and ``x`` in its likelihood's support. To the pair's own errors, a note adds on which rows it ran.
     """
     few = x[:2].to(next(pair.parameters(), x))
     if binarize:
