@@ -179,7 +179,7 @@ def fit_em(
     )
 
 
-OVERHEAD = 20
+OVERHEAD = 200
 """Cost of exponentials and sums beside a product, in multiplications a feature."""
 
 
