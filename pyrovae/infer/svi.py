@@ -30,6 +30,9 @@ BACKENDS = ("auto", "eager", "compiled", "cudagraph")
 WORTH_COMPILING = 5000
 """Number of steps after which ``auto`` compiles: it takes about as long as they save in a small pair."""
 MAX_RECORDS = 8
+WIDEST = 2**21
+"""Numbers in the widest tensor of a step on a CPU, up to which the update is part of its program: beside an update the
+compiler keeps more of its buffers, and larger ones then fill the caches."""
 FIRST_COMPARISONS = (2, 8, 32, 128, 512)
 BETWEEN_COMPARISONS = 1000
 
@@ -310,7 +313,9 @@ class _RecordedStep:
         self._captured: Captured | None = None
         if not compiled:
             return
-        if AdamOperations.can_replace(optimizer):
+        shapes = [node.meta["tensor_meta"].shape for node in record.graph.graph.nodes if "tensor_meta" in node.meta]
+        is_wide = params[0].device.type == "cpu" and max((shape.numel() for shape in shapes), default=0) > WIDEST
+        if AdamOperations.can_replace(optimizer) and not is_wide:
             self._adam = AdamOperations(optimizer, params)
             moved = [*params, *self._adam.tensors()]
             owners = [memory(x) for x in (*record.inputs, *self._adam.tensors(), *args)]
