@@ -467,6 +467,15 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, grey, name, at):
     assert (expected.steps, expected.stopped_early) == (result.steps, result.stopped_early)
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C raises KeyboardInterrupt, though the suite may run in the background of a shell, where it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_stops_training_where_python_drops_it(tmp_path, x, monkeypatch):
     """Python drops it in callbacks of weak references, such as those that every `import` has."""
 
