@@ -41,8 +41,8 @@ def compile_graph(graph: Callable[..., Any], inputs: Sequence[Tensor]) -> Callab
     """
     from torch import _inductor
 
-    # Compiled and recorded noise are equal: random numbers stay those of torch's generator, and in their order. (On a
-    # GPU all but Bernoulli's, which torch's compiler draws in a way of its own.)
+    # Compiled and recorded noise are equal: random numbers stay those of torch's generator, in their order. (But not
+    # Bernoulli's on a GPU, or of tensors that lie in another order: torch's compiler draws those in its own way.)
     options: dict[str, Any] = {"fallback_random": True, "reorder_for_peak_memory": False}
 
     def compiled(graph: GraphModule, options: dict[str, Any]) -> Callable[..., Any]:
